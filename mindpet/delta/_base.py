@@ -1,0 +1,75 @@
+"""What the methods that replace a Dense layer, or follow one, share."""
+from mindspore import nn, ops
+
+from mindpet.layers.activation import ACTIVATIONS
+from mindpet.layers.linear import Dense, from_rows, to_rows
+from mindpet.utils.validate import Checker
+
+
+class DeltaDense(Dense):
+    """A Dense layer with a delta; the base parameters keep their names `weight` and `bias`.
+
+    A method overrides `transform(rows)`, and `merged_weight()` if its delta can be folded into the weight.
+
+    Args:
+        in_channels, out_channels, weight_init, bias_init, has_bias, activation: as in `mindpet.layers.Dense`.
+        param_init_type (mindspore.dtype): type of the delta parameters: float16, float32 or bfloat16.
+        compute_dtype (mindspore.dtype): type of the computation: float16, float32 or bfloat16.
+        check (Checker): what the method has already found wrong with its own arguments.
+
+    Raises:
+        TypeError, ValueError, KeyError: an argument is wrong; all wrong ones are in the message.
+    """
+
+    def __init__(self, in_channels, out_channels, weight_init, bias_init, has_bias, activation, param_init_type,
+                 compute_dtype, check):
+        check.positive_int(in_channels=in_channels, out_channels=out_channels)
+        check.initial("weight_init", weight_init, (out_channels, in_channels))
+        check.initial("bias_init", bias_init, (out_channels,))
+        check.boolean(has_bias=has_bias)
+        check.activation("activation", activation, ACTIVATIONS)
+        check.float_type(param_init_type=param_init_type, compute_dtype=compute_dtype)
+        check.done()
+        super().__init__(in_channels, out_channels, weight_init, bias_init, has_bias, activation,
+                         compute_dtype=compute_dtype)
+        self.param_init_type = param_init_type
+
+    def extend_repr(self):
+        return (f"{super().extend_repr()}, param_init_type={self.param_init_type}, "
+                f"compute_dtype={self.compute_dtype}")
+
+
+class ResidualAdapter(nn.Cell):
+    """`h + bottleneck(h)`: what adapters put after a layer. A method overrides `bottleneck(rows)`.
+
+    Args:
+        hidden_size (int): features of the input and the output.
+        param_init_type (mindspore.dtype): type of the parameters.
+        compute_dtype (mindspore.dtype): type of the bottleneck's computation. The residual is added in the input's own
+            type, so that an untrained bottleneck that gives zeros leaves the input bit for bit.
+    """
+
+    def __init__(self, hidden_size, param_init_type, compute_dtype):
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.param_init_type = param_init_type
+        self.compute_dtype = compute_dtype
+        self.residual_add = ops.Add()
+
+    def construct(self, hidden):
+        rows = to_rows(hidden)
+        delta = ops.cast(self.bottleneck(ops.cast(rows, self.compute_dtype)), hidden.dtype)
+        return from_rows(self.residual_add(rows, delta), hidden)
+
+    def bottleneck(self, rows):
+        """The delta on rows of the compute type: `(rows, hidden_size) -> (rows, hidden_size)`."""
+        raise NotImplementedError
+
+    def extend_repr(self):
+        return (f"hidden_size={self.hidden_size}, param_init_type={self.param_init_type}, "
+                f"compute_dtype={self.compute_dtype}")
+
+
+def checker(cell):
+    """The argument checker of a Cell that is being made."""
+    return Checker(type(cell).__name__)

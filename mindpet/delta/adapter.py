@@ -1,0 +1,185 @@
+"""Adapter: a bottleneck with a residual, after a frozen Dense layer."""
+from collections import OrderedDict
+
+import mindspore as ms
+from mindspore import nn
+
+from mindpet.delta._base import DeltaDense, ResidualAdapter, checker
+from mindpet.delta.low_rank_adapter import LowRankAdapterDense, LowRankAdapterLayer
+from mindpet.layers.activation import ACTIVATIONS, get_activation
+from mindpet.layers.linear import Dense
+from mindpet.utils.sharding import apply_strategies
+
+__all__ = ["AdapterDense", "AdapterLayer", "LowRankAdapterDense", "LowRankAdapterLayer"]
+
+
+class AdapterLayer(ResidualAdapter):
+    """A bottleneck adapter.
+
+    .. math::
+        y = h + W_{up} non\\_linearity(W_{down} h + b_{down}) + b_{up}
+
+    Source: Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP", arXiv:1902.00751, section 2.1.
+    W_up and both biases start as zeros, so a fresh adapter is the identity.
+
+    Args:
+        hidden_size (int): features of the input and the output.
+        bottleneck_size (int): features inside. Default: 64.
+        non_linearity (str): name of the activation inside, see `mindpet.layers.get_activation`. Default: 'gelu'.
+        param_init_type (mindspore.dtype): type of the parameters: float16, float32 or bfloat16. Default: float32.
+        compute_dtype (mindspore.dtype): type of the computation: float16, float32 or bfloat16. Default: float16.
+
+    Parameters:
+        mindpet_delta_adapter_block.mindpet_delta_adapter_down_sampler: weight `(bottleneck_size, hidden_size)`, bias;
+        mindpet_delta_adapter_block.mindpet_delta_adapter_up_sampler: weight `(hidden_size, bottleneck_size)`, bias.
+
+    Inputs:
+        hidden: `(*, hidden_size)`.
+
+    Outputs:
+        `(*, hidden_size)`, in the type of `hidden`.
+
+    Raises:
+        TypeError: a size is not an int, `non_linearity` not a str, a type none of the three.
+        ValueError: a size below 1, an unknown `non_linearity`.
+    """
+
+    def __init__(self, hidden_size, bottleneck_size=64, non_linearity="gelu", param_init_type=ms.float32,
+                 compute_dtype=ms.float16):
+        check = checker(self)
+        check.positive_int(hidden_size=hidden_size, bottleneck_size=bottleneck_size)
+        check.choice("non_linearity", non_linearity, ACTIVATIONS)
+        check.float_type(param_init_type=param_init_type, compute_dtype=compute_dtype)
+        check.done()
+        super().__init__(hidden_size, param_init_type, compute_dtype)
+        self.bottleneck_size = bottleneck_size
+        self.non_linearity = non_linearity
+        self.mindpet_delta_adapter_block = nn.SequentialCell(OrderedDict(
+            mindpet_delta_adapter_down_sampler=Dense(
+                hidden_size, bottleneck_size, "xavier_uniform", dtype=param_init_type, compute_dtype=compute_dtype),
+            mindpet_delta_adapter_non_linear=get_activation(non_linearity),
+            mindpet_delta_adapter_up_sampler=Dense(
+                bottleneck_size, hidden_size, "zeros", dtype=param_init_type, compute_dtype=compute_dtype)))
+
+    def bottleneck(self, rows):
+        return self.mindpet_delta_adapter_block(rows)
+
+    @property
+    def operators(self):
+        """The operator behind each slot of `shard()`."""
+        down, non_linearity, up = self.mindpet_delta_adapter_block
+        return {
+            "strategy_matmul_down_sampler": down.matmul,
+            "strategy_bias_down_sampler": down.bias_add,
+            "strategy_non_linearity": non_linearity,
+            "strategy_matmul_up_sampler": up.matmul,
+            "strategy_bias_up_sampler": up.bias_add,
+            "strategy_residual_add": self.residual_add,
+        }
+
+    def shard(self, strategy_matmul_down_sampler=None, strategy_bias_down_sampler=None, strategy_non_linearity=None,
+              strategy_matmul_up_sampler=None, strategy_bias_up_sampler=None, strategy_residual_add=None):
+        """Set the strategies of the operators, each a tuple with one tuple of ints for each input, or None.
+
+        Args:
+            strategy_matmul_down_sampler (tuple): of the down matmul (transpose_b). Default: None.
+            strategy_bias_down_sampler (tuple): of the down bias addition. Default: None.
+            strategy_non_linearity (tuple): of the activation inside. Default: None.
+            strategy_matmul_up_sampler (tuple): of the up matmul (transpose_b). Default: None.
+            strategy_bias_up_sampler (tuple): of the up bias addition. Default: None.
+            strategy_residual_add (tuple): of the residual addition. Default: None.
+
+        Returns:
+            AdapterLayer, itself.
+
+        Raises:
+            TypeError, ValueError: see `mindpet.utils.sharding.apply_strategies`; LogSoftmax cannot be sharded.
+        """
+        return apply_strategies(self, locals())
+
+    def extend_repr(self):
+        return f"{super().extend_repr()}, bottleneck_size={self.bottleneck_size}, non_linearity={self.non_linearity}"
+
+
+class AdapterDense(DeltaDense):
+    """A Dense layer followed by an adapter.
+
+    .. math::
+        y = AdapterLayer(activation(x W^T + b))
+
+    Source: Houlsby et al. 2019, arXiv:1902.00751, section 2.1. A fresh AdapterDense computes what the Dense layer
+    computed.
+
+    Args:
+        in_channels (int): features of the input.
+        out_channels (int): features of the output.
+        weight_init (Union[Tensor, str, Initializer, Number]): of the weight W. Default: 'normal'.
+        bias_init (Union[Tensor, str, Initializer, Number]): of the bias b. Default: 'zeros'.
+        has_bias (bool): whether there is a bias. Default: True.
+        activation (Union[str, Cell, Primitive, None]): applied before the adapter. Default: None.
+        bottleneck_size (int): features inside the adapter. Default: 64.
+        non_linearity (str): name of the activation inside the adapter. Default: 'gelu'.
+        param_init_type (mindspore.dtype): type of the adapter's parameters: float16, float32 or bfloat16.
+            Default: float32.
+        compute_dtype (mindspore.dtype): type of the computation: float16, float32 or bfloat16. Default: float16.
+
+    Parameters:
+        weight `(out_channels, in_channels)`, bias `(out_channels,)`, and mindpet_delta_adapter, an `AdapterLayer`.
+
+    Inputs:
+        x: `(*, in_channels)`.
+
+    Outputs:
+        `(*, out_channels)`, in the type of `x`.
+
+    Raises:
+        TypeError: a size is not an int, `has_bias` not a bool, `non_linearity` not a str, a type none of the three, an
+            initialiser or `activation` none of its types.
+        ValueError: a size below 1, an unknown `non_linearity`, an initialiser of the wrong shape or an unknown name.
+        KeyError: the name of `activation` is unknown.
+    """
+
+    def __init__(self, in_channels, out_channels, weight_init="normal", bias_init="zeros", has_bias=True,
+                 activation=None, bottleneck_size=64, non_linearity="gelu", param_init_type=ms.float32,
+                 compute_dtype=ms.float16):
+        check = checker(self)
+        check.positive_int(bottleneck_size=bottleneck_size)
+        check.choice("non_linearity", non_linearity, ACTIVATIONS)
+        super().__init__(in_channels, out_channels, weight_init, bias_init, has_bias, activation, param_init_type,
+                         compute_dtype, check)
+        self.mindpet_delta_adapter = AdapterLayer(out_channels, bottleneck_size, non_linearity, param_init_type,
+                                                  compute_dtype)
+
+    def transform(self, rows):
+        return self.mindpet_delta_adapter(self.activate(self.linear(rows)))
+
+    @property
+    def operators(self):
+        """The operator behind each slot of `shard()`."""
+        return {
+            "strategy_matmul_org": self.matmul,
+            "strategy_bias_org": self.bias_add if self.has_bias else None,
+            "strategy_activation_org": self.activation,
+            **self.mindpet_delta_adapter.operators,
+        }
+
+    def shard(self, strategy_matmul_org=None, strategy_bias_org=None, strategy_activation_org=None,
+              strategy_matmul_down_sampler=None, strategy_bias_down_sampler=None, strategy_non_linearity=None,
+              strategy_matmul_up_sampler=None, strategy_bias_up_sampler=None, strategy_residual_add=None):
+        """Set the strategies of the operators, each a tuple with one tuple of ints for each input, or None.
+
+        Args:
+            strategy_matmul_org (tuple): of the base matmul (transpose_b). Default: None.
+            strategy_bias_org (tuple): of the base bias addition. Default: None.
+            strategy_activation_org (tuple): of the base activation. Default: None.
+            strategy_matmul_down_sampler, strategy_bias_down_sampler, strategy_non_linearity,
+                strategy_matmul_up_sampler, strategy_bias_up_sampler, strategy_residual_add (tuple): of the adapter,
+                see `AdapterLayer.shard`. Default: None.
+
+        Returns:
+            AdapterDense, itself.
+
+        Raises:
+            TypeError, ValueError: see `mindpet.utils.sharding.apply_strategies`; LogSoftmax cannot be sharded.
+        """
+        return apply_strategies(self, locals())

@@ -1,0 +1,240 @@
+"""Low-rank adapter: an adapter whose two matrices are low-rank products, after a frozen Dense layer."""
+import mindspore as ms
+from mindspore import Parameter, nn, ops
+from mindspore.common.initializer import Initializer, initializer
+
+from mindpet.delta._base import DeltaDense, ResidualAdapter, checker
+from mindpet.layers.activation import ACTIVATIONS, get_activation
+from mindpet.utils.sharding import apply_strategies
+
+
+class LowRankLinear(nn.Cell):
+    """`x (L R) + b` on rows of the compute type.
+
+    Args:
+        in_channels (int): features of the input.
+        out_channels (int): features of the output.
+        rank (int): columns of L and rows of R.
+        weight_init (Union[str, Initializer]): of L and R.
+        param_init_type (mindspore.dtype): type of the parameters.
+        compute_dtype (mindspore.dtype): type of the computation.
+    """
+
+    def __init__(self, in_channels, out_channels, rank, weight_init, param_init_type, compute_dtype):
+        super().__init__()
+        self.compute_dtype = compute_dtype
+        self.mindpet_delta_low_rank_adapter_weight_left = Parameter(
+            initializer(weight_init, [in_channels, rank], param_init_type))
+        self.mindpet_delta_low_rank_adapter_weight_right = Parameter(
+            initializer(weight_init, [rank, out_channels], param_init_type))
+        self.bias = Parameter(initializer("zeros", [out_channels], param_init_type))
+        self.matmul_weight = ops.MatMul()
+        self.matmul_input = ops.MatMul()
+        self.bias_add = ops.BiasAdd()
+
+    def construct(self, rows):
+        left = ops.cast(self.mindpet_delta_low_rank_adapter_weight_left, self.compute_dtype)
+        right = ops.cast(self.mindpet_delta_low_rank_adapter_weight_right, self.compute_dtype)
+        out = self.matmul_input(rows, self.matmul_weight(left, right))
+        return self.bias_add(out, ops.cast(self.bias, self.compute_dtype))
+
+
+class LowRankAdapterLayer(ResidualAdapter):
+    """A low-rank adapter.
+
+    .. math::
+        y = h + non\\_linearity(h W_{down} + b_{down}) W_{up} + b_{up},\\quad
+        W_{down} = L_{down} R_{down},\\ W_{up} = L_{up} R_{up}
+
+    Source: Mahabadi et al. 2021, "Compacter: Efficient Low-Rank Hypercomplex Adapter Layers", arXiv:2106.04647,
+    section 3 (the low-rank adapter it is compared with). The inner size is `hidden_size // reduction_factor`. All four
+    matrices start by `low_rank_w_init`, so a fresh layer is not the identity.
+
+    Args:
+        hidden_size (int): features of the input and the output.
+        reduction_factor (int): by how much the inner size is smaller; at most `hidden_size`. Default: 1.
+        low_rank_size (int): rank of both products. Default: 1.
+        low_rank_w_init (Union[str, Initializer]): of the four matrices. Default: 'xavier_uniform'.
+        non_linearity (str): name of the activation inside, see `mindpet.layers.get_activation`. Default: 'gelu'.
+        param_init_type (mindspore.dtype): type of the parameters: float16, float32 or bfloat16. Default: float32.
+        compute_dtype (mindspore.dtype): type of the computation: float16, float32 or bfloat16. Default: float16.
+
+    Parameters:
+        In mindpet_delta_low_rank_adapter_down_sampler and ..._up_sampler each:
+        mindpet_delta_low_rank_adapter_weight_left `(in, rank)`, mindpet_delta_low_rank_adapter_weight_right
+        `(rank, out)`, bias `(out,)`.
+
+    Inputs:
+        hidden: `(*, hidden_size)`.
+
+    Outputs:
+        `(*, hidden_size)`, in the type of `hidden`.
+
+    Raises:
+        TypeError: a size is not an int, `low_rank_w_init` neither str nor Initializer, `non_linearity` not a str, a type
+            none of the three.
+        ValueError: a size below 1, `reduction_factor` above `hidden_size`, an unknown name.
+    """
+
+    def __init__(self, hidden_size, reduction_factor=1, low_rank_size=1, low_rank_w_init="xavier_uniform",
+                 non_linearity="gelu", param_init_type=ms.float32, compute_dtype=ms.float16):
+        check = checker(self)
+        check.positive_int(hidden_size=hidden_size)
+        check_bottleneck(check, hidden_size, reduction_factor, low_rank_size, low_rank_w_init, non_linearity)
+        check.float_type(param_init_type=param_init_type, compute_dtype=compute_dtype)
+        check.done()
+        super().__init__(hidden_size, param_init_type, compute_dtype)
+        self.reduction_factor = reduction_factor
+        self.low_rank_size = low_rank_size
+        self.bottleneck_size = hidden_size // reduction_factor
+        self.mindpet_delta_low_rank_adapter_down_sampler = LowRankLinear(
+            hidden_size, self.bottleneck_size, low_rank_size, low_rank_w_init, param_init_type, compute_dtype)
+        self.mindpet_delta_low_rank_adapter_non_linear = get_activation(non_linearity)
+        self.mindpet_delta_low_rank_adapter_up_sampler = LowRankLinear(
+            self.bottleneck_size, hidden_size, low_rank_size, low_rank_w_init, param_init_type, compute_dtype)
+
+    def bottleneck(self, rows):
+        inner = self.mindpet_delta_low_rank_adapter_down_sampler(rows)
+        return self.mindpet_delta_low_rank_adapter_up_sampler(self.mindpet_delta_low_rank_adapter_non_linear(inner))
+
+    @property
+    def operators(self):
+        """The operator behind each slot of `shard()`."""
+        down = self.mindpet_delta_low_rank_adapter_down_sampler
+        up = self.mindpet_delta_low_rank_adapter_up_sampler
+        return {
+            "strategy_matmul_down_sampler_weight": down.matmul_weight,
+            "strategy_matmul_down_sampler_input": down.matmul_input,
+            "strategy_bias_down_sampler": down.bias_add,
+            "strategy_non_linearity": self.mindpet_delta_low_rank_adapter_non_linear,
+            "strategy_matmul_up_sampler_weight": up.matmul_weight,
+            "strategy_matmul_up_sampler_input": up.matmul_input,
+            "strategy_bias_up_sampler": up.bias_add,
+            "strategy_residual_add": self.residual_add,
+        }
+
+    def shard(self, strategy_matmul_down_sampler_weight=None, strategy_matmul_down_sampler_input=None,
+              strategy_bias_down_sampler=None, strategy_non_linearity=None, strategy_matmul_up_sampler_weight=None,
+              strategy_matmul_up_sampler_input=None, strategy_bias_up_sampler=None, strategy_residual_add=None):
+        """Set the strategies of the operators, each a tuple with one tuple of ints for each input, or None.
+
+        Args:
+            strategy_matmul_down_sampler_weight (tuple): of the product of the down matrices. Default: None.
+            strategy_matmul_down_sampler_input (tuple): of the down matmul. Default: None.
+            strategy_bias_down_sampler (tuple): of the down bias addition. Default: None.
+            strategy_non_linearity (tuple): of the activation inside. Default: None.
+            strategy_matmul_up_sampler_weight (tuple): of the product of the up matrices. Default: None.
+            strategy_matmul_up_sampler_input (tuple): of the up matmul. Default: None.
+            strategy_bias_up_sampler (tuple): of the up bias addition. Default: None.
+            strategy_residual_add (tuple): of the residual addition. Default: None.
+
+        Returns:
+            LowRankAdapterLayer, itself.
+
+        Raises:
+            TypeError, ValueError: see `mindpet.utils.sharding.apply_strategies`; LogSoftmax cannot be sharded.
+        """
+        return apply_strategies(self, locals())
+
+    def extend_repr(self):
+        return (f"{super().extend_repr()}, reduction_factor={self.reduction_factor}, "
+                f"low_rank_size={self.low_rank_size}")
+
+
+class LowRankAdapterDense(DeltaDense):
+    """A Dense layer followed by a low-rank adapter.
+
+    .. math::
+        y = LowRankAdapterLayer(activation(x W^T + b))
+
+    Source: Mahabadi et al. 2021, arXiv:2106.04647, section 3.
+
+    Args:
+        in_channels (int): features of the input.
+        out_channels (int): features of the output.
+        weight_init (Union[Tensor, str, Initializer, Number]): of the weight W. Default: 'normal'.
+        bias_init (Union[Tensor, str, Initializer, Number]): of the bias b. Default: 'zeros'.
+        has_bias (bool): whether there is a bias. Default: True.
+        activation (Union[str, Cell, Primitive, None]): applied before the adapter. Default: None.
+        reduction_factor (int): by how much the adapter's inner size is smaller than `out_channels`. Default: 1.
+        low_rank_size (int): rank of the adapter's products. Default: 1.
+        low_rank_w_init (Union[str, Initializer]): of the adapter's matrices. Default: 'xavier_uniform'.
+        non_linearity (str): name of the activation inside the adapter. Default: 'gelu'.
+        param_init_type (mindspore.dtype): type of the adapter's parameters: float16, float32 or bfloat16.
+            Default: float32.
+        compute_dtype (mindspore.dtype): type of the computation: float16, float32 or bfloat16. Default: float16.
+
+    Parameters:
+        weight `(out_channels, in_channels)`, bias `(out_channels,)`, and mindpet_delta_low_rank_adapter, a
+        `LowRankAdapterLayer`.
+
+    Inputs:
+        x: `(*, in_channels)`.
+
+    Outputs:
+        `(*, out_channels)`, in the type of `x`.
+
+    Raises:
+        TypeError: a size is not an int, `has_bias` not a bool, `low_rank_w_init` neither str nor Initializer,
+            `non_linearity` not a str, a type none of the three, an initialiser or `activation` none of its types.
+        ValueError: a size below 1, `reduction_factor` above `out_channels`, an initialiser of the wrong shape, an
+            unknown name.
+        KeyError: the name of `activation` is unknown.
+    """
+
+    def __init__(self, in_channels, out_channels, weight_init="normal", bias_init="zeros", has_bias=True,
+                 activation=None, reduction_factor=1, low_rank_size=1, low_rank_w_init="xavier_uniform",
+                 non_linearity="gelu", param_init_type=ms.float32, compute_dtype=ms.float16):
+        check = checker(self)
+        check_bottleneck(check, out_channels, reduction_factor, low_rank_size, low_rank_w_init, non_linearity)
+        super().__init__(in_channels, out_channels, weight_init, bias_init, has_bias, activation, param_init_type,
+                         compute_dtype, check)
+        self.mindpet_delta_low_rank_adapter = LowRankAdapterLayer(
+            out_channels, reduction_factor, low_rank_size, low_rank_w_init, non_linearity, param_init_type,
+            compute_dtype)
+
+    def transform(self, rows):
+        return self.mindpet_delta_low_rank_adapter(self.activate(self.linear(rows)))
+
+    @property
+    def operators(self):
+        """The operator behind each slot of `shard()`."""
+        return {
+            "strategy_matmul_org": self.matmul,
+            "strategy_bias_org": self.bias_add if self.has_bias else None,
+            "strategy_activation_org": self.activation,
+            **self.mindpet_delta_low_rank_adapter.operators,
+        }
+
+    def shard(self, strategy_matmul_org=None, strategy_bias_org=None, strategy_activation_org=None,
+              strategy_matmul_down_sampler_weight=None, strategy_matmul_down_sampler_input=None,
+              strategy_bias_down_sampler=None, strategy_non_linearity=None, strategy_matmul_up_sampler_weight=None,
+              strategy_matmul_up_sampler_input=None, strategy_bias_up_sampler=None, strategy_residual_add=None):
+        """Set the strategies of the operators, each a tuple with one tuple of ints for each input, or None.
+
+        Args:
+            strategy_matmul_org (tuple): of the base matmul (transpose_b). Default: None.
+            strategy_bias_org (tuple): of the base bias addition. Default: None.
+            strategy_activation_org (tuple): of the base activation. Default: None.
+            strategy_matmul_down_sampler_weight, strategy_matmul_down_sampler_input, strategy_bias_down_sampler,
+                strategy_non_linearity, strategy_matmul_up_sampler_weight, strategy_matmul_up_sampler_input,
+                strategy_bias_up_sampler, strategy_residual_add (tuple): of the adapter, see
+                `LowRankAdapterLayer.shard`. Default: None.
+
+        Returns:
+            LowRankAdapterDense, itself.
+
+        Raises:
+            TypeError, ValueError: see `mindpet.utils.sharding.apply_strategies`; LogSoftmax cannot be sharded.
+        """
+        return apply_strategies(self, locals())
+
+
+def check_bottleneck(check, hidden_size, reduction_factor, low_rank_size, low_rank_w_init, non_linearity):
+    """Check what LowRankAdapterLayer and LowRankAdapterDense have in common."""
+    check.positive_int(reduction_factor=reduction_factor, low_rank_size=low_rank_size)
+    if all(type(size) is int for size in (hidden_size, reduction_factor)):
+        check.require(reduction_factor <= max(hidden_size, 1), ValueError, "reduction_factor", reduction_factor,
+                      f"at most the hidden size, {hidden_size}")
+    check.initial("low_rank_w_init", low_rank_w_init, (), types=(str, Initializer))
+    check.choice("non_linearity", non_linearity, ACTIVATIONS)

@@ -1,0 +1,125 @@
+"""P-Tuning v2: trained keys and values before those of every attention layer."""
+import mindspore as ms
+from mindspore import Parameter, Tensor, nn, ops
+
+from mindpet.delta._base import checker
+from mindpet.errors import NotPositiveIntError
+from mindpet.utils.validate import Checker
+from mindpet.utils.version_control import get_dropout
+
+
+class PrefixEncoder(nn.Cell):
+    """The prefixes of all layers of a network.
+
+    .. math::
+        P = dropout(E)\\quad or\\quad P = dropout(W_2 tanh(W_1 E + b_1) + b_2)
+
+    viewed as `(pre_seq_len, 2 * num_layers, num_heads, kv_channels)`: layer i has its keys in slot 2i and its values in
+    slot 2i + 1.
+
+    Source: Liu et al. 2021, "P-Tuning v2: Prompt Tuning Can Be Comparable to Fine-tuning Universally Across Scales and
+    Tasks", arXiv:2110.07602, section 3.2.
+
+    Args:
+        pre_seq_len (int): prefix tokens a layer.
+        num_layers (int): layers of the network.
+        num_heads (int): key and value heads of a layer.
+        kv_channels (int): features of a head.
+        prefix_projection (bool): whether a network of two Dense layers computes the prefixes from the embedding.
+            Default: False.
+        projection_dim (int): features between those two layers. Default: 128.
+        dropout_prob (float): probability in [0, 1) of zeroing an element while training. Default: 0.0.
+        out_perm (tuple): order of the axes (batch, token, slot, head, channel) in the result. Its first entry must
+            be 2, the slots, which are what the result is split along. Default: (2, 0, 3, 1, 4).
+        parallel_config (object): has `data_parallel` and `model_parallel`, for `shard()`. Default: None.
+
+    Parameters:
+        mindpet_delta_ptuning2_prefix `(pre_seq_len,)`: token ids, int32, not trained;
+        mindpet_delta_ptuning2_embedding.embedding_table
+        `(pre_seq_len, num_layers * 2 * num_heads * kv_channels)`; with `prefix_projection`
+        mindpet_delta_ptuning2_dense_in and mindpet_delta_ptuning2_dense_out.
+
+    Inputs:
+        batch_size (int): samples in the batch.
+        dtype (mindspore.dtype): type of the result. Default: float16.
+
+    Outputs:
+        tuple of `num_layers` tensors `(2, batch_size, num_heads, pre_seq_len, kv_channels)`: keys, values.
+
+    Raises:
+        TypeError: a size is not a positive int (also a ValueError, if it is an int), `prefix_projection` not a bool,
+            `dropout_prob` not a number.
+        ValueError: `dropout_prob` outside [0, 1), `out_perm` no order of five axes with the slots first.
+    """
+
+    def __init__(self, pre_seq_len, num_layers, num_heads, kv_channels, prefix_projection=False, projection_dim=128,
+                 dropout_prob=0.0, out_perm=(2, 0, 3, 1, 4), parallel_config=None):
+        check = checker(self)
+        check.positive_int(NotPositiveIntError, pre_seq_len=pre_seq_len, num_layers=num_layers, num_heads=num_heads,
+                           kv_channels=kv_channels, projection_dim=projection_dim)
+        check.boolean(prefix_projection=prefix_projection)
+        check.probability((int, float), dropout_prob=dropout_prob)
+        check.require(isinstance(out_perm, (tuple, list)) and sorted(out_perm) == [0, 1, 2, 3, 4] and out_perm[0] == 2,
+                      ValueError, "out_perm", out_perm, "an order of the axes 0 to 4 that begins with 2")
+        check.done()
+        super().__init__()
+        self.pre_seq_len = pre_seq_len
+        self.num_layers = num_layers
+        self.num_heads = num_heads
+        self.kv_channels = kv_channels
+        self.prefix_projection = prefix_projection
+        self.projection_dim = projection_dim
+        self.dropout_prob = dropout_prob
+        self.out_perm = tuple(out_perm)
+        width = num_layers * 2 * num_heads * kv_channels
+        self.mindpet_delta_ptuning2_prefix = Parameter(Tensor(list(range(pre_seq_len)), ms.int32), requires_grad=False)
+        self.mindpet_delta_ptuning2_embedding = nn.Embedding(pre_seq_len, width)
+        if prefix_projection:
+            self.mindpet_delta_ptuning2_dense_in = nn.Dense(width, projection_dim)
+            self.tanh = nn.Tanh()
+            self.mindpet_delta_ptuning2_dense_out = nn.Dense(projection_dim, width)
+        self.dropout = get_dropout(dropout_prob)
+        self.expand_dims = ops.ExpandDims()
+        self.tile = ops.Tile()
+        self.transpose = ops.Transpose()
+        self.split = ops.Split(axis=0, output_num=num_layers)
+        if parallel_config is not None:
+            self.shard(parallel_config.data_parallel, parallel_config.model_parallel)
+
+    def construct(self, batch_size, dtype=ms.float16):
+        prefix = self.mindpet_delta_ptuning2_embedding(self.mindpet_delta_ptuning2_prefix)
+        if self.prefix_projection:
+            prefix = self.mindpet_delta_ptuning2_dense_out(self.tanh(self.mindpet_delta_ptuning2_dense_in(prefix)))
+        prefix = self.dropout(ops.cast(prefix, dtype))
+        prefix = ops.reshape(prefix, (self.pre_seq_len, 2 * self.num_layers, self.num_heads, self.kv_channels))
+        prefix = self.tile(self.expand_dims(prefix, 0), (batch_size, 1, 1, 1, 1))
+        return self.split(self.transpose(prefix, self.out_perm))
+
+    def shard(self, data_parallel, model_parallel):
+        """Split the result over the batch and the heads; what comes before it is the same on every rank.
+
+        Args:
+            data_parallel (int): slices of the batch.
+            model_parallel (int): slices of the heads.
+
+        Returns:
+            PrefixEncoder, itself.
+
+        Raises:
+            TypeError: a number of slices is not an int.
+            ValueError: a number of slices below 1.
+        """
+        check = Checker("PrefixEncoder.shard")
+        check.positive_int(data_parallel=data_parallel, model_parallel=model_parallel)
+        check.done()
+        layout = (data_parallel, 1, 1, model_parallel, 1)
+        self.expand_dims.shard(((1, 1, model_parallel, 1),))
+        self.tile.shard((layout,))
+        self.transpose.shard((layout,))
+        self.split.shard((tuple(layout[axis] for axis in self.out_perm),))
+        return self
+
+    def extend_repr(self):
+        return (f"pre_seq_len={self.pre_seq_len}, num_layers={self.num_layers}, num_heads={self.num_heads}, "
+                f"kv_channels={self.kv_channels}, prefix_projection={self.prefix_projection}, "
+                f"projection_dim={self.projection_dim}, dropout_prob={self.dropout_prob}")

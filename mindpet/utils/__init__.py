@@ -1,0 +1,1 @@
+"""Helpers. `constants`, `exceptions` and `version_control` keep import paths that other software relies on."""
