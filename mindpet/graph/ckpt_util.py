@@ -1,0 +1,324 @@
+"""Saving what was trained, and loading it back."""
+import copy
+import multiprocessing
+import os
+import tempfile
+import threading
+import warnings
+
+import mindspore as ms
+from mindspore import Parameter, nn
+from mindspore.train import CheckpointConfig, ModelCheckpoint
+from mindspore.train.callback._checkpoint import CheckpointManager
+
+from mindpet.delta.registry import METHODS
+from mindpet.errors import AbsolutePathError, CheckpointError, LinkPathError
+from mindpet.graph.parameters import matches, model_of, model_parameters, trainable_parameters
+from mindpet.utils.validate import FLOAT_TYPES, Checker
+
+STAGING = ".incomplete"
+FORMATS = ("ckpt", "safetensors")
+# What MindSpore's optimizers and loss scaling add to the checkpoint of a train network.
+OPTIMIZER_PREFIXES = ("accum", "accum_update", "adam_m", "adam_v", "ax_", "exp_avg", "lamb_m", "lamb_v", "linear",
+                      "mean_grad", "mean_square", "moment", "moment1", "moment2", "moments", "prev", "stat",
+                      "step_size", "vhat")
+OPTIMIZER_NAMES = ("beta1_power", "beta2_power", "current_iterator_step", "epoch_num", "global_step",
+                   "last_overflow_iterator_step", "learning_rate", "momentum", "scale_sense", "step_num")
+
+
+class TrainableParamsCheckPoint(ModelCheckpoint):
+    """`ModelCheckpoint` that saves only the parameters of the model that are trainable.
+
+    State of the optimizer is not saved. All fields of `CheckpointConfig` hold. A file gets its final name when it is
+    complete, and an old one is removed only after that: a process killed at any moment leaves the last complete file.
+
+    Args:
+        directory (str): absolute path of the folder for the files; made if missing; not a symbolic link.
+        prefix (Union[str, callable]): of the file names, or what makes one, as in `ModelCheckpoint`.
+            Default: 'DELTA_CKP'.
+        config (CheckpointConfig): when and how to save. Default: None, for `CheckpointConfig()`.
+
+    Raises:
+        TypeError: `directory` is not a str, `config` not a CheckpointConfig.
+        ValueError: `prefix` is neither a str without '/' nor callable.
+        AbsolutePathError: `directory` is not absolute.
+        LinkPathError: `directory` is a symbolic link.
+        OSError: `directory` cannot be made or written to.
+        CheckpointError: before training starts, if nothing is trainable.
+    """
+
+    def __init__(self, directory, prefix="DELTA_CKP", config=None):
+        check = Checker("TrainableParamsCheckPoint")
+        check.require(isinstance(directory, str), TypeError, "directory", directory, "a str")
+        is_name = isinstance(prefix, str) and "/" not in prefix
+        check.require(callable(prefix) or is_name, ValueError, "prefix", prefix, "callable or a str without '/'")
+        check.require(config is None or isinstance(config, CheckpointConfig), TypeError, "config", config,
+                      "a CheckpointConfig or None")
+        check.done()
+        _make_directory(directory)
+        config = copy.copy(config) if config else CheckpointConfig()
+        self._user_network = config.saved_network
+        # MindSpore's own exception_save writes the whole train network; __exit__ does it here.
+        self._save_on_exception, config.exception_save = config.exception_save, False
+        super().__init__(prefix, directory, config)
+        self._manager = _AtomicManager(config.format, directory)
+        self._callback_params = None
+
+    def begin(self, run_context):
+        """Refuse to start if there is nothing to save."""
+        self._callback_params = run_context.original_args()
+        if not trainable_parameters(self._network(self._callback_params)):
+            raise CheckpointError("TrainableParamsCheckPoint: no parameter of the network is trainable, so there would "
+                                  "be nothing to save; see freeze_delta.")
+
+    def step_end(self, run_context):
+        """Save if it is time to."""
+        if self._config.async_save and not _writing():
+            self._manager.publish()
+        super().step_end(run_context)
+
+    def end(self, run_context):
+        """Save the last checkpoint."""
+        super().end(run_context)
+        self._manager.publish()
+
+    def __exit__(self, *err):
+        if not err or err[0] is None or self._callback_params is None:
+            return
+        _wait_for_writing()
+        self._manager.publish()
+        if self._save_on_exception and self._callback_params.cur_step_num > 0:
+            self._save_breakpoint(self._callback_params)
+
+    def _network(self, callback_params):
+        return self._user_network or model_of(callback_params)
+
+    def _save_ckpt(self, cb_params, force_to_save=False):
+        """Have MindSpore write to the staging folder, then publish the file."""
+        self._config._saved_network = _TrainableView(self._network(cb_params), cb_params.train_network)
+        directory, self._directory = self._directory, self._manager.staging
+        try:
+            super()._save_ckpt(cb_params, force_to_save)
+        finally:
+            self._directory = directory
+        if os.path.dirname(self._latest_ckpt_file_name) == self._manager.staging:
+            self._latest_ckpt_file_name = self._manager.stage(self._latest_ckpt_file_name)
+        if not self._config.async_save:
+            self._manager.publish()
+
+    def _save_breakpoint(self, cb_params):
+        """What `exception_save` promises, for the trainable parameters."""
+        step = int((cb_params.cur_step_num - 1) % cb_params.batch_num + 1)
+        name = f"{self._prefix}-{cb_params.cur_epoch_num}_{step}_breakpoint.{self._config.format}"
+        self._append_dict_content(cb_params.cur_epoch_num, cb_params.cur_step_num)
+        os.makedirs(self._manager.staging, exist_ok=True)
+        staged = os.path.join(self._manager.staging, name)
+        ms.save_checkpoint(_TrainableView(self._network(cb_params), cb_params.train_network), staged,
+                           self._config.integrated_save, False, self._append_dict, self._config.enc_key,
+                           self._config.enc_mode, crc_check=self._config.crc_check, format=self._config.format)
+        self._latest_ckpt_file_name = self._manager.stage(staged)
+        self._manager.publish()
+
+
+class _TrainableView(nn.Cell):
+    """A Cell for `save_checkpoint`, which sees only the trainable parameters of `model`.
+
+    Args:
+        model (Cell): whose parameters they are.
+        compiled (Cell): the Cell that was compiled, which knows the layouts of sharded parameters.
+    """
+
+    def __init__(self, model, compiled):
+        super().__init__(auto_prefix=False)
+        # Not as attributes of the Cell, which would make them its children.
+        object.__setattr__(self, "_model", model)
+        object.__setattr__(self, "_compiled", compiled)
+
+    def parameters_and_names(self, name_prefix="", expand=True):
+        yield from trainable_parameters(self._model).items()
+
+    def init_parameters_data(self, auto_parallel_mode=False):
+        return self._model.init_parameters_data(auto_parallel_mode)
+
+    @property
+    def parameter_layout_dict(self):
+        return self._compiled.parameter_layout_dict
+
+
+class _AtomicManager(CheckpointManager):
+    """Keeps files under their final name complete: new ones come from `staging`, old ones go after that.
+
+    Args:
+        format (str): 'ckpt' or 'safetensors'.
+        directory (str): the folder of the files.
+    """
+
+    def __init__(self, format, directory):
+        super().__init__(format)
+        self.directory = directory
+        self.staging = os.path.join(directory, STAGING)
+        self._staged = []
+        self._doomed = []
+
+    def update_ckpoint_filelist(self, directory, prefix):
+        """List the files in the final folder. MindSpore calls this before each save, when no write is under way."""
+        _wait_for_writing()
+        self.publish()
+        self._doomed = []
+        os.makedirs(self.staging, exist_ok=True)
+        super().update_ckpoint_filelist(self.directory, prefix)
+
+    def remove_ckpoint_file(self, file_name):
+        """Remove the file when the next one is published."""
+        self._doomed.append(file_name)
+
+    def stage(self, staged):
+        """Note a file that is, or will be, complete in the staging folder; returns its final name."""
+        self._staged.append(staged)
+        return os.path.join(self.directory, os.path.basename(staged))
+
+    def publish(self):
+        """Give the staged files their final names, then remove what they replace."""
+        staged, self._staged = self._staged, []
+        for path in staged:
+            if not os.path.exists(path):
+                warnings.warn(f"TrainableParamsCheckPoint: {path} was not written; older files are kept.", stacklevel=2)
+                return
+            os.replace(path, os.path.join(self.directory, os.path.basename(path)))
+        if staged:
+            for path in self._doomed:
+                super().remove_ckpoint_file(path)
+            self._doomed = []
+            if not os.listdir(self.staging):
+                os.rmdir(self.staging)
+
+
+def _writers():
+    """MindSpore's asynchronous writers that are at work."""
+    return [writer for writer in (*threading.enumerate(), *multiprocessing.active_children())
+            if writer.name == "asyn_save_ckpt"]
+
+
+def _writing():
+    return bool(_writers())
+
+
+def _wait_for_writing():
+    for writer in _writers():
+        writer.join()
+
+
+def _make_directory(directory):
+    """Make the folder, and find out now whether it can be written to."""
+    if not os.path.isabs(directory):
+        raise AbsolutePathError(f"TrainableParamsCheckPoint: 'directory' must be absolute, but got {directory!r}.")
+    if os.path.islink(directory.rstrip(os.sep)):
+        raise LinkPathError(f"TrainableParamsCheckPoint: 'directory' must not be a symbolic link, but got {directory!r}.")
+    os.makedirs(directory, exist_ok=True)
+    with tempfile.TemporaryFile(dir=directory):
+        pass
+
+
+def load_delta(network, *files, strict=True, dec_key=None, dec_mode="AES-GCM", crc_check=False):
+    """Load checkpoints of the base and of the delta into a network.
+
+    Several files together must hold every parameter of the network. A single file must hold every delta parameter and,
+    once the network is frozen, every trainable one: the rest is taken to be in place. Later files win. Keys of old
+    checkpoints (`tk_delta` for `mindpet_delta`, `mindpet_delta_lora_A` and `_B`) are understood; state of an optimizer
+    and appended scalars are passed over. Values are cast to the type of the parameter.
+
+    Args:
+        network (Cell): the model, its delta in place.
+        files (str): paths that end in '.ckpt' or '.safetensors'.
+        strict (bool): whether missing and surplus keys are an error; else they are a warning. Default: True.
+        dec_key (bytes): key of encrypted files. Default: None.
+        dec_mode (str): 'AES-GCM', 'AES-CBC' or 'SM4-CBC'. Default: 'AES-GCM'.
+        crc_check (bool): whether to check the CRC that the files were saved with. Default: False.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: no file is given, or one with another ending.
+        FileNotFoundError: a file does not exist.
+        CheckpointError: a file cannot be read, or keys are missing, surplus or of the wrong shape or type; all of them
+            are listed, and the network is unchanged.
+    """
+    _check_load_arguments(network, files, strict)
+    params = model_parameters(network)
+    found = {}
+    for file in files:
+        found.update(_read(os.fspath(file), dec_key, dec_mode, crc_check))
+    names = {_canonical(name): name for name in params}
+    values = {names[key]: value for key, value in found.items() if key in names}
+    missing = _required(params, alone=len(files) == 1) - set(values)
+    surplus = [key for key in found if key not in names and not _is_extra(key, found)]
+    problems = [f"missing: {name} {params[name].shape}" for name in params if name in missing]
+    problems += [f"surplus: {key} {found[key].shape}" for key in surplus]
+    misfits = [f"{name}: {_text(params[name])} in the network, {_text(value)} in the file"
+               for name, value in values.items() if not _fits(params[name], value)]
+    if misfits or (problems and strict):
+        raise CheckpointError(f"load_delta: {list(map(str, files))} does not fit the network, which is unchanged:\n  "
+                              + "\n  ".join(problems + misfits))
+    for problem in problems:
+        warnings.warn(f"load_delta: {problem}", stacklevel=2)
+    for name, value in values.items():
+        params[name].set_data(value.value().astype(params[name].dtype))
+
+
+def _check_load_arguments(network, files, strict):
+    check = Checker("load_delta")
+    check.require(isinstance(network, nn.Cell), TypeError, "network", network, "a Cell")
+    check.require(files, ValueError, "files", files, "at least one path")
+    for file in files:
+        if check.require(isinstance(file, (str, os.PathLike)), TypeError, "files", file, "paths"):
+            check.require(_format(file) in FORMATS, ValueError, "files", file, "paths that end in .ckpt or .safetensors")
+    check.boolean(strict=strict)
+    check.done()
+    lost = [str(file) for file in files if not os.path.isfile(file)]
+    if lost:
+        raise FileNotFoundError(f"load_delta: no such file: {lost}.")
+
+
+def _format(file):
+    return os.path.splitext(file)[1].lstrip(".")
+
+
+def _read(file, dec_key, dec_mode, crc_check):
+    """The parameters in a file by canonical key."""
+    try:
+        content = ms.load_checkpoint(file, dec_key=dec_key, dec_mode=dec_mode, crc_check=crc_check, format=_format(file))
+    except Exception as error:  # MindSpore, protobuf and safetensors each raise their own for a damaged file
+        raise CheckpointError(f"load_delta: {file!r} cannot be read ({os.path.getsize(file)} bytes): {error}") from error
+    return {_canonical(key): value for key, value in content.items() if isinstance(value, Parameter)}
+
+
+def _canonical(name):
+    """One spelling for all historical keys."""
+    for old, new in (("tk_delta", "mindpet_delta"), ("delta_lora_A", "delta_lora_a"), ("delta_lora_B", "delta_lora_b")):
+        name = name.replace(old, new)
+    return name
+
+
+def _required(params, alone):
+    """The names that the files must hold."""
+    constants = [pattern for method in METHODS.values() for pattern in method.constants]
+    variable = {name for name in params if not matches(name, constants)}
+    if not alone:
+        return variable
+    deltas = [pattern for method in METHODS.values() if method.cells for pattern in method.trainable]
+    frozen = any(not params[name].requires_grad for name in variable)
+    return {name for name in variable if matches(name, deltas) or (frozen and params[name].requires_grad)}
+
+
+def _is_extra(key, found):
+    """Whether a key is state of an optimizer or an appended scalar."""
+    prefix, _, rest = key.partition(".")
+    return key in OPTIMIZER_NAMES or found[key].ndim == 0 or (prefix in OPTIMIZER_PREFIXES and rest in found)
+
+
+def _fits(param, value):
+    same_kind = param.dtype == value.dtype or (param.dtype in FLOAT_TYPES and value.dtype in FLOAT_TYPES)
+    return same_kind and param.shape == value.shape
+
+
+def _text(param):
+    return f"{param.shape} {param.dtype}"

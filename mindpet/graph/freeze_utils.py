@@ -1,0 +1,157 @@
+"""Freezing: which parameters train. Freeze before the optimizer is made, for it keeps what it was given."""
+import difflib
+import os
+import warnings
+
+import mindspore as ms
+import yaml
+from mindspore import nn
+
+from mindpet.delta.registry import METHODS, find_method
+from mindpet.errors import LinkPathError, ModelConfigFreezeInfoError, NoMatchError, ReadYamlFileError
+from mindpet.graph.parameters import matches, model_parameters
+from mindpet.utils.validate import FLOAT_TYPES, Checker
+
+
+def freeze_modules(model, include=None, exclude=None, strict=True):
+    """Freeze the parameters whose names fit `include`, and let those train that fit `exclude`.
+
+    A name that fits both is left as it was, and so is one that fits neither. Integer parameters never train.
+
+    Args:
+        model (Cell): the network.
+        include (list of str): fnmatch patterns of names to freeze. Default: None.
+        exclude (list of str): fnmatch patterns of names to train. Default: None.
+        strict (bool): whether a pattern that fits no name is an error; else it is a warning. Default: True.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: neither list is given.
+        NoMatchError: a pattern fits no name; the network is unchanged.
+    """
+    _check_arguments("freeze_modules", model, include, exclude, strict)
+    if not include and not exclude:
+        raise ValueError("freeze_modules: 'include' or 'exclude' must hold a pattern, but got "
+                         f"include={include!r}, exclude={exclude!r}.")
+    params = model_parameters(model)
+    _report("freeze_modules", _unmatched(params, include, exclude), strict)
+    _apply(params, {}, include, exclude)
+
+
+def freeze_delta(model, mode, include=None, exclude=None, strict=True):
+    """Freeze all parameters but those of a delta method; then apply `include` and `exclude`, see `freeze_modules`.
+
+    Args:
+        model (Cell): the network, its delta in place.
+        mode (str): 'lora', 'prefixtuning' (or 'prefix'), 'adapter', 'low_rank_adapter', 'bitfit' or 'ptuning2', in any
+            letter case.
+        include (list of str): fnmatch patterns of further names to freeze. Default: None.
+        exclude (list of str): fnmatch patterns of further names to train, say the head. Default: None.
+        strict (bool): whether a mode whose delta is not in the network, or a pattern that fits no name, is an error;
+            else it is a warning. Default: True.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: `mode` is unknown.
+        NoMatchError: the delta is not in the network, or a pattern fits no name; the network is unchanged.
+    """
+    _check_arguments("freeze_delta", model, include, exclude, strict)
+    method = find_method(mode)
+    params = model_parameters(model)
+    flags = {name: matches(name, method.trainable) for name in params}
+    problems = [] if any(flags.values()) else [_missing_delta(method, params)]
+    _report("freeze_delta", problems + _unmatched(params, include, exclude), strict)
+    _apply(params, flags, include, exclude)
+
+
+def freeze_from_config(model, config_path, strict=True):
+    """Apply `freeze_modules` with the lists of a YAML file.
+
+    The file holds exactly `freeze: {include: [...], exclude: [...]}`, at least one of the two.
+
+    Args:
+        model (Cell): the network.
+        config_path (str): path of the file; it must not be a symbolic link.
+        strict (bool): as in `freeze_modules`. Default: True.
+
+    Raises:
+        ReadYamlFileError: the file cannot be read or parsed; the cause is chained (`LinkPathError` for a link).
+        ModelConfigFreezeInfoError: the file holds something else.
+        TypeError, NoMatchError: as in `freeze_modules`.
+    """
+    lists = _read_freeze_lists(config_path)
+    freeze_modules(model, lists.get("include"), lists.get("exclude"), strict)
+
+
+def _check_arguments(owner, model, include, exclude, strict):
+    check = Checker(owner)
+    check.require(isinstance(model, nn.Cell), TypeError, "model", model, "a Cell")
+    for name, patterns in (("include", include), ("exclude", exclude)):
+        is_list = isinstance(patterns, (list, tuple)) and all(isinstance(pattern, str) for pattern in patterns)
+        check.require(patterns is None or is_list, TypeError, name, patterns, "a list of str or None")
+    check.boolean(strict=strict)
+    check.done()
+
+
+def _apply(params, flags, include, exclude):
+    """Set requires_grad: `flags` first, then the lists where only one of them has a say."""
+    for name, param in params.items():
+        train = flags.get(name, param.requires_grad)
+        frozen, trained = matches(name, include or ()), matches(name, exclude or ())
+        if frozen != trained:
+            train = trained
+        param.requires_grad = train and param.dtype in (*FLOAT_TYPES, ms.float64)
+
+
+def _unmatched(params, include, exclude):
+    """A line for each pattern that fits no name."""
+    lists = (("include", include or ()), ("exclude", exclude or ()))
+    return [f"pattern {pattern!r} of '{which}' matches no parameter; nearest: {_nearest(pattern, params)}"
+            for which, patterns in lists for pattern in patterns
+            if not any(matches(name, [pattern]) for name in params)]
+
+
+def _missing_delta(method, params):
+    present = [other.name for other in METHODS.values() if other.cells and
+               any(matches(name, other.trainable) for name in params)]
+    found = f"deltas in the network: {present}" if present else f"nearest: {_nearest(method.trainable[0], params)}"
+    return f"mode {method.name!r} finds no parameter like {list(method.trainable)}; {found}"
+
+
+def _nearest(pattern, params):
+    """The names, or parts of names, that look most like a pattern."""
+    parts = {part for name in params for part in name.split(".")}
+    return difflib.get_close_matches(pattern.strip("*."), sorted(parts.union(params)), n=3, cutoff=0.3) or list(params)[:3]
+
+
+def _report(owner, problems, strict):
+    if problems and strict:
+        raise NoMatchError(f"{owner}: " + "; ".join(problems) + ". Nothing was changed; strict=False only warns.")
+    for problem in problems:
+        warnings.warn(f"{owner}: {problem}.", stacklevel=3)
+
+
+def _read_freeze_lists(path):
+    try:
+        content = _read_yaml(path)
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise ReadYamlFileError(f"freeze_from_config: cannot read 'config_path' {path!r}: {error}") from error
+    lists = content.get("freeze") if isinstance(content, dict) and list(content) == ["freeze"] else None
+    if not isinstance(lists, dict) or not lists or not set(lists) <= {"include", "exclude"}:
+        raise ModelConfigFreezeInfoError(f"freeze_from_config: {path!r} must hold 'freeze' with 'include', 'exclude' "
+                                         f"or both, and nothing else, but holds {content!r}.")
+    for name, patterns in lists.items():
+        if not isinstance(patterns, list) or not patterns or not all(isinstance(p, str) for p in patterns):
+            raise ModelConfigFreezeInfoError(f"freeze_from_config: '{name}' in {path!r} must be a list of names, "
+                                             f"but is {patterns!r}.")
+    return lists
+
+
+def _read_yaml(path):
+    """The content of a regular file that is no symbolic link, opened for reading only."""
+    if os.path.islink(path):
+        raise LinkPathError(f"{path!r} is a symbolic link")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path!r} is not a file")
+    with open(path, encoding="utf-8", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW)) as file:
+        return yaml.safe_load(file)

@@ -1,0 +1,136 @@
+"""Is it learning, and what does it cost?"""
+import hashlib
+import warnings
+from typing import NamedTuple
+
+from mindspore.train import Callback
+
+from mindpet.errors import NotLearningError
+from mindpet.graph.parameters import model_of, model_parameters
+from mindpet.utils.validate import Checker
+
+
+class Summary(NamedTuple):
+    """What trains and what it takes; `str()` is one line.
+
+    Attributes:
+        trainable (int): number of trainable values.
+        total (int): number of all values.
+        weight_bytes (int): all parameters.
+        gradient_bytes (int): gradients of the trainable parameters.
+        optimizer_bytes (int): state of the optimizer; without one given, two moments a trainable value, as Adam has.
+    """
+    trainable: int
+    total: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+
+    @property
+    def share(self):
+        """Trainable values in percent of all."""
+        return 100 * self.trainable / self.total if self.total else 0.0
+
+    def __str__(self):
+        return (f"trainable parameters {self.trainable:,} of {self.total:,} ({self.share:.4f} %); "
+                f"bytes: weights {self.weight_bytes:,}, gradients {self.gradient_bytes:,}, "
+                f"optimizer state {self.optimizer_bytes:,}")
+
+
+def summary(network, optimizer=None):
+    """Count the parameters of a network and the bytes that training it takes.
+
+    Args:
+        network (Cell): a model, frozen or not.
+        optimizer (Optimizer): whose state is counted. Default: None, which counts two moments a trainable value.
+
+    Returns:
+        Summary.
+    """
+    params = model_parameters(network)
+    trainable = [param for param in params.values() if param.requires_grad]
+    gradient_bytes = _nbytes(trainable)
+    state = [param for param in optimizer.get_parameters() if param.name not in params] if optimizer else None
+    return Summary(sum(param.size for param in trainable), sum(param.size for param in params.values()),
+                   _nbytes(params.values()), gradient_bytes, 2 * gradient_bytes if state is None else _nbytes(state))
+
+
+def _nbytes(params):
+    return sum(param.size * param.itemsize for param in params)
+
+
+class DeltaGuard(Callback):
+    """Checks that what should train moves and what is frozen does not.
+
+    It prints the network's `summary` when training begins. After `steps` steps it compares every parameter with what it
+    was: a trainable one must have changed, a frozen one must be the same bit for bit. It keeps one hash a parameter, and
+    fetches one parameter at a time. A first step moves only some of a fresh delta (LoRA's A gets no gradient while B is
+    zero), and loss scaling may skip steps: leave `steps` some room.
+
+    Args:
+        steps (int): after how many steps it looks; at the end of training, if that comes first. Default: 10.
+        strict (bool): whether a finding is an error; else it is a warning. Default: True.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong.
+        NotLearningError: while training; the message names the parameters.
+    """
+
+    def __init__(self, steps=10, strict=True):
+        super().__init__()
+        check = Checker("DeltaGuard")
+        check.positive_int(steps=steps)
+        check.boolean(strict=strict)
+        check.done()
+        self.steps = steps
+        self.strict = strict
+        self._digests = {}
+        self._first_step = 0
+
+    def begin(self, run_context):
+        """Print the summary and remember the parameters."""
+        callback_params = run_context.original_args()
+        network = model_of(callback_params)
+        print(f"DeltaGuard: {summary(network, callback_params.get('optimizer'))}", flush=True)
+        params = model_parameters(network)
+        if not any(param.requires_grad for param in params.values()):
+            self._report(["nothing is trainable"])
+        self._digests = {name: _digest(param) for name, param in params.items()}
+        self._first_step = callback_params.cur_step_num
+
+    def step_end(self, run_context):
+        """Compare once `steps` steps are done."""
+        callback_params = run_context.original_args()
+        if self._digests and callback_params.cur_step_num - self._first_step >= self.steps:
+            self._compare(callback_params)
+
+    def end(self, run_context):
+        """Compare, if training was too short for `step_end` to."""
+        if self._digests:
+            self._compare(run_context.original_args())
+
+    def _compare(self, callback_params):
+        digests, self._digests = self._digests, {}
+        params = {name: param for name, param in model_parameters(model_of(callback_params)).items() if name in digests}
+        moved = {name for name, param in params.items() if _digest(param) != digests[name]}
+        still = [name for name, param in params.items() if param.requires_grad and name not in moved]
+        changed = [name for name, param in params.items() if not param.requires_grad and name in moved]
+        steps = callback_params.cur_step_num - self._first_step
+        problems = []
+        if still:
+            problems.append(f"trainable but unmoved after {steps} steps: {still} (no path from it to the loss, a "
+                            "learning rate of zero, or an optimizer that was not given it)")
+        if changed:
+            problems.append(f"frozen but changed after {steps} steps: {changed} (frozen after the optimizer was made?)")
+        self._report(problems)
+
+    def _report(self, problems):
+        message = "DeltaGuard: " + "; ".join(problems) + "."
+        if problems and self.strict:
+            raise NotLearningError(message)
+        if problems:
+            warnings.warn(message, stacklevel=2)
+
+
+def _digest(param):
+    return hashlib.blake2b(param.value().get_bytes(), digest_size=16).digest()
