@@ -7,7 +7,7 @@ import threading
 import warnings
 
 import mindspore as ms
-from mindspore import Parameter, nn
+from mindspore import Parameter, Tensor, nn
 from mindspore.train import CheckpointConfig, ModelCheckpoint
 from mindspore.train.callback._checkpoint import CheckpointManager
 
@@ -261,7 +261,8 @@ def load_delta(network, *files, strict=True, dec_key=None, dec_mode="AES-GCM", c
     for problem in problems:
         warnings.warn(f"load_delta: {problem}", stacklevel=2)
     for name, value in values.items():
-        params[name].set_data(value.value().astype(params[name].dtype))
+        same_type = value.dtype == params[name].dtype  # a cast of bfloat16 to itself has no CPU kernel
+        params[name].set_data(value if same_type else Tensor(value).astype(params[name].dtype))
 
 
 def _check_load_arguments(network, files, strict):

@@ -3,6 +3,7 @@ import hashlib
 import warnings
 from typing import NamedTuple
 
+from mindspore import Tensor
 from mindspore.train import Callback
 
 from mindpet.errors import NotLearningError
@@ -133,4 +134,4 @@ class DeltaGuard(Callback):
 
 
 def _digest(param):
-    return hashlib.blake2b(param.value().get_bytes(), digest_size=16).digest()
+    return hashlib.blake2b(Tensor(param.data).get_bytes(), digest_size=16).digest()

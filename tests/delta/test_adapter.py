@@ -1,0 +1,125 @@
+"""AdapterLayer and AdapterDense against their formulas, and their arguments."""
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, nn
+from mindspore.common.initializer import Normal
+
+from mindpet.delta import AdapterDense, AdapterLayer
+from mindpet.delta.adapter import AdapterDense as ByModule
+
+GOOD = {"in_channels": 4, "out_channels": 6, "bottleneck_size": 3}
+
+
+def randomise(cell, rng):
+    """Give every parameter a random value, and return them by the last two parts of their names."""
+    for param in cell.get_parameters():
+        param.set_data(Tensor(rng.normal(0, 0.5, param.shape).astype(np.float32), param.dtype))
+    return {".".join(name.split(".")[-2:]): param.asnumpy().astype(np.float64)
+            for name, param in cell.parameters_and_names()}
+
+
+def adapter(h, p):
+    down, up = "mindpet_delta_adapter_down_sampler", "mindpet_delta_adapter_up_sampler"
+    return h + np.tanh(h @ p[f"{down}.weight"].T + p[f"{down}.bias"]) @ p[f"{up}.weight"].T + p[f"{up}.bias"]
+
+
+@pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 3, 6), (2, 1, 3, 6), (0, 6)])
+def test_layer_formula(shape, mode, rng):
+    cell = AdapterLayer(6, 3, "tanh", compute_dtype=ms.float32)
+    p = randomise(cell, rng)
+    h = rng.normal(size=shape).astype(np.float32)
+    np.testing.assert_allclose(cell(Tensor(h)).asnumpy(), adapter(h, p), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4), (2, 1, 3, 4), (0, 4)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_dense_formula(shape, has_bias, mode, rng):
+    cell = AdapterDense(**GOOD, has_bias=has_bias, activation="relu", non_linearity="tanh", compute_dtype=ms.float32)
+    p = randomise(cell, rng)
+    x = rng.normal(size=shape).astype(np.float32)
+    hidden = np.maximum(x @ p["weight"].T + (p["bias"] if has_bias else 0), 0)
+    np.testing.assert_allclose(cell(Tensor(x)).asnumpy(), adapter(hidden, p), rtol=1e-5, atol=1e-5)
+
+
+def test_a_fresh_layer_leaves_a_float32_input_bit_for_bit_even_with_float16_inside(mode, rng):
+    h = rng.normal(size=(3, 6)).astype(np.float32)
+    np.testing.assert_array_equal(AdapterLayer(6)(Tensor(h)).asnumpy(), h)
+
+
+def test_import_paths_and_defaults():
+    assert AdapterDense is ByModule
+    layer = AdapterLayer(8)
+    assert (layer.bottleneck_size, layer.non_linearity, layer.param_init_type, layer.compute_dtype) == (
+        64, "gelu", ms.float32, ms.float16)
+
+
+@pytest.mark.parametrize("init", ["ones", Normal(), Tensor(np.ones((6, 4), np.float32)), 0.5])
+def test_every_kind_of_initialiser(init):
+    assert np.isfinite(AdapterDense(**GOOD, weight_init=init).weight.asnumpy()).all()
+
+
+COMMON = [
+    ({"bottleneck_size": "3"}, TypeError, "'bottleneck_size' must be a positive int, but got '3'"),
+    ({"bottleneck_size": True}, TypeError, "'bottleneck_size' must be a positive int"),
+    ({"bottleneck_size": 0}, ValueError, "'bottleneck_size' must be a positive int, but got 0"),
+    ({"non_linearity": 1}, TypeError, "'non_linearity' must be a str, but got 1"),
+    ({"non_linearity": None}, TypeError, "'non_linearity' must be a str"),
+    ({"non_linearity": nn.ReLU()}, TypeError, "'non_linearity' must be a str"),
+    ({"non_linearity": "nonsense"}, ValueError, "'non_linearity' must be one of"),
+    ({"param_init_type": 1}, TypeError, "'param_init_type' must be mindspore.float16"),
+    ({"param_init_type": ms.int8}, TypeError, "'param_init_type' must be"),
+    ({"compute_dtype": "float16"}, TypeError, "'compute_dtype' must be"),
+    ({"compute_dtype": ms.float64}, TypeError, "'compute_dtype' must be"),
+]
+
+
+@pytest.mark.parametrize("changes, error, match", [
+    *COMMON,
+    ({"hidden_size": 6.0}, TypeError, "'hidden_size' must be a positive int, but got 6.0"),
+    ({"hidden_size": False}, TypeError, "'hidden_size' must be a positive int"),
+    ({"hidden_size": -6}, ValueError, "'hidden_size' must be a positive int, but got -6"),
+])
+def test_wrong_layer_arguments(changes, error, match):
+    with pytest.raises(error, match=match):
+        AdapterLayer(**{"hidden_size": 6, **changes})
+
+
+@pytest.mark.parametrize("changes, error, match", [
+    *COMMON,
+    ({"in_channels": "4"}, TypeError, "'in_channels' must be a positive int"),
+    ({"out_channels": 6.0}, TypeError, "'out_channels' must be a positive int"),
+    ({"has_bias": "yes"}, TypeError, "'has_bias' must be a bool"),
+    ({"activation": 3}, TypeError, "'activation' must be a str, a Cell, a Primitive or None"),
+    ({"weight_init": []}, TypeError, "'weight_init' must be one of"),
+    ({"bias_init": None}, TypeError, "'bias_init' must be one of"),
+    ({"weight_init": "nonsense"}, ValueError, "'weight_init' must be a name"),
+    ({"bias_init": "nonsense"}, ValueError, "'bias_init' must be a name"),
+    ({"weight_init": Tensor(np.ones((4, 6), np.float32))}, ValueError, "'weight_init' must be of shape \\(6, 4\\)"),
+    ({"bias_init": Tensor(np.ones((6, 1), np.float32))}, ValueError, "'bias_init' must be of shape \\(6,\\)"),
+    ({"in_channels": 0}, ValueError, "'in_channels' must be a positive int"),
+    ({"out_channels": -2}, ValueError, "'out_channels' must be a positive int"),
+    ({"activation": "nonsense"}, KeyError, "'activation' must be one of"),
+])
+def test_wrong_dense_arguments(changes, error, match):
+    with pytest.raises(error, match=match):
+        AdapterDense(**{**GOOD, **changes})
+
+
+def test_shard_example_of_the_reference():
+    dense = AdapterDense(in_channels=1 * 28 * 28, out_channels=512, bottleneck_size=64, activation="relu")
+    dense.shard(strategy_matmul_org=((2, 4), (1, 4)), strategy_bias_org=((2, 1), (1,)),
+                strategy_activation_org=((2, 1),), strategy_matmul_down_sampler=((2, 1), (1, 1)),
+                strategy_bias_down_sampler=((2, 1), (1,)), strategy_non_linearity=((2, 1),),
+                strategy_matmul_up_sampler=((2, 1), (1, 1)), strategy_bias_up_sampler=((2, 1), (1,)),
+                strategy_residual_add=((2, 1), (2, 1)))
+    assert dense.matmul.in_strategy == ((2, 4), (1, 4))
+    block = dense.mindpet_delta_adapter.mindpet_delta_adapter_block
+    assert block[1].gelu.in_strategy == ((2, 1),)
+
+
+def test_a_bad_strategy_for_the_adapter_leaves_the_base_alone():
+    dense = AdapterDense(**GOOD)
+    with pytest.raises(ValueError, match="'strategy_residual_add'"):
+        dense.shard(strategy_matmul_org=((2, 4), (1, 4)), strategy_residual_add=((0, 1), (2, 1)))
+    assert getattr(dense.matmul, "in_strategy", None) is None

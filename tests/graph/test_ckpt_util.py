@@ -1,0 +1,389 @@
+"""TrainableParamsCheckPoint and load_delta."""
+import os
+
+import mindspore as ms
+import mindspore.dataset as ds
+import numpy as np
+import pytest
+from mindspore import Parameter, Tensor, nn
+from mindspore.train import Callback, CheckpointConfig, Model, ModelCheckpoint
+from toy import LABELS, WIDTH, Toy, batch, train, values
+
+from mindpet.delta import LoRADense
+from mindpet.errors import AbsolutePathError, CheckpointError, LinkPathError, MindPetError
+from mindpet.graph import TrainableParamsCheckPoint, freeze_delta, freeze_modules, load_delta
+
+DELTA = {"fc.mindpet_delta_lora_a", "fc.mindpet_delta_lora_b", "head.weight", "head.bias"}
+
+
+def lora():
+    network = Toy("lora")
+    freeze_delta(network, "lora", exclude=["head.*"])
+    return network
+
+
+def fit(network, *callbacks, epochs=1, steps=3, rng=np.random.default_rng(3)):
+    """Train for `epochs` epochs of `steps` steps."""
+    columns = {"x": rng.normal(size=(4 * steps, 5, WIDTH)).astype(np.float32),
+               "y": np.arange(4 * steps, dtype=np.int32) % LABELS}
+    data = ds.NumpySlicesDataset(columns, shuffle=False).batch(4)
+    optimizer = nn.Adam(network.trainable_params(), 0.01)
+    Model(network, nn.CrossEntropyLoss(), optimizer).train(epochs, data, callbacks=list(callbacks), dataset_sink_mode=False)
+
+
+def names(folder):
+    return sorted(name for name in os.listdir(folder) if not name.endswith(".meta"))
+
+
+def load(path, **options):
+    return ms.load_checkpoint(str(path), format=os.path.splitext(path)[1][1:], **options)
+
+
+@pytest.mark.parametrize("file_format", ["ckpt", "safetensors"])
+def test_it_saves_what_is_trainable_in_the_model_and_nothing_else(file_format, mode, tmp_path):
+    network = lora()
+    callback = TrainableParamsCheckPoint(str(tmp_path), config=CheckpointConfig(format=file_format))
+    assert isinstance(callback, ModelCheckpoint)
+    fit(network, callback)
+    assert names(tmp_path) == [f"DELTA_CKP-1_{step}.{file_format}" for step in (1, 2, 3)]
+    assert callback.latest_ckpt_file_name == str(tmp_path / f"DELTA_CKP-1_3.{file_format}")
+    saved = load(callback.latest_ckpt_file_name)
+    assert set(saved) == DELTA
+    for param in network.trainable_params():
+        np.testing.assert_array_equal(saved[param.name].asnumpy(), param.asnumpy())
+
+
+def test_a_network_that_is_its_own_train_cell_saves_no_optimizer_state(tmp_path):
+    network = lora()
+    optimizer = nn.Adam(network.trainable_params(), 0.01)
+    cell = nn.TrainOneStepCell(nn.WithLossCell(network, nn.CrossEntropyLoss()), optimizer)
+    data = ds.NumpySlicesDataset({"x": np.ones((4, 5, WIDTH), np.float32), "y": np.zeros(4, np.int32)}).batch(4)
+    callback = TrainableParamsCheckPoint(str(tmp_path))
+    Model(cell).train(1, data, callbacks=callback, dataset_sink_mode=False)
+    assert set(load(callback.latest_ckpt_file_name)) == DELTA
+
+
+@pytest.mark.parametrize("keep", [1, 2, 5])
+def test_keep_checkpoint_max(keep, tmp_path):
+    fit(lora(), TrainableParamsCheckPoint(str(tmp_path), "x", CheckpointConfig(keep_checkpoint_max=keep)), steps=4)
+    assert names(tmp_path) == [f"x-1_{step}.ckpt" for step in range(1, 5)][-keep:]
+
+
+def test_keep_checkpoint_per_n_minutes(tmp_path):
+    config = CheckpointConfig(keep_checkpoint_max=0, keep_checkpoint_per_n_minutes=1)
+    fit(lora(), TrainableParamsCheckPoint(str(tmp_path), "x", config), steps=5)
+    kept = names(tmp_path)
+    assert "x-1_1.ckpt" in kept and "x-1_5.ckpt" in kept and len(kept) == 2
+
+
+def test_save_checkpoint_steps_and_the_last_step(tmp_path):
+    fit(lora(), TrainableParamsCheckPoint(str(tmp_path), "x", CheckpointConfig(save_checkpoint_steps=2)), steps=3)
+    assert names(tmp_path) == ["x-1_2.ckpt", "x-1_3.ckpt"]
+
+
+@pytest.mark.parametrize("how", [True, "thread", "process"])
+@pytest.mark.parametrize("keep", [1, 3])
+def test_async_save(how, keep, tmp_path):
+    network = lora()
+    config = CheckpointConfig(async_save=how, keep_checkpoint_max=keep)
+    callback = TrainableParamsCheckPoint(str(tmp_path), "x", config)
+    fit(network, callback, steps=4)
+    assert names(tmp_path) == [f"x-1_{step}.ckpt" for step in range(1, 5)][-keep:]
+    saved = load(callback.latest_ckpt_file_name)
+    for param in network.trainable_params():
+        np.testing.assert_array_equal(saved[param.name].asnumpy(), param.asnumpy())
+
+
+@pytest.mark.parametrize("enc_mode", ["AES-GCM", "AES-CBC", "SM4-CBC"])
+def test_encryption(enc_mode, tmp_path):
+    network, fresh, key = lora(), lora(), b"0123456789ABCDEF"
+    callback = TrainableParamsCheckPoint(str(tmp_path), config=CheckpointConfig(enc_key=key, enc_mode=enc_mode))
+    fit(network, callback)
+    file = callback.latest_ckpt_file_name
+    assert set(load(file, dec_key=key, dec_mode=enc_mode)) == DELTA
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_delta(fresh, file)
+    load_delta(fresh, file, dec_key=key, dec_mode=enc_mode)
+    np.testing.assert_array_equal(fresh.head.weight.asnumpy(), network.head.weight.asnumpy())
+
+
+def test_crc_check(tmp_path):
+    callback = TrainableParamsCheckPoint(str(tmp_path), config=CheckpointConfig(crc_check=True))
+    fit(lora(), callback)
+    load_delta(lora(), callback.latest_ckpt_file_name, crc_check=True)
+    damaged = bytearray((tmp_path / "DELTA_CKP-1_3.ckpt").read_bytes())
+    damaged[-40] ^= 1
+    (tmp_path / "damaged.ckpt").write_bytes(damaged)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_delta(lora(), str(tmp_path / "damaged.ckpt"), crc_check=True)
+
+
+def test_append_info_is_saved_and_passed_over_when_loading(tmp_path):
+    config = CheckpointConfig(append_info=["epoch_num", "step_num", {"lr": 0.01, "note": "hello"}])
+    callback = TrainableParamsCheckPoint(str(tmp_path), config=config)
+    fit(lora(), callback, epochs=2)
+    saved = load(callback.latest_ckpt_file_name)
+    assert set(saved) == DELTA | {"epoch_num", "step_num", "lr", "note"}
+    assert int(saved["epoch_num"].asnumpy()) == 2 and int(saved["step_num"].asnumpy()) == 6
+    load_delta(lora(), callback.latest_ckpt_file_name)
+
+
+def test_saved_network(tmp_path):
+    network, other = lora(), Toy()
+    freeze_modules(other, include=["fc.*"])
+    callback = TrainableParamsCheckPoint(str(tmp_path), config=CheckpointConfig(saved_network=other))
+    fit(network, callback)
+    saved = load(callback.latest_ckpt_file_name)
+    assert set(saved) == {"head.weight", "head.bias"}
+    np.testing.assert_array_equal(saved["head.weight"].asnumpy(), other.head.weight.asnumpy())
+
+
+class FailAt(Callback):
+    """Raises in the middle of training."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def step_end(self, run_context):
+        if run_context.original_args().cur_step_num == self.step:
+            raise RuntimeError("as planned")
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_exception_save_writes_the_trainable_parameters(async_save, tmp_path):
+    config = CheckpointConfig(save_checkpoint_steps=100, exception_save=True, async_save=async_save)
+    callback = TrainableParamsCheckPoint(str(tmp_path), "x", config)
+    with pytest.raises(RuntimeError, match="as planned"):
+        fit(lora(), callback, FailAt(2))
+    assert names(tmp_path) == ["x-1_2_breakpoint.ckpt"]
+    assert set(load(tmp_path / "x-1_2_breakpoint.ckpt")) == DELTA
+    assert config.exception_save and config.saved_network is None, "the user's config is left as it was"
+
+
+def test_an_exception_without_exception_save_keeps_what_was_saved(tmp_path):
+    with pytest.raises(RuntimeError, match="as planned"):
+        fit(lora(), TrainableParamsCheckPoint(str(tmp_path), "x", CheckpointConfig(async_save=True)), FailAt(2))
+    assert names(tmp_path) in (["x-1_1.ckpt", "x-1_2.ckpt"], ["x-1_1.ckpt"])
+
+
+def test_a_callable_prefix_replaces_its_file(tmp_path):
+    callback = TrainableParamsCheckPoint(str(tmp_path), prefix=lambda callback_params: "latest")
+    fit(lora(), callback)
+    assert names(tmp_path) == ["latest.ckpt"] and set(load(tmp_path / "latest.ckpt")) == DELTA
+
+
+def test_a_second_run_does_not_overwrite_the_first(tmp_path):
+    for _ in range(2):
+        fit(lora(), TrainableParamsCheckPoint(str(tmp_path), "x"), steps=1)
+    assert names(tmp_path) == ["x-1_1.ckpt", "x_1-1_1.ckpt"]
+
+
+def test_nothing_trainable_is_an_error_before_training(tmp_path):
+    network = lora()
+    optimizer = nn.Adam(network.trainable_params())
+    freeze_modules(network, include=["*"])
+    data = ds.NumpySlicesDataset({"x": np.ones((4, 5, WIDTH), np.float32), "y": np.zeros(4, np.int32)}).batch(4)
+    with pytest.raises(CheckpointError, match="no parameter of the network is trainable"):
+        Model(network, nn.CrossEntropyLoss(), optimizer).train(1, data, callbacks=TrainableParamsCheckPoint(str(tmp_path)))
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("directory, error, match", [
+    (1, TypeError, "'directory' must be a str, but got 1"),
+    (None, TypeError, "'directory' must be a str"),
+    ("relative/folder", AbsolutePathError, "'directory' must be absolute, but got 'relative/folder'"),
+    ("/proc/no/folder", OSError, "/proc/no"),
+    ("/dev/null/folder", OSError, "/dev/null"),
+])
+def test_wrong_directory(directory, error, match):
+    with pytest.raises(error, match=match):
+        TrainableParamsCheckPoint(directory)
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_a_directory_that_is_a_link(slash, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(LinkPathError, match="must not be a symbolic link"):
+        TrainableParamsCheckPoint(str(tmp_path / "link") + slash)
+
+
+@pytest.mark.parametrize("arguments, error, match", [
+    ({"prefix": 1}, ValueError, "'prefix' must be callable or a str without '/', but got 1"),
+    ({"prefix": "a/b"}, ValueError, "'prefix' must be"),
+    ({"config": {}}, TypeError, "'config' must be a CheckpointConfig or None"),
+])
+def test_wrong_arguments(arguments, error, match, tmp_path):
+    with pytest.raises(error, match=match):
+        TrainableParamsCheckPoint(str(tmp_path), **arguments)
+
+
+@pytest.fixture
+def files(tmp_path, rng):
+    """A trained network with its base and its delta in files."""
+    network = lora()
+    base = str(tmp_path / "base.ckpt")
+    ms.save_checkpoint([{"name": p.name, "data": p} for p in network.get_parameters() if p.name not in DELTA], base)
+    train(network, *batch(rng), steps=3)
+    delta = str(tmp_path / "delta.ckpt")
+    ms.save_checkpoint([{"name": p.name, "data": p} for p in network.trainable_params()], delta)
+    return network, base, delta
+
+
+def save(path, content, **options):
+    ms.save_checkpoint([{"name": name, "data": Tensor(value)} for name, value in content.items()], str(path), **options)
+    return str(path)
+
+
+def test_base_and_delta(files):
+    network, base, delta = files
+    fresh = Toy("lora")
+    load_delta(fresh, base, delta)
+    assert values(fresh) == values(network)
+
+
+def test_a_single_file_needs_only_what_trains(files, tmp_path):
+    network, _, delta = files
+    fresh = Toy("lora")
+    load_delta(fresh, delta)
+    assert fresh.head.weight.asnumpy().tobytes() == network.head.weight.asnumpy().tobytes()
+    only_delta = save(tmp_path / "only.ckpt", {p.name: p.asnumpy() for p in network.trainable_params() if "lora" in p.name})
+    load_delta(Toy("lora"), only_delta)
+    with pytest.raises(CheckpointError, match="missing: head.weight \\(3, 8\\)\n  missing: head.bias"):
+        load_delta(lora(), only_delta)
+
+
+def test_paths_and_safetensors(files, tmp_path):
+    network, base, _ = files
+    delta = tmp_path / "delta.safetensors"
+    save(delta, {p.name: p.asnumpy() for p in network.trainable_params()}, format="safetensors")
+    fresh = Toy("lora")
+    load_delta(fresh, base, delta)
+    assert values(fresh) == values(network)
+
+
+@pytest.mark.parametrize("rename", [
+    lambda name: name.replace("mindpet_delta", "tk_delta"),
+    lambda name: name.replace("lora_a", "lora_A").replace("lora_b", "lora_B"),
+    lambda name: name.replace("mindpet_delta", "tk_delta").replace("lora_a", "lora_A").replace("lora_b", "lora_B")])
+def test_old_keys(files, rename, tmp_path):
+    network, base, _ = files
+    old = save(tmp_path / "old.ckpt", {rename(p.name): p.asnumpy() for p in network.trainable_params()})
+    fresh = Toy("lora")
+    load_delta(fresh, base, old)
+    assert values(fresh) == values(network)
+
+
+@pytest.mark.parametrize("names_in_file", ["aA", "ab"])
+def test_a_layer_that_stands_alone(names_in_file, tmp_path):
+    cell = LoRADense(4, 6, 2, 4)
+    a, b = {"aA": ("mindpet_delta_lora_A", "mindpet_delta_lora_B"),
+            "ab": ("mindpet_delta_lora_a", "mindpet_delta_lora_b")}[names_in_file]
+    load_delta(cell, save(tmp_path / "x.ckpt", {a: np.full((2, 4), 2, np.float32), b: np.full((6, 2), 3, np.float32)}))
+    assert (cell.mindpet_delta_lora_a.asnumpy() == 2).all() and (cell.mindpet_delta_lora_b.asnumpy() == 3).all()
+
+
+def test_a_base_saved_with_its_optimizer(files, tmp_path):
+    network, _, delta = files
+    step = nn.TrainOneStepCell(network, nn.Adam(network.get_parameters(), 0.1))
+    full = str(tmp_path / "full.ckpt")
+    ms.save_checkpoint(step, full)
+    load_delta(Toy("lora"), full, delta)
+
+
+def test_types_are_cast_to_the_parameters(files, tmp_path):
+    network, base, _ = files
+    half = save(tmp_path / "half.ckpt", {p.name: p.asnumpy().astype(np.float16) for p in network.trainable_params()})
+    fresh = Toy("lora")
+    load_delta(fresh, base, half)
+    assert fresh.head.weight.dtype == ms.float32
+    np.testing.assert_array_equal(fresh.head.weight.asnumpy(),
+                                  network.head.weight.asnumpy().astype(np.float16).astype(np.float32))
+
+
+def test_everything_that_does_not_fit_is_in_one_error(files, tmp_path):
+    _, base, _ = files
+    wrong = save(tmp_path / "wrong.ckpt", {
+        "fc.mindpet_delta_lora_a": np.ones((3, 8), np.float32), "fc.mindpet_delta_lora_b": np.ones((8, 2), np.int32),
+        "other.weight": np.ones((2, 2), np.float32), "head.weight": np.ones((3, 8), np.float32)})
+    fresh = lora()
+    before = values(fresh)
+    with pytest.raises(CheckpointError) as caught:
+        load_delta(fresh, base, wrong)
+    lines = str(caught.value).splitlines()[1:]
+    assert [line.strip() for line in lines] == [
+        "missing: head.bias (3,)", "surplus: other.weight (2, 2)",
+        "fc.mindpet_delta_lora_a: (2, 8) Float32 in the network, (3, 8) Float32 in the file",
+        "fc.mindpet_delta_lora_b: (8, 2) Float32 in the network, (8, 2) Int32 in the file"]
+    assert values(fresh) == before and isinstance(caught.value, (MindPetError, ValueError))
+    with pytest.raises(CheckpointError, match="Int32 in the file"):
+        load_delta(fresh, base, wrong, strict=False)
+    assert values(fresh) == before
+
+
+def test_not_strict_warns_of_missing_and_surplus(files, tmp_path):
+    network, base, _ = files
+    part = save(tmp_path / "part.ckpt", {"head.bias": np.full(3, 9, np.float32), "other": np.ones(2, np.float32)})
+    with pytest.warns(UserWarning) as warned:
+        load_delta(network, base, part, strict=False)
+    texts = [str(warning.message) for warning in warned]
+    assert "load_delta: surplus: other (2,)" in texts and "load_delta: missing: head.weight (3, 8)" in texts
+    assert (network.head.bias.asnumpy() == 9).all()
+
+
+def test_a_checkpoint_of_another_model(tmp_path):
+    other = save(tmp_path / "other.ckpt", {"conv.weight": np.ones((2, 2), np.float32)})
+    with pytest.raises(CheckpointError, match="(?s)missing: fc.mindpet_delta_lora_a.*surplus: conv.weight"):
+        load_delta(Toy("lora"), other)
+
+
+@pytest.mark.parametrize("ending", ["ckpt", "safetensors"])
+@pytest.mark.parametrize("kept", [0, 1, 0.5, 0.95])
+def test_truncated_and_empty_files(files, ending, kept, tmp_path):
+    network, _, _ = files
+    whole = save(tmp_path / f"whole.{ending}", {p.name: p.asnumpy() for p in network.trainable_params()}, format=ending)
+    content = open(whole, "rb").read()
+    cut = tmp_path / f"cut.{ending}"
+    cut.write_bytes(content[:kept if kept in (0, 1) else int(kept * len(content))])
+    fresh = lora()
+    before = values(fresh)
+    with pytest.raises(CheckpointError, match="cannot be read|missing:"):
+        load_delta(fresh, str(cut))
+    assert values(fresh) == before
+
+
+@pytest.mark.parametrize("call, error, match", [
+    (lambda: load_delta(Toy()), ValueError, "'files' must be at least one path"),
+    (lambda: load_delta("network", "a.ckpt"), TypeError, "'network' must be a Cell"),
+    (lambda: load_delta(Toy(), 3), TypeError, "'files' must be paths, but got 3"),
+    (lambda: load_delta(Toy(), "a.npz"), ValueError, "'files' must be paths that end in .ckpt or .safetensors"),
+    (lambda: load_delta(Toy(), "none.ckpt", "nor.ckpt"), FileNotFoundError, "no such file: \\['none.ckpt', 'nor.ckpt'\\]"),
+    (lambda: load_delta(Toy(), "a.ckpt", strict=1), TypeError, "'strict' must be a bool"),
+])
+def test_wrong_load_arguments(call, error, match):
+    with pytest.raises(error, match=match):
+        call()
+
+
+def test_a_compiled_network_uses_what_was_loaded(files, rng):
+    network, base, delta = files
+    x, _ = batch(rng)
+    expected = network(x).asnumpy()
+    ms.set_context(mode=ms.GRAPH_MODE)
+    fresh = Toy("lora")
+    assert np.abs(fresh(x).asnumpy() - expected).max() > 1e-3
+    load_delta(fresh, base, delta)
+    np.testing.assert_allclose(fresh(x).asnumpy(), expected, rtol=1e-5, atol=1e-6)
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+
+
+def test_bfloat16_parameters_round_trip(tmp_path):
+    network = nn.Dense(4, 2)
+    network.weight = Parameter(Tensor(np.arange(8).reshape(2, 4) / 3, ms.bfloat16), name="weight")
+    file = str(tmp_path / "bf16.ckpt")
+    ms.save_checkpoint(network, file)
+    fresh = nn.Dense(4, 2)
+    fresh.weight = Parameter(Tensor(np.zeros((2, 4)), ms.bfloat16), name="weight")
+    load_delta(fresh, file)
+    assert fresh.weight.get_bytes() == network.weight.get_bytes()

@@ -1,0 +1,103 @@
+"""A small network that can carry every delta method, and how to train it."""
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from mindpet.delta import AdapterDense, LoRADense, LowRankAdapterDense, PrefixEncoder, PrefixLayer
+
+WIDTH, HEADS, LABELS = 8, 2, 3
+DENSE = {
+    "lora": lambda **kw: LoRADense(WIDTH, WIDTH, 2, 4, **kw),
+    "adapter": lambda **kw: AdapterDense(WIDTH, WIDTH, bottleneck_size=4, **kw),
+    "low_rank_adapter": lambda **kw: LowRankAdapterDense(WIDTH, WIDTH, reduction_factor=2, **kw),
+}
+DELTA_SHAPES = {
+    "lora": {"fc.mindpet_delta_lora_a": (2, 8), "fc.mindpet_delta_lora_b": (8, 2)},
+    "prefixtuning": {
+        "prefix.mindpet_delta_prefixtuning_wte.embedding_table": (4, 6),
+        "prefix.mindpet_delta_prefixtuning_control_trans.0.weight": (5, 6),
+        "prefix.mindpet_delta_prefixtuning_control_trans.0.bias": (5,),
+        "prefix.mindpet_delta_prefixtuning_control_trans.2.weight": (16, 5),
+        "prefix.mindpet_delta_prefixtuning_control_trans.2.bias": (16,)},
+    "adapter": {
+        "fc.mindpet_delta_adapter.mindpet_delta_adapter_block.mindpet_delta_adapter_down_sampler.weight": (4, 8),
+        "fc.mindpet_delta_adapter.mindpet_delta_adapter_block.mindpet_delta_adapter_down_sampler.bias": (4,),
+        "fc.mindpet_delta_adapter.mindpet_delta_adapter_block.mindpet_delta_adapter_up_sampler.weight": (8, 4),
+        "fc.mindpet_delta_adapter.mindpet_delta_adapter_block.mindpet_delta_adapter_up_sampler.bias": (8,)},
+    "low_rank_adapter": {
+        f"fc.mindpet_delta_low_rank_adapter.mindpet_delta_low_rank_adapter_{name}": shape for name, shape in {
+            "down_sampler.mindpet_delta_low_rank_adapter_weight_left": (8, 1),
+            "down_sampler.mindpet_delta_low_rank_adapter_weight_right": (1, 4),
+            "down_sampler.bias": (4,),
+            "up_sampler.mindpet_delta_low_rank_adapter_weight_left": (4, 1),
+            "up_sampler.mindpet_delta_low_rank_adapter_weight_right": (1, 8),
+            "up_sampler.bias": (8,)}.items()},
+    "bitfit": {},
+    "ptuning2": {
+        "prefix.mindpet_delta_ptuning2_prefix": (4,),
+        "prefix.mindpet_delta_ptuning2_embedding.embedding_table": (4, 16),
+        "prefix.mindpet_delta_ptuning2_dense_in.weight": (5, 16),
+        "prefix.mindpet_delta_ptuning2_dense_in.bias": (5,),
+        "prefix.mindpet_delta_ptuning2_dense_out.weight": (16, 5),
+        "prefix.mindpet_delta_ptuning2_dense_out.bias": (16,)},
+}
+BASE_SHAPES = {"fc.weight": (8, 8), "fc.bias": (8,), "head.weight": (3, 8), "head.bias": (3,)}
+
+
+class Toy(nn.Cell):
+    """A Dense layer, attention of one layer, and a head; `method` says which delta it has.
+
+    Inputs:
+        x: `(batch, seq, WIDTH)`.
+
+    Outputs:
+        logits `(batch, LABELS)`.
+    """
+
+    def __init__(self, method=None, compute_dtype=ms.float32):
+        super().__init__()
+        self.fc = DENSE[method](compute_dtype=compute_dtype) if method in DENSE else nn.Dense(WIDTH, WIDTH, "normal")
+        self.method = method if method in ("prefixtuning", "ptuning2") else "none"
+        if self.method == "prefixtuning":
+            self.prefix = PrefixLayer(4, 1, HEADS, WIDTH, embed_dim=6, mid_dim=5, dropout_rate=0.0)
+        if self.method == "ptuning2":
+            self.prefix = PrefixEncoder(4, 1, HEADS, WIDTH // HEADS, prefix_projection=True, projection_dim=5)
+        self.head = nn.Dense(WIDTH, LABELS, "xavier_uniform")
+
+    def construct(self, x):
+        batch = x.shape[0]
+        query = self.heads(self.fc(x))
+        key, value = self.heads(x), self.heads(x)
+        if self.method == "prefixtuning":
+            past_key, past_value = self.prefix()
+            shape = (batch, HEADS, 4, WIDTH // HEADS)
+            key = ops.concat((self.heads(past_key.expand_dims(0)).broadcast_to(shape), key), 2)
+            value = ops.concat((self.heads(past_value.expand_dims(0)).broadcast_to(shape), value), 2)
+        if self.method == "ptuning2":
+            past = self.prefix(batch, ms.float32)[0]
+            key, value = ops.concat((past[0], key), 2), ops.concat((past[1], value), 2)
+        weights = ops.softmax(ops.matmul(query, key.swapaxes(2, 3)), -1)
+        mixed = ops.matmul(weights, value).swapaxes(1, 2).reshape(x.shape)
+        return self.head((self.fc(x) + mixed).mean(1))
+
+    def heads(self, x):
+        """`(batch, seq, WIDTH) -> (batch, HEADS, seq, WIDTH / HEADS)`."""
+        return x.reshape(x.shape[0], x.shape[1], HEADS, WIDTH // HEADS).swapaxes(1, 2)
+
+
+def batch(rng, rows=6):
+    """Inputs and labels of a learnable task."""
+    x = rng.normal(size=(rows, 5, WIDTH)).astype(np.float32)
+    return Tensor(x), Tensor(x.mean((1, 2)).argsort().argsort() * LABELS // rows, ms.int32)
+
+
+def train(network, x, labels, steps=8, learning_rate=0.05):
+    """Train with Adam what is trainable; returns the losses."""
+    optimizer = nn.Adam(network.trainable_params(), learning_rate)
+    step = nn.TrainOneStepCell(nn.WithLossCell(network, nn.CrossEntropyLoss()), optimizer).set_train()
+    return [float(step(x, labels).asnumpy()) for _ in range(steps)]
+
+
+def values(network):
+    """The bytes of every parameter by name."""
+    return {param.name: param.asnumpy().tobytes() for param in network.get_parameters()}
