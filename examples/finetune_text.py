@@ -23,8 +23,8 @@ from mindpet.errors import MindPetError
 from mindpet.graph import DeltaGuard, TrainableParamsCheckPoint, freeze_delta, freeze_modules, load_delta, summary
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-LEARNING_RATES = {"lora": 2e-3, "adapter": 2e-3, "low_rank_adapter": 4e-3, "prefixtuning": 4e-3, "ptuning2": 2e-2,
-                  "bitfit": 4e-3, "full": 3e-4, "head": 1e-2}
+LEARNING_RATES = {"lora": 2e-3, "adapter": 2e-3, "low_rank_adapter": 4e-3, "prefixtuning": 2e-3, "ptuning2": 2e-2,
+                  "bitfit": 4e-3, "full": 2e-4, "head": 1e-2}
 
 
 def parse_arguments(argv):
@@ -119,6 +119,11 @@ def freeze(model, method):
         freeze_delta(model, method, exclude=["classifier.*"])
 
 
+def warm_up_and_decay(steps, warm_up=0.1):
+    """Factors of the learning rate: a line up to 1 over the share `warm_up` of the steps, then a line down to 0."""
+    return np.interp(np.arange(steps), [0, warm_up * steps, steps], [1 / steps, 1, 0])
+
+
 def predict(model, data, batch_size):
     """Logits of all examples, in batches of one size, so that one graph serves all."""
     model.set_train(False)
@@ -185,8 +190,8 @@ def run(method, arguments, folder, weights, num_labels, train, validation, test)
     batch_size = min(arguments.batch_size, len(train.labels))
     dataset = ds.NumpySlicesDataset(train._asdict(), shuffle=True).batch(batch_size, drop_remainder=True)
     steps = arguments.epochs * dataset.get_dataset_size()
-    rate = nn.PolynomialDecayLR(arguments.learning_rate or LEARNING_RATES[method], 0.0, steps, 1.0)
-    optimizer = nn.AdamWeightDecay(model.trainable_params(), rate)
+    rates = (arguments.learning_rate or LEARNING_RATES[method]) * warm_up_and_decay(steps)
+    optimizer = nn.AdamWeightDecay(model.trainable_params(), rates.tolist())
     progress = Progress(method, model, validation, batch_size, steps)
     directory = os.path.abspath(os.path.join(arguments.output, method))
     checkpoint = TrainableParamsCheckPoint(

@@ -29,7 +29,7 @@ class BertConfig:
 
     Attributes beyond Hugging Face's:
         method (str): one of `METHODS`; decides which layers are replaced.
-        lora_rank, lora_alpha, bottleneck_size, reduction_factor, prefix_tokens: sizes of the deltas.
+        lora_rank, lora_alpha, bottleneck_size, reduction_factor, prefix_tokens, prefix_dim: sizes of the deltas.
     """
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -48,6 +48,7 @@ class BertConfig:
     bottleneck_size: int = 64
     reduction_factor: int = 32
     prefix_tokens: int = 8
+    prefix_dim: int = 64
 
     def __post_init__(self):
         problems = [f"'{name}' must be one of {sorted(known)}, but got {value!r}" for name, value, known in (
@@ -137,7 +138,7 @@ class SelfAttention(nn.Cell):
         self.has_prefix = config.method == "prefixtuning"
         if self.has_prefix:
             self.prefix = PrefixLayer(config.prefix_tokens, 1, self.num_heads, config.hidden_size,
-                                      embed_dim=config.hidden_size, mid_dim=config.hidden_size)
+                                      embed_dim=config.prefix_dim, mid_dim=config.prefix_dim)
 
     def construct(self, hidden, mask, past):
         query, key, value = (self.split_heads(part) for part in (self.query(hidden), self.key(hidden), self.value(hidden)))
