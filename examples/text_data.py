@@ -11,7 +11,8 @@ DOCSTRING_MODULES = {
     "spatial": ["scipy.spatial"], "optimize": ["scipy.optimize"], "vision": ["mindspore.dataset.vision"],
     "nn": ["mindspore.nn"], "ops": ["mindspore.ops"], "train": ["mindspore.train"],
 }
-DOTTED_PATH = re.compile(r"[:~`]*\b(?:\w+\.)+\w+\b`*|\b(?:scipy|numpy|mindspore|np|ms)\b")
+DOTTED_PATH = re.compile(r":\w+:`[^`]*`|`*\b\w{2,}(?:\.\w+)+\b`*|\b(?:scipy|numpy|mindspore|np|ms)\b", re.IGNORECASE)
+SENTENCE_END = re.compile(r"(?<=\.)(?<!e\.g\.)(?<!i\.e\.)\s")
 SIGNATURE = re.compile(r"\w+\(.*\)")
 
 
@@ -98,7 +99,7 @@ def first_sentence(document):
     """The first sentence of a docstring, on one line, without dotted paths and call signatures; "" if there is none."""
     paragraphs = [" ".join(part.split()) for part in str(document or "").split("\n\n")]
     prose = [part for part in paragraphs if part and not SIGNATURE.fullmatch(part)]
-    sentence = re.split(r"(?<=\.)\s", DOTTED_PATH.sub("", prose[0]))[0] if prose else ""
+    sentence = SENTENCE_END.split(DOTTED_PATH.sub("", prose[0]))[0] if prose else ""
     return re.sub(r"\s+([.,;:)])", r"\1", " ".join(sentence.split()))
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 from mindspore.common.initializer import TruncatedNormal
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from mindpet.delta import AdapterDense, LoRADense, LowRankAdapterDense, PrefixEncoder, PrefixLayer
@@ -311,9 +312,15 @@ def read_weights(folder):
 
     Raises:
         OSError: there is no readable `model.safetensors`.
+        ValueError: the file is damaged.
     """
+    path = pathlib.Path(folder) / "model.safetensors"
+    try:
+        content = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: {error}") from error
     weights = {}
-    for name, value in load_file(pathlib.Path(folder) / "model.safetensors").items():
+    for name, value in content.items():
         for old, new in RENAMED:
             name = name.replace(old, new)
         weights[name[len("bert."):] if name.startswith("bert.") else name] = value

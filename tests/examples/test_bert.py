@@ -1,0 +1,112 @@
+"""The example BERT against golden numbers and published parameter shares."""
+import json
+import pathlib
+import shutil
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor
+from models.bert import METHODS, BertClassifier, BertConfig, BertModel, load_weights, read_weights
+from safetensors.numpy import load_file, save_file
+
+from mindpet.graph import freeze_delta, summary
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden/bert"
+
+
+def golden_model(**overrides):
+    model = BertModel(BertConfig.from_folder(GOLDEN, **overrides))
+    load_weights(model, read_weights(GOLDEN))
+    return model.set_train(False)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "adapter"])
+def test_forward_gives_the_golden_numbers(method, mode):
+    """A fresh delta that is the identity changes nothing."""
+    expected = load_file(GOLDEN / "expected.safetensors")
+    inputs = [Tensor(expected[name]) for name in ("input_ids", "attention_mask", "token_type_ids")]
+    hidden, pooled = golden_model(method=method)(*inputs)
+    np.testing.assert_allclose(hidden.asnumpy(), expected["hidden"], atol=1e-4)
+    np.testing.assert_allclose(pooled.asnumpy(), expected["pooled"], atol=1e-4)
+
+
+def test_names_are_those_of_hugging_face_but_for_three():
+    names = {name for name, _ in BertModel(BertConfig.from_folder(GOLDEN)).parameters_and_names()}
+    assert names == set(read_weights(GOLDEN))
+    assert "encoder.layer.1.attention.self.query.weight" in names
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_keeps_the_names_of_the_base(method):
+    base = {name for name, _ in BertModel(BertConfig.from_folder(GOLDEN)).parameters_and_names()}
+    tuned = {name for name, _ in BertModel(BertConfig.from_folder(GOLDEN, method=method)).parameters_and_names()}
+    assert base <= tuned and all("mindpet_delta" in name for name in tuned - base)
+
+
+@pytest.mark.parametrize("method, percent, tolerance", [
+    ("lora", 0.30, 0.005), ("adapter", 2.33, 0.01), ("low_rank_adapter", 0.067, 0.0005), ("bitfit", 0.09, 0.005)])
+def test_published_parameter_shares_of_bert_base(method, percent, tolerance):
+    """Trainable over base parameters, vocabulary 21128, 15 classes, the head trained."""
+    base = summary(BertModel(BertConfig(vocab_size=21128))).total
+    model = BertClassifier(BertConfig(vocab_size=21128, method=method), 15)
+    freeze_delta(model, method, exclude=["classifier.*"])
+    assert base == 102_267_648
+    assert 100 * summary(model).trainable / base == pytest.approx(percent, abs=tolerance)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_padding_does_not_change_the_logits(pooling, mode, rng):
+    model = BertClassifier(BertConfig.from_folder(GOLDEN), 3, pooling)
+    load_weights(model.bert, read_weights(GOLDEN))
+    model.set_train(False)
+    ids = rng.integers(0, 19, (2, 8)).astype(np.int32)
+    mask = np.concatenate([np.ones((2, 5), np.int32), np.zeros((2, 3), np.int32)], 1)
+    long = model(Tensor(ids), Tensor(mask)).asnumpy()
+    short = model(Tensor(ids[:, :5]), Tensor(mask[:, :5])).asnumpy()
+    np.testing.assert_allclose(long, short, atol=1e-4)
+
+
+def test_weights_that_do_not_fit_are_all_listed():
+    weights = read_weights(GOLDEN)
+    model = golden_model()
+    before = model.pooler.dense.weight.asnumpy()
+    del weights["pooler.dense.bias"]
+    weights["embeddings.word_embeddings.embedding_table"] = np.zeros((3, 32), np.float32)
+    with pytest.raises(ValueError, match="(?s)missing: pooler.dense.bias .*embedding_table: \\(19, 32\\) in the model, "
+                                         "\\(3, 32\\) in the file"):
+        load_weights(model, weights)
+    np.testing.assert_array_equal(model.pooler.dense.weight.asnumpy(), before)
+
+
+def test_a_pretraining_checkpoint_with_prefix_and_head(tmp_path):
+    shutil.copy(GOLDEN / "config.json", tmp_path)
+    save_file({**{f"bert.{name}": value for name, value in load_file(GOLDEN / "model.safetensors").items()},
+               "cls.predictions.bias": np.zeros(19, np.float32)}, tmp_path / "model.safetensors")
+    model = BertModel(BertConfig.from_folder(tmp_path))
+    load_weights(model, read_weights(tmp_path))
+    np.testing.assert_array_equal(model.pooler.dense.weight.asnumpy(), golden_model().pooler.dense.weight.asnumpy())
+
+
+@pytest.mark.parametrize("changes, match", [
+    ({"method": "loraa"}, "'method' must be one of .* but got 'loraa'"),
+    ({"hidden_act": "swish"}, "'hidden_act' must be one of"),
+    ({"num_attention_heads": 5}, "'hidden_size', 768, must be a multiple of 'num_attention_heads', 5")])
+def test_wrong_config(changes, match):
+    with pytest.raises(ValueError, match=match):
+        BertConfig(**changes)
+
+
+def test_config_of_another_model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(ValueError, match="'model_type' must be 'bert', but is 'gpt2'"):
+        BertConfig.from_folder(tmp_path)
+    with pytest.raises(ValueError, match="'pooling' must be 'cls' or 'mean'"):
+        BertClassifier(BertConfig.from_folder(GOLDEN), 2, "max")
+
+
+def test_gelu_of_the_config():
+    exact, tanh = (golden_model(hidden_act=name) for name in ("gelu", "gelu_new"))
+    ids = Tensor(np.array([[2, 5, 9, 3]]), ms.int32)
+    difference = np.abs(exact(ids, ids * 0 + 1)[0].asnumpy() - tanh(ids, ids * 0 + 1)[0].asnumpy()).max()
+    assert 0 < difference < 0.02

@@ -1,0 +1,106 @@
+"""The fine-tuning script, on a tiny BERT and a small file."""
+import pathlib
+import shutil
+
+import finetune_text
+import mindspore as ms
+import numpy as np
+import pytest
+from models.bert import METHODS
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden/bert"
+WORDS = {"maths": ["matrix", "value", "random"], "sound": ["signal", "image", "train"]}
+
+
+@pytest.fixture
+def data(tmp_path, rng):
+    """A TSV whose labels the words give away."""
+    label = [list(WORDS)[i % 2] for i in range(160)]
+    lines = [f"{name}\tthe {' '.join(rng.choice(WORDS[name], 4))} {'a ' * (i // 40)}of" for i, name in enumerate(label)]
+    path = tmp_path / "data.tsv"
+    path.write_text("\n".join(dict.fromkeys(lines)), encoding="utf-8")
+    return str(path)
+
+
+def run(tmp_path, *arguments):
+    code = finetune_text.main(["--model", str(GOLDEN), "--epochs", "3", "--batch-size", "8", "--seq-length", "10",
+                               "--output", str(tmp_path / "out"), *arguments])
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    return code
+
+
+@pytest.mark.parametrize("arguments", [[], ["--rdrop"], ["--pooling", "cls", "--method", "adapter"]])
+def test_it_learns_and_the_saved_delta_predicts_the_same(arguments, data, tmp_path, capsys):
+    assert run(tmp_path, "--data", data, "--epochs", "8", *arguments) == 0
+    out = capsys.readouterr().out
+    assert "with 2 labels" in out and "its predictions are the same" in out
+    assert float(out.split("test accuracy ")[1].split()[0]) > 0.8
+
+
+def test_compare_runs_every_method_and_saves_a_table_and_a_picture(data, tmp_path, capsys):
+    assert run(tmp_path, "--data", data, "--compare", "--epochs", "2") == 0
+    table = (tmp_path / "out/compare.md").read_text()
+    assert table in capsys.readouterr().out
+    rows = [line.split("|") for line in table.splitlines()[2:]]
+    assert [row[1].strip() for row in rows] == list(METHODS)
+    shares = {row[1].strip(): float(row[2]) for row in rows}
+    assert shares["full"] == 100 and 0 < shares["head"] < shares["bitfit"] < shares["adapter"] < 100
+    assert (tmp_path / "out/loss_curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors in this folder"),
+    (lambda folder: (folder / "config.json").unlink(), "no config.json in this folder"),
+    (lambda folder: (folder / "vocab.txt").unlink(), "neither tokenizer.json nor vocab.txt in this folder"),
+    (lambda folder: (folder / "config.json").write_text("{"), "error: "),
+    (lambda folder: (folder / "model.safetensors").write_bytes(b"no"), "error: "),
+])
+def test_a_broken_model_folder_is_one_clear_line(change, message, data, tmp_path, capsys):
+    folder = shutil.copytree(GOLDEN, tmp_path / "model")
+    change(folder)
+    assert run(tmp_path, "--data", data, "--model", str(folder)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_bad_data_is_one_clear_line(tmp_path, capsys):
+    path = tmp_path / "one.tsv"
+    path.write_text("only\ttext\n")
+    assert run(tmp_path, "--data", str(path)) == 2
+    assert "two or more labels are needed" in capsys.readouterr().err
+    assert run(tmp_path, "--data", str(tmp_path / "none.tsv")) == 2
+    assert "none.tsv" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_cannot_be_written(data, tmp_path, capsys):
+    (tmp_path / "out").write_text("a file")
+    assert run(tmp_path, "--data", data) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize("arguments", [["--method", "lorra"], ["--epochs", "0"], ["--batch-size", "x"]])
+def test_bad_arguments(arguments, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, *arguments)
+    assert stopped.value.code == 2
+
+
+def test_without_the_model_package_it_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(finetune_text.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="pass --model DIR"):
+        finetune_text.find_model(None)
+
+
+def test_the_model_is_checked_before_use(monkeypatch):
+    folder = finetune_text.find_model(None)
+    assert (folder / "model.safetensors").is_file()
+    monkeypatch.setattr(finetune_text, "MINILM_SHA256", "0" * 64)
+    with pytest.raises(ValueError, match="has sha256 53aa5117.*, but 0000"):
+        finetune_text.find_model(None)
+
+
+def test_learning_rates():
+    rates = finetune_text.warm_up_and_decay(20)
+    assert len(rates) == 20 and rates.argmax() == 2 and rates[0] > 0 and rates.min() > 0
+    np.testing.assert_allclose(rates[2], 1)
