@@ -23,8 +23,8 @@ from mindpet.errors import MindPetError
 from mindpet.graph import DeltaGuard, TrainableParamsCheckPoint, freeze_delta, freeze_modules, load_delta, summary
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-LEARNING_RATES = {"lora": 2e-3, "adapter": 2e-3, "low_rank_adapter": 4e-3, "prefixtuning": 2e-3, "ptuning2": 2e-2,
-                  "bitfit": 4e-3, "full": 2e-4, "head": 1e-2}
+LEARNING_RATES = {"lora": 2e-3, "adapter": 2e-3, "low_rank_adapter": 4e-3, "prefixtuning": 2e-3, "ptuning2": 1e-2,
+                  "bitfit": 4e-3, "full": 1e-4, "head": 1e-2}
 
 
 def parse_arguments(argv):
