@@ -20,7 +20,7 @@ interop: $(VENV)/ready-interop
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m interop --fail-on-skip $(ARGS)
 
 lint: $(VENV)/ready
-	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
 $(VENV)/ready: setup.py
 	@$(PYTHON) -c "import sys; sys.exit(None if (3, 9) <= sys.version_info < (3, 13) else \

@@ -1,4 +1,5 @@
 """Packaging of mindpet."""
+
 import pathlib
 import re
 

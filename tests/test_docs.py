@@ -1,4 +1,5 @@
-"""The docs: every Python block runs, all links lead somewhere, method pages have the same headings and every argument."""
+"""The docs: every Python block runs, links lead somewhere, method pages have one shape and every argument."""
+
 import inspect
 import pathlib
 import re

@@ -1,4 +1,5 @@
 """Import paths that other software relies on, the direction of imports, and imports without side effects."""
+
 import ast
 import importlib
 import os
@@ -12,9 +13,25 @@ import mindpet
 
 ROOT = pathlib.Path(mindpet.__file__).parent
 # A module may import from what stands before it.
-ORDER = ["errors", "utils.exceptions", "utils.validate", "layers.activation", "layers.linear", "layers",
-         "utils.version_control", "utils.sharding", "delta._base", "delta.METHOD", "delta.registry", "delta",
-         "utils.constants", "utils", "graph.parameters", "graph.FILE", "graph"]
+ORDER = [
+    "errors",
+    "utils.exceptions",
+    "utils.validate",
+    "layers.activation",
+    "layers.linear",
+    "layers",
+    "utils.version_control",
+    "utils.sharding",
+    "delta._base",
+    "delta.METHOD",
+    "delta.registry",
+    "delta",
+    "utils.constants",
+    "utils",
+    "graph.parameters",
+    "graph.FILE",
+    "graph",
+]
 METHOD_FILES = {path.stem for path in (ROOT / "delta").glob("*.py")} - {"__init__", "_base", "registry"}
 
 
@@ -31,8 +48,13 @@ def place(module):
 def imports(path):
     """The modules of mindpet that a file imports, wherever in the file."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names = [node.module] if isinstance(node, ast.ImportFrom) else \
-            [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names = (
+            [node.module]
+            if isinstance(node, ast.ImportFrom)
+            else [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else []
+        )
         yield from (name for name in names if name and name.startswith("mindpet."))
 
 
@@ -54,23 +76,31 @@ def test_a_method_file_knows_no_registry(path):
         assert not [name for name in imports(path) if name.startswith(("mindpet.delta.registry", "mindpet.graph"))]
 
 
-@pytest.mark.parametrize("module, names", [
-    ("mindpet.delta", "LoRADense AdapterDense AdapterLayer LowRankAdapterDense LowRankAdapterLayer PrefixLayer "
-                      "PrefixEncoder RDropLoss rdrop_repeat"),
-    ("mindpet.delta.lora", "LoRADense"),
-    ("mindpet.delta.adapter", "AdapterDense AdapterLayer LowRankAdapterDense LowRankAdapterLayer"),
-    ("mindpet.delta.low_rank_adapter", "LowRankAdapterDense LowRankAdapterLayer"),
-    ("mindpet.delta.prefix_layer", "PrefixLayer"),
-    ("mindpet.delta.ptuning2", "PrefixEncoder"),
-    ("mindpet.delta.r_drop", "RDropLoss rdrop_repeat"),
-    ("mindpet.graph", "freeze_modules freeze_delta freeze_from_config TrainableParamsCheckPoint load_delta DeltaGuard "
-                      "summary"),
-    ("mindpet.graph.freeze_utils", "freeze_modules freeze_delta freeze_from_config"),
-    ("mindpet.graph.ckpt_util", "TrainableParamsCheckPoint"),
-    ("mindpet.layers.activation", "get_activation"),
-    ("mindpet.utils.version_control", "get_dropout get_activation"),
-    ("mindpet.utils.constants", "DELTA_LIST DEFAULT_FLAGS DEFAULT_MODES"),
-])
+@pytest.mark.parametrize(
+    "module, names",
+    [
+        (
+            "mindpet.delta",
+            "LoRADense AdapterDense AdapterLayer LowRankAdapterDense LowRankAdapterLayer PrefixLayer "
+            "PrefixEncoder RDropLoss rdrop_repeat",
+        ),
+        ("mindpet.delta.lora", "LoRADense"),
+        ("mindpet.delta.adapter", "AdapterDense AdapterLayer LowRankAdapterDense LowRankAdapterLayer"),
+        ("mindpet.delta.low_rank_adapter", "LowRankAdapterDense LowRankAdapterLayer"),
+        ("mindpet.delta.prefix_layer", "PrefixLayer"),
+        ("mindpet.delta.ptuning2", "PrefixEncoder"),
+        ("mindpet.delta.r_drop", "RDropLoss rdrop_repeat"),
+        (
+            "mindpet.graph",
+            "freeze_modules freeze_delta freeze_from_config TrainableParamsCheckPoint load_delta DeltaGuard summary",
+        ),
+        ("mindpet.graph.freeze_utils", "freeze_modules freeze_delta freeze_from_config"),
+        ("mindpet.graph.ckpt_util", "TrainableParamsCheckPoint"),
+        ("mindpet.layers.activation", "get_activation"),
+        ("mindpet.utils.version_control", "get_dropout get_activation"),
+        ("mindpet.utils.constants", "DELTA_LIST DEFAULT_FLAGS DEFAULT_MODES"),
+    ],
+)
 def test_import_paths(module, names):
     assert all(hasattr(importlib.import_module(module), name) for name in names.split())
 
@@ -78,22 +108,30 @@ def test_import_paths(module, names):
 def test_exceptions_and_their_base():
     for module in ("mindpet.utils.exceptions", "mindpet.errors"):
         errors = importlib.import_module(module)
-        for name in ("UnexpectedError", "ReadYamlFileError", "LinkPathError", "AbsolutePathError",
-                     "ModelConfigFreezeInfoError"):
+        for name in (
+            "UnexpectedError",
+            "ReadYamlFileError",
+            "LinkPathError",
+            "AbsolutePathError",
+            "ModelConfigFreezeInfoError",
+        ):
             assert issubclass(getattr(errors, name), errors.MindPetError)
     assert importlib.import_module("mindpet.utils.exceptions").LinkPathError is mindpet.errors.LinkPathError
 
 
 def test_constants():
     from mindpet.utils.constants import DEFAULT_FLAGS, DEFAULT_MODES, DELTA_LIST
+
     assert DELTA_LIST == ["lora", "prefixtuning", "adapter", "low_rank_adapter", "bitfit", "ptuning2"]
     assert DEFAULT_FLAGS == os.O_RDWR | os.O_CREAT and DEFAULT_MODES == 0o600
 
 
 def test_importing_everything_writes_nothing_and_loads_no_other_framework(tmp_path):
     modules = [".".join(path.relative_to(ROOT.parent).with_suffix("").parts) for path in ROOT.rglob("*.py")]
-    code = (f"import sys, importlib\nfor name in {modules!r}: importlib.import_module(name.replace('.__init__', ''))\n"
-            "assert not {'torch', 'transformers', 'mindformers', 'peft'} & set(sys.modules)")
+    code = (
+        f"import sys, importlib\nfor name in {modules!r}: importlib.import_module(name.replace('.__init__', ''))\n"
+        "assert not {'torch', 'transformers', 'mindformers', 'peft'} & set(sys.modules)"
+    )
     environment = {**os.environ, "PYTHONPATH": str(ROOT.parent), "HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,5 @@
 """A small network that can carry every delta method, and how to train it."""
+
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -18,20 +19,25 @@ DELTA_SHAPES = {
         "prefix.mindpet_delta_prefixtuning_control_trans.0.weight": (5, 6),
         "prefix.mindpet_delta_prefixtuning_control_trans.0.bias": (5,),
         "prefix.mindpet_delta_prefixtuning_control_trans.2.weight": (16, 5),
-        "prefix.mindpet_delta_prefixtuning_control_trans.2.bias": (16,)},
+        "prefix.mindpet_delta_prefixtuning_control_trans.2.bias": (16,),
+    },
     "adapter": {
         "fc.mindpet_delta_adapter.mindpet_delta_adapter_block.mindpet_delta_adapter_down_sampler.weight": (4, 8),
         "fc.mindpet_delta_adapter.mindpet_delta_adapter_block.mindpet_delta_adapter_down_sampler.bias": (4,),
         "fc.mindpet_delta_adapter.mindpet_delta_adapter_block.mindpet_delta_adapter_up_sampler.weight": (8, 4),
-        "fc.mindpet_delta_adapter.mindpet_delta_adapter_block.mindpet_delta_adapter_up_sampler.bias": (8,)},
+        "fc.mindpet_delta_adapter.mindpet_delta_adapter_block.mindpet_delta_adapter_up_sampler.bias": (8,),
+    },
     "low_rank_adapter": {
-        f"fc.mindpet_delta_low_rank_adapter.mindpet_delta_low_rank_adapter_{name}": shape for name, shape in {
+        f"fc.mindpet_delta_low_rank_adapter.mindpet_delta_low_rank_adapter_{name}": shape
+        for name, shape in {
             "down_sampler.mindpet_delta_low_rank_adapter_weight_left": (8, 1),
             "down_sampler.mindpet_delta_low_rank_adapter_weight_right": (1, 4),
             "down_sampler.bias": (4,),
             "up_sampler.mindpet_delta_low_rank_adapter_weight_left": (4, 1),
             "up_sampler.mindpet_delta_low_rank_adapter_weight_right": (1, 8),
-            "up_sampler.bias": (8,)}.items()},
+            "up_sampler.bias": (8,),
+        }.items()
+    },
     "bitfit": {},
     "ptuning2": {
         "prefix.mindpet_delta_ptuning2_prefix": (4,),
@@ -39,7 +45,8 @@ DELTA_SHAPES = {
         "prefix.mindpet_delta_ptuning2_dense_in.weight": (5, 16),
         "prefix.mindpet_delta_ptuning2_dense_in.bias": (5,),
         "prefix.mindpet_delta_ptuning2_dense_out.weight": (16, 5),
-        "prefix.mindpet_delta_ptuning2_dense_out.bias": (16,)},
+        "prefix.mindpet_delta_ptuning2_dense_out.bias": (16,),
+    },
 }
 BASE_SHAPES = {"fc.weight": (8, 8), "fc.bias": (8,), "head.weight": (3, 8), "head.bias": (3,)}
 

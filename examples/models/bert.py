@@ -5,6 +5,7 @@ The names follow Hugging Face's BERT, so that a checkpoint of it loads by three 
 
 Source: Devlin et al. 2018, "BERT: Pre-training of Deep Bidirectional Transformers", arXiv:1810.04805.
 """
+
 import json
 import math
 import pathlib
@@ -19,8 +20,11 @@ from safetensors.numpy import load_file
 from mindpet.delta import AdapterDense, LoRADense, LowRankAdapterDense, PrefixEncoder, PrefixLayer
 
 METHODS = ("lora", "adapter", "low_rank_adapter", "prefixtuning", "ptuning2", "bitfit", "full", "head")
-RENAMED = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"),
-           ("_embeddings.weight", "_embeddings.embedding_table"))
+RENAMED = (
+    ("LayerNorm.weight", "LayerNorm.gamma"),
+    ("LayerNorm.bias", "LayerNorm.beta"),
+    ("_embeddings.weight", "_embeddings.embedding_table"),
+)
 ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
 
@@ -32,6 +36,7 @@ class BertConfig:
         method (str): one of `METHODS`; decides which layers are replaced.
         lora_rank, lora_alpha, bottleneck_size, reduction_factor, prefix_tokens, prefix_dim: sizes of the deltas.
     """
+
     vocab_size: int = 30522
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -52,11 +57,16 @@ class BertConfig:
     prefix_dim: int = 64
 
     def __post_init__(self):
-        problems = [f"'{name}' must be one of {sorted(known)}, but got {value!r}" for name, value, known in (
-            ("method", self.method, METHODS), ("hidden_act", self.hidden_act, ACTIVATIONS)) if value not in known]
+        problems = [
+            f"'{name}' must be one of {sorted(known)}, but got {value!r}"
+            for name, value, known in (("method", self.method, METHODS), ("hidden_act", self.hidden_act, ACTIVATIONS))
+            if value not in known
+        ]
         if self.hidden_size % self.num_attention_heads:
-            problems.append(f"'hidden_size', {self.hidden_size}, must be a multiple of 'num_attention_heads', "
-                            f"{self.num_attention_heads}")
+            problems.append(
+                f"'hidden_size', {self.hidden_size}, must be a multiple of 'num_attention_heads', "
+                f"{self.num_attention_heads}"
+            )
         if problems:
             raise ValueError("BertConfig: " + "; ".join(problems))
 
@@ -80,19 +90,35 @@ def query_or_value(config):
     """The query and value projection: where LoRA goes."""
     hidden = config.hidden_size
     if config.method == "lora":
-        return LoRADense(hidden, hidden, config.lora_rank, config.lora_alpha, compute_dtype=ms.float32,
-                         weight_init=TruncatedNormal(0.02))
+        return LoRADense(
+            hidden,
+            hidden,
+            config.lora_rank,
+            config.lora_alpha,
+            compute_dtype=ms.float32,
+            weight_init=TruncatedNormal(0.02),
+        )
     return dense(hidden, hidden)
 
 
 def block_output(config, in_channels):
     """The last Dense layer of an attention or feed-forward block: where the adapters go."""
     if config.method == "adapter":
-        return AdapterDense(in_channels, config.hidden_size, weight_init=TruncatedNormal(0.02),
-                            bottleneck_size=config.bottleneck_size, compute_dtype=ms.float32)
+        return AdapterDense(
+            in_channels,
+            config.hidden_size,
+            weight_init=TruncatedNormal(0.02),
+            bottleneck_size=config.bottleneck_size,
+            compute_dtype=ms.float32,
+        )
     if config.method == "low_rank_adapter":
-        return LowRankAdapterDense(in_channels, config.hidden_size, weight_init=TruncatedNormal(0.02),
-                                   reduction_factor=config.reduction_factor, compute_dtype=ms.float32)
+        return LowRankAdapterDense(
+            in_channels,
+            config.hidden_size,
+            weight_init=TruncatedNormal(0.02),
+            reduction_factor=config.reduction_factor,
+            compute_dtype=ms.float32,
+        )
     return dense(in_channels, config.hidden_size)
 
 
@@ -113,14 +139,16 @@ class Embeddings(nn.Cell):
         super().__init__()
         init = TruncatedNormal(0.02)
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, embedding_table=init)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size, embedding_table=init)
+        self.position_embeddings = nn.Embedding(
+            config.max_position_embeddings, config.hidden_size, embedding_table=init
+        )
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size, embedding_table=init)
         self.LayerNorm = layer_norm(config)
         self.dropout = nn.Dropout(p=config.hidden_dropout_prob)
         self.positions = Tensor(list(range(config.max_position_embeddings)), ms.int32)
 
     def construct(self, input_ids, token_type_ids):
-        positions = self.position_embeddings(self.positions[:input_ids.shape[1]])
+        positions = self.position_embeddings(self.positions[: input_ids.shape[1]])
         summed = self.word_embeddings(input_ids) + positions + self.token_type_embeddings(token_type_ids)
         return self.dropout(self.LayerNorm(summed))
 
@@ -138,11 +166,19 @@ class SelfAttention(nn.Cell):
         self.dropout = nn.Dropout(p=config.attention_probs_dropout_prob)
         self.has_prefix = config.method == "prefixtuning"
         if self.has_prefix:
-            self.prefix = PrefixLayer(config.prefix_tokens, 1, self.num_heads, config.hidden_size,
-                                      embed_dim=config.prefix_dim, mid_dim=config.prefix_dim)
+            self.prefix = PrefixLayer(
+                config.prefix_tokens,
+                1,
+                self.num_heads,
+                config.hidden_size,
+                embed_dim=config.prefix_dim,
+                mid_dim=config.prefix_dim,
+            )
 
     def construct(self, hidden, mask, past):
-        query, key, value = (self.split_heads(part) for part in (self.query(hidden), self.key(hidden), self.value(hidden)))
+        query, key, value = (
+            self.split_heads(part) for part in (self.query(hidden), self.key(hidden), self.value(hidden))
+        )
         if self.has_prefix:
             shape = (hidden.shape[0], -1, -1, -1)
             past = [self.split_heads(part.expand_dims(0)).broadcast_to(shape) for part in self.prefix()]
@@ -218,9 +254,12 @@ class Encoder(nn.Cell):
         self.layer = nn.CellList([Layer(config) for _ in range(config.num_hidden_layers)])
         self.has_prefix = config.method == "ptuning2"
         if self.has_prefix:
-            self.prefix_encoder = PrefixEncoder(config.prefix_tokens, config.num_hidden_layers,
-                                                config.num_attention_heads,
-                                                config.hidden_size // config.num_attention_heads)
+            self.prefix_encoder = PrefixEncoder(
+                config.prefix_tokens,
+                config.num_hidden_layers,
+                config.num_attention_heads,
+                config.hidden_size // config.num_attention_heads,
+            )
 
     def construct(self, hidden, mask):
         pasts = self.prefix_encoder(hidden.shape[0], hidden.dtype) if self.has_prefix else None
@@ -323,7 +362,7 @@ def read_weights(folder):
     for name, value in content.items():
         for old, new in RENAMED:
             name = name.replace(old, new)
-        weights[name[len("bert."):] if name.startswith("bert.") else name] = value
+        weights[name[len("bert.") :] if name.startswith("bert.") else name] = value
     return weights
 
 
@@ -339,8 +378,11 @@ def load_weights(model, weights):
     """
     params = {name: param for name, param in model.parameters_and_names() if "mindpet_delta" not in name}
     problems = [f"missing: {name} {param.shape}" for name, param in params.items() if name not in weights]
-    problems += [f"{name}: {param.shape} in the model, {weights[name].shape} in the file"
-                 for name, param in params.items() if name in weights and param.shape != weights[name].shape]
+    problems += [
+        f"{name}: {param.shape} in the model, {weights[name].shape} in the file"
+        for name, param in params.items()
+        if name in weights and param.shape != weights[name].shape
+    ]
     if problems:
         raise ValueError("the weights do not fit the model:\n  " + "\n  ".join(problems))
     for name, param in params.items():

@@ -1,4 +1,5 @@
 """What the methods that replace a Dense layer, or follow one, share."""
+
 from mindspore import nn, ops
 
 from mindpet.layers.activation import ACTIVATIONS
@@ -21,8 +22,18 @@ class DeltaDense(Dense):
         TypeError, ValueError, KeyError: an argument is wrong; all wrong ones are in the message.
     """
 
-    def __init__(self, in_channels, out_channels, weight_init, bias_init, has_bias, activation, param_init_type,
-                 compute_dtype, check):
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        weight_init,
+        bias_init,
+        has_bias,
+        activation,
+        param_init_type,
+        compute_dtype,
+        check,
+    ):
         check.positive_int(in_channels=in_channels, out_channels=out_channels)
         check.initial("weight_init", weight_init, (out_channels, in_channels))
         check.initial("bias_init", bias_init, (out_channels,))
@@ -30,13 +41,13 @@ class DeltaDense(Dense):
         check.activation("activation", activation, ACTIVATIONS)
         check.float_type(param_init_type=param_init_type, compute_dtype=compute_dtype)
         check.done()
-        super().__init__(in_channels, out_channels, weight_init, bias_init, has_bias, activation,
-                         compute_dtype=compute_dtype)
+        super().__init__(
+            in_channels, out_channels, weight_init, bias_init, has_bias, activation, compute_dtype=compute_dtype
+        )
         self.param_init_type = param_init_type
 
     def extend_repr(self):
-        return (f"{super().extend_repr()}, param_init_type={self.param_init_type}, "
-                f"compute_dtype={self.compute_dtype}")
+        return f"{super().extend_repr()}, param_init_type={self.param_init_type}, compute_dtype={self.compute_dtype}"
 
 
 class ResidualAdapter(nn.Cell):
@@ -66,8 +77,10 @@ class ResidualAdapter(nn.Cell):
         raise NotImplementedError
 
     def extend_repr(self):
-        return (f"hidden_size={self.hidden_size}, param_init_type={self.param_init_type}, "
-                f"compute_dtype={self.compute_dtype}")
+        return (
+            f"hidden_size={self.hidden_size}, param_init_type={self.param_init_type}, "
+            f"compute_dtype={self.compute_dtype}"
+        )
 
 
 def checker(cell):

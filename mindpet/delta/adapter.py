@@ -1,4 +1,5 @@
 """Adapter: a bottleneck with a residual, after a frozen Dense layer."""
+
 from collections import OrderedDict
 
 import mindspore as ms
@@ -44,8 +45,14 @@ class AdapterLayer(ResidualAdapter):
         ValueError: a size below 1, an unknown `non_linearity`.
     """
 
-    def __init__(self, hidden_size, bottleneck_size=64, non_linearity="gelu", param_init_type=ms.float32,
-                 compute_dtype=ms.float16):
+    def __init__(
+        self,
+        hidden_size,
+        bottleneck_size=64,
+        non_linearity="gelu",
+        param_init_type=ms.float32,
+        compute_dtype=ms.float16,
+    ):
         check = checker(self)
         check.positive_int(hidden_size=hidden_size, bottleneck_size=bottleneck_size)
         check.choice("non_linearity", non_linearity, ACTIVATIONS)
@@ -54,12 +61,17 @@ class AdapterLayer(ResidualAdapter):
         super().__init__(hidden_size, param_init_type, compute_dtype)
         self.bottleneck_size = bottleneck_size
         self.non_linearity = non_linearity
-        self.mindpet_delta_adapter_block = nn.SequentialCell(OrderedDict(
-            mindpet_delta_adapter_down_sampler=Dense(
-                hidden_size, bottleneck_size, "xavier_uniform", dtype=param_init_type, compute_dtype=compute_dtype),
-            mindpet_delta_adapter_non_linear=get_activation(non_linearity),
-            mindpet_delta_adapter_up_sampler=Dense(
-                bottleneck_size, hidden_size, "zeros", dtype=param_init_type, compute_dtype=compute_dtype)))
+        self.mindpet_delta_adapter_block = nn.SequentialCell(
+            OrderedDict(
+                mindpet_delta_adapter_down_sampler=Dense(
+                    hidden_size, bottleneck_size, "xavier_uniform", dtype=param_init_type, compute_dtype=compute_dtype
+                ),
+                mindpet_delta_adapter_non_linear=get_activation(non_linearity),
+                mindpet_delta_adapter_up_sampler=Dense(
+                    bottleneck_size, hidden_size, "zeros", dtype=param_init_type, compute_dtype=compute_dtype
+                ),
+            )
+        )
 
     def bottleneck(self, rows):
         return self.mindpet_delta_adapter_block(rows)
@@ -77,8 +89,15 @@ class AdapterLayer(ResidualAdapter):
             "strategy_residual_add": self.residual_add,
         }
 
-    def shard(self, strategy_matmul_down_sampler=None, strategy_bias_down_sampler=None, strategy_non_linearity=None,
-              strategy_matmul_up_sampler=None, strategy_bias_up_sampler=None, strategy_residual_add=None):
+    def shard(
+        self,
+        strategy_matmul_down_sampler=None,
+        strategy_bias_down_sampler=None,
+        strategy_non_linearity=None,
+        strategy_matmul_up_sampler=None,
+        strategy_bias_up_sampler=None,
+        strategy_residual_add=None,
+    ):
         """Set the strategies of the operators, each a tuple with one tuple of ints for each input, or None.
 
         Args:
@@ -139,16 +158,36 @@ class AdapterDense(DeltaDense):
         KeyError: the name of `activation` is unknown.
     """
 
-    def __init__(self, in_channels, out_channels, weight_init="normal", bias_init="zeros", has_bias=True,
-                 activation=None, bottleneck_size=64, non_linearity="gelu", param_init_type=ms.float32,
-                 compute_dtype=ms.float16):
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        weight_init="normal",
+        bias_init="zeros",
+        has_bias=True,
+        activation=None,
+        bottleneck_size=64,
+        non_linearity="gelu",
+        param_init_type=ms.float32,
+        compute_dtype=ms.float16,
+    ):
         check = checker(self)
         check.positive_int(bottleneck_size=bottleneck_size)
         check.choice("non_linearity", non_linearity, ACTIVATIONS)
-        super().__init__(in_channels, out_channels, weight_init, bias_init, has_bias, activation, param_init_type,
-                         compute_dtype, check)
-        self.mindpet_delta_adapter = AdapterLayer(out_channels, bottleneck_size, non_linearity, param_init_type,
-                                                  compute_dtype)
+        super().__init__(
+            in_channels,
+            out_channels,
+            weight_init,
+            bias_init,
+            has_bias,
+            activation,
+            param_init_type,
+            compute_dtype,
+            check,
+        )
+        self.mindpet_delta_adapter = AdapterLayer(
+            out_channels, bottleneck_size, non_linearity, param_init_type, compute_dtype
+        )
 
     def transform(self, rows):
         return self.mindpet_delta_adapter(self.activate(self.linear(rows)))
@@ -163,9 +202,18 @@ class AdapterDense(DeltaDense):
             **self.mindpet_delta_adapter.operators,
         }
 
-    def shard(self, strategy_matmul_org=None, strategy_bias_org=None, strategy_activation_org=None,
-              strategy_matmul_down_sampler=None, strategy_bias_down_sampler=None, strategy_non_linearity=None,
-              strategy_matmul_up_sampler=None, strategy_bias_up_sampler=None, strategy_residual_add=None):
+    def shard(
+        self,
+        strategy_matmul_org=None,
+        strategy_bias_org=None,
+        strategy_activation_org=None,
+        strategy_matmul_down_sampler=None,
+        strategy_bias_down_sampler=None,
+        strategy_non_linearity=None,
+        strategy_matmul_up_sampler=None,
+        strategy_bias_up_sampler=None,
+        strategy_residual_add=None,
+    ):
         """Set the strategies of the operators, each a tuple with one tuple of ints for each input, or None.
 
         Args:

@@ -1,4 +1,5 @@
 """LoRA: a low-rank update beside a frozen Dense layer."""
+
 import math
 
 import mindspore as ms
@@ -53,26 +54,50 @@ class LoRADense(DeltaDense):
         KeyError: the name of `activation` is unknown.
     """
 
-    def __init__(self, in_channels, out_channels, lora_rank, lora_alpha, lora_dropout=0.0,
-                 lora_a_init=HeUniform(negative_slope=math.sqrt(5)), lora_b_init="zeros", param_init_type=ms.float32,
-                 compute_dtype=ms.float16, weight_init="normal", bias_init="zeros", has_bias=True, activation=None):
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        lora_rank,
+        lora_alpha,
+        lora_dropout=0.0,
+        lora_a_init=HeUniform(negative_slope=math.sqrt(5)),
+        lora_b_init="zeros",
+        param_init_type=ms.float32,
+        compute_dtype=ms.float16,
+        weight_init="normal",
+        bias_init="zeros",
+        has_bias=True,
+        activation=None,
+    ):
         check = checker(self)
         check.positive_int(lora_rank=lora_rank)
         check.nonzero_number(lora_alpha=lora_alpha)
         check.probability(lora_dropout=lora_dropout)
         check.initial("lora_a_init", lora_a_init, (lora_rank, in_channels))
         check.initial("lora_b_init", lora_b_init, (out_channels, lora_rank))
-        super().__init__(in_channels, out_channels, weight_init, bias_init, has_bias, activation, param_init_type,
-                         compute_dtype, check)
+        super().__init__(
+            in_channels,
+            out_channels,
+            weight_init,
+            bias_init,
+            has_bias,
+            activation,
+            param_init_type,
+            compute_dtype,
+            check,
+        )
         self.lora_rank = lora_rank
         self.lora_alpha = lora_alpha
         self.scaling = lora_alpha / lora_rank
         self.lora_dropout = get_dropout(lora_dropout)
         # Stand-alone layers have always carried these names; inside a network the attribute's name is the key.
         self.mindpet_delta_lora_a = Parameter(
-            initializer(lora_a_init, [lora_rank, in_channels], param_init_type), name="mindpet_delta_lora_A")
+            initializer(lora_a_init, [lora_rank, in_channels], param_init_type), name="mindpet_delta_lora_A"
+        )
         self.mindpet_delta_lora_b = Parameter(
-            initializer(lora_b_init, [out_channels, lora_rank], param_init_type), name="mindpet_delta_lora_B")
+            initializer(lora_b_init, [out_channels, lora_rank], param_init_type), name="mindpet_delta_lora_B"
+        )
         self.lora_a_matmul = ops.MatMul(transpose_b=True)
         self.lora_b_matmul = ops.MatMul(transpose_b=True)
         self.mul = ops.Mul()
@@ -104,9 +129,17 @@ class LoRADense(DeltaDense):
             "strategy_activation": self.activation,
         }
 
-    def shard(self, strategy_org_dense_matmul=None, strategy_org_bias_add=None, strategy_lora_dropout=None,
-              strategy_lora_a_matmul=None, strategy_lora_b_matmul=None, strategy_lora_mul=None,
-              strategy_lora_add=None, strategy_activation=None):
+    def shard(
+        self,
+        strategy_org_dense_matmul=None,
+        strategy_org_bias_add=None,
+        strategy_lora_dropout=None,
+        strategy_lora_a_matmul=None,
+        strategy_lora_b_matmul=None,
+        strategy_lora_mul=None,
+        strategy_lora_add=None,
+        strategy_activation=None,
+    ):
         """Set the strategies of the operators, each a tuple with one tuple of ints for each input, or None.
 
         Args:

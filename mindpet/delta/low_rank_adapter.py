@@ -1,4 +1,5 @@
 """Low-rank adapter: an adapter whose two matrices are low-rank products, after a frozen Dense layer."""
+
 import mindspore as ms
 from mindspore import Parameter, nn, ops
 from mindspore.common.initializer import Initializer, initializer
@@ -24,9 +25,11 @@ class LowRankLinear(nn.Cell):
         super().__init__()
         self.compute_dtype = compute_dtype
         self.mindpet_delta_low_rank_adapter_weight_left = Parameter(
-            initializer(weight_init, [in_channels, rank], param_init_type))
+            initializer(weight_init, [in_channels, rank], param_init_type)
+        )
         self.mindpet_delta_low_rank_adapter_weight_right = Parameter(
-            initializer(weight_init, [rank, out_channels], param_init_type))
+            initializer(weight_init, [rank, out_channels], param_init_type)
+        )
         self.bias = Parameter(initializer("zeros", [out_channels], param_init_type))
         self.matmul_weight = ops.MatMul()
         self.matmul_input = ops.MatMul()
@@ -71,13 +74,21 @@ class LowRankAdapterLayer(ResidualAdapter):
         `(*, hidden_size)`, in the type of `hidden`.
 
     Raises:
-        TypeError: a size is not an int, `low_rank_w_init` neither str nor Initializer, `non_linearity` not a str, a type
-            none of the three.
+        TypeError: a size is not an int, `low_rank_w_init` neither str nor Initializer, `non_linearity` not a str, a
+            type none of the three.
         ValueError: a size below 1, `reduction_factor` above `hidden_size`, an unknown name.
     """
 
-    def __init__(self, hidden_size, reduction_factor=1, low_rank_size=1, low_rank_w_init="xavier_uniform",
-                 non_linearity="gelu", param_init_type=ms.float32, compute_dtype=ms.float16):
+    def __init__(
+        self,
+        hidden_size,
+        reduction_factor=1,
+        low_rank_size=1,
+        low_rank_w_init="xavier_uniform",
+        non_linearity="gelu",
+        param_init_type=ms.float32,
+        compute_dtype=ms.float16,
+    ):
         check = checker(self)
         check.positive_int(hidden_size=hidden_size)
         check_bottleneck(check, hidden_size, reduction_factor, low_rank_size, low_rank_w_init, non_linearity)
@@ -88,10 +99,12 @@ class LowRankAdapterLayer(ResidualAdapter):
         self.low_rank_size = low_rank_size
         self.bottleneck_size = hidden_size // reduction_factor
         self.mindpet_delta_low_rank_adapter_down_sampler = LowRankLinear(
-            hidden_size, self.bottleneck_size, low_rank_size, low_rank_w_init, param_init_type, compute_dtype)
+            hidden_size, self.bottleneck_size, low_rank_size, low_rank_w_init, param_init_type, compute_dtype
+        )
         self.mindpet_delta_low_rank_adapter_non_linear = get_activation(non_linearity)
         self.mindpet_delta_low_rank_adapter_up_sampler = LowRankLinear(
-            self.bottleneck_size, hidden_size, low_rank_size, low_rank_w_init, param_init_type, compute_dtype)
+            self.bottleneck_size, hidden_size, low_rank_size, low_rank_w_init, param_init_type, compute_dtype
+        )
 
     def bottleneck(self, rows):
         inner = self.mindpet_delta_low_rank_adapter_down_sampler(rows)
@@ -113,9 +126,17 @@ class LowRankAdapterLayer(ResidualAdapter):
             "strategy_residual_add": self.residual_add,
         }
 
-    def shard(self, strategy_matmul_down_sampler_weight=None, strategy_matmul_down_sampler_input=None,
-              strategy_bias_down_sampler=None, strategy_non_linearity=None, strategy_matmul_up_sampler_weight=None,
-              strategy_matmul_up_sampler_input=None, strategy_bias_up_sampler=None, strategy_residual_add=None):
+    def shard(
+        self,
+        strategy_matmul_down_sampler_weight=None,
+        strategy_matmul_down_sampler_input=None,
+        strategy_bias_down_sampler=None,
+        strategy_non_linearity=None,
+        strategy_matmul_up_sampler_weight=None,
+        strategy_matmul_up_sampler_input=None,
+        strategy_bias_up_sampler=None,
+        strategy_residual_add=None,
+    ):
         """Set the strategies of the operators, each a tuple with one tuple of ints for each input, or None.
 
         Args:
@@ -137,8 +158,7 @@ class LowRankAdapterLayer(ResidualAdapter):
         return apply_strategies(self, locals())
 
     def extend_repr(self):
-        return (f"{super().extend_repr()}, reduction_factor={self.reduction_factor}, "
-                f"low_rank_size={self.low_rank_size}")
+        return f"{super().extend_repr()}, reduction_factor={self.reduction_factor}, low_rank_size={self.low_rank_size}"
 
 
 class LowRankAdapterDense(DeltaDense):
@@ -182,16 +202,43 @@ class LowRankAdapterDense(DeltaDense):
         KeyError: the name of `activation` is unknown.
     """
 
-    def __init__(self, in_channels, out_channels, weight_init="normal", bias_init="zeros", has_bias=True,
-                 activation=None, reduction_factor=1, low_rank_size=1, low_rank_w_init="xavier_uniform",
-                 non_linearity="gelu", param_init_type=ms.float32, compute_dtype=ms.float16):
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        weight_init="normal",
+        bias_init="zeros",
+        has_bias=True,
+        activation=None,
+        reduction_factor=1,
+        low_rank_size=1,
+        low_rank_w_init="xavier_uniform",
+        non_linearity="gelu",
+        param_init_type=ms.float32,
+        compute_dtype=ms.float16,
+    ):
         check = checker(self)
         check_bottleneck(check, out_channels, reduction_factor, low_rank_size, low_rank_w_init, non_linearity)
-        super().__init__(in_channels, out_channels, weight_init, bias_init, has_bias, activation, param_init_type,
-                         compute_dtype, check)
+        super().__init__(
+            in_channels,
+            out_channels,
+            weight_init,
+            bias_init,
+            has_bias,
+            activation,
+            param_init_type,
+            compute_dtype,
+            check,
+        )
         self.mindpet_delta_low_rank_adapter = LowRankAdapterLayer(
-            out_channels, reduction_factor, low_rank_size, low_rank_w_init, non_linearity, param_init_type,
-            compute_dtype)
+            out_channels,
+            reduction_factor,
+            low_rank_size,
+            low_rank_w_init,
+            non_linearity,
+            param_init_type,
+            compute_dtype,
+        )
 
     def transform(self, rows):
         return self.mindpet_delta_low_rank_adapter(self.activate(self.linear(rows)))
@@ -206,10 +253,20 @@ class LowRankAdapterDense(DeltaDense):
             **self.mindpet_delta_low_rank_adapter.operators,
         }
 
-    def shard(self, strategy_matmul_org=None, strategy_bias_org=None, strategy_activation_org=None,
-              strategy_matmul_down_sampler_weight=None, strategy_matmul_down_sampler_input=None,
-              strategy_bias_down_sampler=None, strategy_non_linearity=None, strategy_matmul_up_sampler_weight=None,
-              strategy_matmul_up_sampler_input=None, strategy_bias_up_sampler=None, strategy_residual_add=None):
+    def shard(
+        self,
+        strategy_matmul_org=None,
+        strategy_bias_org=None,
+        strategy_activation_org=None,
+        strategy_matmul_down_sampler_weight=None,
+        strategy_matmul_down_sampler_input=None,
+        strategy_bias_down_sampler=None,
+        strategy_non_linearity=None,
+        strategy_matmul_up_sampler_weight=None,
+        strategy_matmul_up_sampler_input=None,
+        strategy_bias_up_sampler=None,
+        strategy_residual_add=None,
+    ):
         """Set the strategies of the operators, each a tuple with one tuple of ints for each input, or None.
 
         Args:
@@ -234,7 +291,12 @@ def check_bottleneck(check, hidden_size, reduction_factor, low_rank_size, low_ra
     """Check what LowRankAdapterLayer and LowRankAdapterDense have in common."""
     check.positive_int(reduction_factor=reduction_factor, low_rank_size=low_rank_size)
     if all(type(size) is int for size in (hidden_size, reduction_factor)):
-        check.require(reduction_factor <= max(hidden_size, 1), ValueError, "reduction_factor", reduction_factor,
-                      f"at most the hidden size, {hidden_size}")
+        check.require(
+            reduction_factor <= max(hidden_size, 1),
+            ValueError,
+            "reduction_factor",
+            reduction_factor,
+            f"at most the hidden size, {hidden_size}",
+        )
     check.initial("low_rank_w_init", low_rank_w_init, (), types=(str, Initializer))
     check.choice("non_linearity", non_linearity, ACTIVATIONS)

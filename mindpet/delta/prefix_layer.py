@@ -1,4 +1,5 @@
 """Prefix tuning: trained keys and values before those of an attention layer."""
+
 import sys
 import warnings
 
@@ -17,8 +18,8 @@ class PrefixLayer(nn.Cell):
         [P_k, P_v] = dropout(W_2 tanh(W_1 wte(0..n-1) + b_1) + b_2)
 
     Source: Li and Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", arXiv:2101.00190,
-    section 4.3. Key and value each have their own half of the last layer's output. Call the layer inside of `construct`,
-    `past_key, past_value = self.prefix()`: only so does it train.
+    section 4.3. Key and value each have their own half of the last layer's output. Call the layer inside of
+    `construct`, `past_key, past_value = self.prefix()`: only so does it train.
 
     Args:
         prefix_token_num (int): rows of the prefix, a multiple of `batch_size`.
@@ -45,12 +46,24 @@ class PrefixLayer(nn.Cell):
 
     def __init__(self, prefix_token_num, batch_size, num_heads, hidden_dim, embed_dim, mid_dim=512, dropout_rate=0.1):
         check = checker(self)
-        check.positive_int(NotPositiveIntError, prefix_token_num=prefix_token_num, batch_size=batch_size,
-                           num_heads=num_heads, hidden_dim=hidden_dim, embed_dim=embed_dim, mid_dim=mid_dim)
+        check.positive_int(
+            NotPositiveIntError,
+            prefix_token_num=prefix_token_num,
+            batch_size=batch_size,
+            num_heads=num_heads,
+            hidden_dim=hidden_dim,
+            embed_dim=embed_dim,
+            mid_dim=mid_dim,
+        )
         check.probability((int, float), dropout_rate=dropout_rate)
         if not check.problems:
-            check.require(prefix_token_num % batch_size == 0, ValueError, "prefix_token_num", prefix_token_num,
-                          f"a multiple of batch_size, {batch_size}")
+            check.require(
+                prefix_token_num % batch_size == 0,
+                ValueError,
+                "prefix_token_num",
+                prefix_token_num,
+                f"a multiple of batch_size, {batch_size}",
+            )
         check.done()
         super().__init__()
         self.prefix_token_num = prefix_token_num
@@ -63,30 +76,33 @@ class PrefixLayer(nn.Cell):
         self.tokens = Tensor(list(range(prefix_token_num)), ms.int32)
         self.mindpet_delta_prefixtuning_wte = nn.Embedding(prefix_token_num, embed_dim)
         self.mindpet_delta_prefixtuning_control_trans = nn.SequentialCell(
-            nn.Dense(embed_dim, mid_dim), nn.Tanh(), nn.Dense(mid_dim, 2 * hidden_dim))
+            nn.Dense(embed_dim, mid_dim), nn.Tanh(), nn.Dense(mid_dim, 2 * hidden_dim)
+        )
         self.dropout = get_dropout(dropout_rate)
 
     def construct(self):
         embedded = self.mindpet_delta_prefixtuning_wte(self.tokens)
         prefix = self.dropout(self.mindpet_delta_prefixtuning_control_trans(embedded))
-        return prefix[:, :self.hidden_dim], prefix[:, self.hidden_dim:]
+        return prefix[:, : self.hidden_dim], prefix[:, self.hidden_dim :]
 
     @property
     def past_key_reparam(self):
-        """The keys `(prefix_token_num, hidden_dim)`, computed when read; read it in `construct`, not in `__init__`."""
+        """The keys `(prefix_token_num, hidden_dim)`, computed when read: in `construct`, not in `__init__`."""
         warn_of_snapshot()
         return self.construct()[0]
 
     @property
     def past_value_reparam(self):
-        """The values `(prefix_token_num, hidden_dim)`, computed when read; read it in `construct`, not in `__init__`."""
+        """The values `(prefix_token_num, hidden_dim)`, computed when read: in `construct`, not in `__init__`."""
         warn_of_snapshot()
         return self.construct()[1]
 
     def extend_repr(self):
-        return (f"prefix_token_num={self.prefix_token_num}, batch_size={self.batch_size}, num_heads={self.num_heads}, "
-                f"hidden_dim={self.hidden_dim}, embed_dim={self.embed_dim}, mid_dim={self.mid_dim}, "
-                f"dropout_rate={self.dropout_rate}")
+        return (
+            f"prefix_token_num={self.prefix_token_num}, batch_size={self.batch_size}, num_heads={self.num_heads}, "
+            f"hidden_dim={self.hidden_dim}, embed_dim={self.embed_dim}, mid_dim={self.mid_dim}, "
+            f"dropout_rate={self.dropout_rate}"
+        )
 
 
 # A constexpr runs as plain Python in PyNative mode and once at compile time in graph mode, where warnings do not parse.
@@ -96,7 +112,10 @@ def warn_of_snapshot():
     frame = sys._getframe(1)
     while frame is not None and frame.f_code.co_name != "construct":
         if frame.f_code.co_name == "__init__":
-            warnings.warn("PrefixLayer: past_key_reparam and past_value_reparam read in __init__ are a snapshot that "
-                          "never trains; use `past_key, past_value = self.prefix()` in construct.", stacklevel=4)
+            warnings.warn(
+                "PrefixLayer: past_key_reparam and past_value_reparam read in __init__ are a snapshot that "
+                "never trains; use `past_key, past_value = self.prefix()` in construct.",
+                stacklevel=4,
+            )
             return
         frame = frame.f_back

@@ -1,4 +1,5 @@
 """P-Tuning v2: trained keys and values before those of every attention layer."""
+
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
@@ -52,15 +53,36 @@ class PrefixEncoder(nn.Cell):
         ValueError: `dropout_prob` outside [0, 1), `out_perm` no order of five axes with the slots first.
     """
 
-    def __init__(self, pre_seq_len, num_layers, num_heads, kv_channels, prefix_projection=False, projection_dim=128,
-                 dropout_prob=0.0, out_perm=(2, 0, 3, 1, 4), parallel_config=None):
+    def __init__(
+        self,
+        pre_seq_len,
+        num_layers,
+        num_heads,
+        kv_channels,
+        prefix_projection=False,
+        projection_dim=128,
+        dropout_prob=0.0,
+        out_perm=(2, 0, 3, 1, 4),
+        parallel_config=None,
+    ):
         check = checker(self)
-        check.positive_int(NotPositiveIntError, pre_seq_len=pre_seq_len, num_layers=num_layers, num_heads=num_heads,
-                           kv_channels=kv_channels, projection_dim=projection_dim)
+        check.positive_int(
+            NotPositiveIntError,
+            pre_seq_len=pre_seq_len,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            kv_channels=kv_channels,
+            projection_dim=projection_dim,
+        )
         check.boolean(prefix_projection=prefix_projection)
         check.probability((int, float), dropout_prob=dropout_prob)
-        check.require(isinstance(out_perm, (tuple, list)) and sorted(out_perm) == [0, 1, 2, 3, 4] and out_perm[0] == 2,
-                      ValueError, "out_perm", out_perm, "an order of the axes 0 to 4 that begins with 2")
+        check.require(
+            isinstance(out_perm, (tuple, list)) and sorted(out_perm) == [0, 1, 2, 3, 4] and out_perm[0] == 2,
+            ValueError,
+            "out_perm",
+            out_perm,
+            "an order of the axes 0 to 4 that begins with 2",
+        )
         check.done()
         super().__init__()
         self.pre_seq_len = pre_seq_len
@@ -120,6 +142,8 @@ class PrefixEncoder(nn.Cell):
         return self
 
     def extend_repr(self):
-        return (f"pre_seq_len={self.pre_seq_len}, num_layers={self.num_layers}, num_heads={self.num_heads}, "
-                f"kv_channels={self.kv_channels}, prefix_projection={self.prefix_projection}, "
-                f"projection_dim={self.projection_dim}, dropout_prob={self.dropout_prob}")
+        return (
+            f"pre_seq_len={self.pre_seq_len}, num_layers={self.num_layers}, num_heads={self.num_heads}, "
+            f"kv_channels={self.kv_channels}, prefix_projection={self.prefix_projection}, "
+            f"projection_dim={self.projection_dim}, dropout_prob={self.dropout_prob}"
+        )

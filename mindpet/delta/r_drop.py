@@ -1,4 +1,5 @@
 """R-Drop: two dropout passes of each sample are pulled together by the loss."""
+
 import mindspore as ms
 from mindspore import nn, ops
 
@@ -9,8 +10,8 @@ class RDropLoss(nn.Cell):
     .. math::
         loss = \\frac{1}{2N}\\sum_{j} CE_j + \\frac{alpha}{4 N} \\sum_{i=1}^{N} (KL(p_i || q_i) + KL(q_i || p_i))
 
-    where rows `2i` and `2i+1` of the logits are the two passes `p_i`, `q_i` of sample i, as `rdrop_repeat` lays them out,
-    and KL is summed over the classes. It is half of the paper's loss and does not grow with the batch.
+    where rows `2i` and `2i+1` of the logits are the two passes `p_i`, `q_i` of sample i, as `rdrop_repeat` lays them
+    out, and KL is summed over the classes. It is half of the paper's loss and does not grow with the batch.
 
     Source: Liang et al. 2021, "R-Drop: Regularized Dropout for Neural Networks", arXiv:2106.14448, equations 2 to 4.
 

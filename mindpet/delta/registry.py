@@ -1,4 +1,5 @@
 """The one table of delta methods. What is done to a network asks it, and never a class name."""
+
 from dataclasses import dataclass
 
 from mindpet.delta.adapter import AdapterDense, AdapterLayer
@@ -21,6 +22,7 @@ class Method:
         identity (bool): whether a fresh delta leaves the network's output as it was.
         mergeable (bool): whether its Dense Cell has `merged_weight()`.
     """
+
     name: str
     cells: tuple
     trainable: tuple
@@ -30,15 +32,22 @@ class Method:
     mergeable: bool = False
 
 
-METHODS = {method.name: method for method in (
-    Method("lora", (LoRADense,), ("*mindpet_delta_lora_*",), identity=True, mergeable=True),
-    Method("prefixtuning", (PrefixLayer,), ("*mindpet_delta_prefixtuning_*",), aliases=("prefix",)),
-    Method("adapter", (AdapterDense, AdapterLayer), ("*mindpet_delta_adapter_*",), identity=True),
-    Method("low_rank_adapter", (LowRankAdapterDense, LowRankAdapterLayer), ("*mindpet_delta_low_rank_adapter_*",)),
-    Method("bitfit", (), ("*bias",), identity=True),
-    Method("ptuning2", (PrefixEncoder,), ("*mindpet_delta_ptuning2_embedding*", "*mindpet_delta_ptuning2_dense_*"),
-           constants=("*mindpet_delta_ptuning2_prefix",)),
-)}
+METHODS = {
+    method.name: method
+    for method in (
+        Method("lora", (LoRADense,), ("*mindpet_delta_lora_*",), identity=True, mergeable=True),
+        Method("prefixtuning", (PrefixLayer,), ("*mindpet_delta_prefixtuning_*",), aliases=("prefix",)),
+        Method("adapter", (AdapterDense, AdapterLayer), ("*mindpet_delta_adapter_*",), identity=True),
+        Method("low_rank_adapter", (LowRankAdapterDense, LowRankAdapterLayer), ("*mindpet_delta_low_rank_adapter_*",)),
+        Method("bitfit", (), ("*bias",), identity=True),
+        Method(
+            "ptuning2",
+            (PrefixEncoder,),
+            ("*mindpet_delta_ptuning2_embedding*", "*mindpet_delta_ptuning2_dense_*"),
+            constants=("*mindpet_delta_ptuning2_prefix",),
+        ),
+    )
+}
 
 
 def find_method(mode):

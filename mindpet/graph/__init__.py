@@ -1,7 +1,15 @@
 """What is done to a network: freezing, saving and loading what trains, watching that it does."""
+
 from mindpet.graph.ckpt_util import TrainableParamsCheckPoint, load_delta
 from mindpet.graph.freeze_utils import freeze_delta, freeze_from_config, freeze_modules
 from mindpet.graph.guard import DeltaGuard, summary
 
-__all__ = ["DeltaGuard", "TrainableParamsCheckPoint", "freeze_delta", "freeze_from_config", "freeze_modules",
-           "load_delta", "summary"]
+__all__ = [
+    "DeltaGuard",
+    "TrainableParamsCheckPoint",
+    "freeze_delta",
+    "freeze_from_config",
+    "freeze_modules",
+    "load_delta",
+    "summary",
+]

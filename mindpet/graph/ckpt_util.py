@@ -1,4 +1,5 @@
 """Saving what was trained, and loading it back."""
+
 import copy
 import multiprocessing
 import os
@@ -19,11 +20,39 @@ from mindpet.utils.validate import FLOAT_TYPES, Checker
 STAGING = ".incomplete"
 FORMATS = ("ckpt", "safetensors")
 # What MindSpore's optimizers and loss scaling add to the checkpoint of a train network.
-OPTIMIZER_PREFIXES = ("accum", "accum_update", "adam_m", "adam_v", "ax_", "exp_avg", "lamb_m", "lamb_v", "linear",
-                      "mean_grad", "mean_square", "moment", "moment1", "moment2", "moments", "prev", "stat",
-                      "step_size", "vhat")
-OPTIMIZER_NAMES = ("beta1_power", "beta2_power", "current_iterator_step", "epoch_num", "global_step",
-                   "last_overflow_iterator_step", "learning_rate", "momentum", "scale_sense", "step_num")
+OPTIMIZER_PREFIXES = (
+    "accum",
+    "accum_update",
+    "adam_m",
+    "adam_v",
+    "ax_",
+    "exp_avg",
+    "lamb_m",
+    "lamb_v",
+    "linear",
+    "mean_grad",
+    "mean_square",
+    "moment",
+    "moment1",
+    "moment2",
+    "moments",
+    "prev",
+    "stat",
+    "step_size",
+    "vhat",
+)
+OPTIMIZER_NAMES = (
+    "beta1_power",
+    "beta2_power",
+    "current_iterator_step",
+    "epoch_num",
+    "global_step",
+    "last_overflow_iterator_step",
+    "learning_rate",
+    "momentum",
+    "scale_sense",
+    "step_num",
+)
 
 
 class TrainableParamsCheckPoint(ModelCheckpoint):
@@ -52,8 +81,13 @@ class TrainableParamsCheckPoint(ModelCheckpoint):
         check.require(isinstance(directory, str), TypeError, "directory", directory, "a str")
         is_name = isinstance(prefix, str) and "/" not in prefix
         check.require(callable(prefix) or is_name, ValueError, "prefix", prefix, "callable or a str without '/'")
-        check.require(config is None or isinstance(config, CheckpointConfig), TypeError, "config", config,
-                      "a CheckpointConfig or None")
+        check.require(
+            config is None or isinstance(config, CheckpointConfig),
+            TypeError,
+            "config",
+            config,
+            "a CheckpointConfig or None",
+        )
         check.done()
         _make_directory(directory)
         config = copy.copy(config) if config else CheckpointConfig()
@@ -68,8 +102,10 @@ class TrainableParamsCheckPoint(ModelCheckpoint):
         """Refuse to start if there is nothing to save."""
         self._callback_params = run_context.original_args()
         if not trainable_parameters(self._network(self._callback_params)):
-            raise CheckpointError("TrainableParamsCheckPoint: no parameter of the network is trainable, so there would "
-                                  "be nothing to save; see freeze_delta.")
+            raise CheckpointError(
+                "TrainableParamsCheckPoint: no parameter of the network is trainable, so there would "
+                "be nothing to save; see freeze_delta."
+            )
 
     def step_end(self, run_context):
         """Save if it is time to."""
@@ -113,9 +149,17 @@ class TrainableParamsCheckPoint(ModelCheckpoint):
         self._append_dict_content(cb_params.cur_epoch_num, cb_params.cur_step_num)
         os.makedirs(self._manager.staging, exist_ok=True)
         staged = os.path.join(self._manager.staging, name)
-        ms.save_checkpoint(_TrainableView(self._network(cb_params), cb_params.train_network), staged,
-                           self._config.integrated_save, False, self._append_dict, self._config.enc_key,
-                           self._config.enc_mode, crc_check=self._config.crc_check, format=self._config.format)
+        ms.save_checkpoint(
+            _TrainableView(self._network(cb_params), cb_params.train_network),
+            staged,
+            self._config.integrated_save,
+            False,
+            self._append_dict,
+            self._config.enc_key,
+            self._config.enc_mode,
+            crc_check=self._config.crc_check,
+            format=self._config.format,
+        )
         self._latest_ckpt_file_name = self._manager.stage(staged)
         self._manager.publish()
 
@@ -195,8 +239,11 @@ class _AtomicManager(CheckpointManager):
 
 def _writers():
     """MindSpore's asynchronous writers that are at work."""
-    return [writer for writer in (*threading.enumerate(), *multiprocessing.active_children())
-            if writer.name == "asyn_save_ckpt"]
+    return [
+        writer
+        for writer in (*threading.enumerate(), *multiprocessing.active_children())
+        if writer.name == "asyn_save_ckpt"
+    ]
 
 
 def _writing():
@@ -213,7 +260,9 @@ def _make_directory(directory):
     if not os.path.isabs(directory):
         raise AbsolutePathError(f"TrainableParamsCheckPoint: 'directory' must be absolute, but got {directory!r}.")
     if os.path.islink(directory.rstrip(os.sep)):
-        raise LinkPathError(f"TrainableParamsCheckPoint: 'directory' must not be a symbolic link, but got {directory!r}.")
+        raise LinkPathError(
+            f"TrainableParamsCheckPoint: 'directory' must not be a symbolic link, but got {directory!r}."
+        )
     os.makedirs(directory, exist_ok=True)
     with tempfile.TemporaryFile(dir=directory):
         pass
@@ -253,11 +302,16 @@ def load_delta(network, *files, strict=True, dec_key=None, dec_mode="AES-GCM", c
     surplus = [key for key in found if key not in names and not _is_extra(key, found)]
     problems = [f"missing: {name} {params[name].shape}" for name in params if name in missing]
     problems += [f"surplus: {key} {found[key].shape}" for key in surplus]
-    misfits = [f"{name}: {_text(params[name])} in the network, {_text(value)} in the file"
-               for name, value in values.items() if not _fits(params[name], value)]
+    misfits = [
+        f"{name}: {_text(params[name])} in the network, {_text(value)} in the file"
+        for name, value in values.items()
+        if not _fits(params[name], value)
+    ]
     if misfits or (problems and strict):
-        raise CheckpointError(f"load_delta: {list(map(str, files))} does not fit the network, which is unchanged:\n  "
-                              + "\n  ".join(problems + misfits))
+        raise CheckpointError(
+            f"load_delta: {list(map(str, files))} does not fit the network, which is unchanged:\n  "
+            + "\n  ".join(problems + misfits)
+        )
     for problem in problems:
         warnings.warn(f"load_delta: {problem}", stacklevel=2)
     for name, value in values.items():
@@ -271,7 +325,9 @@ def _check_load_arguments(network, files, strict):
     check.require(files, ValueError, "files", files, "at least one path")
     for file in files:
         if check.require(isinstance(file, (str, os.PathLike)), TypeError, "files", file, "paths"):
-            check.require(_format(file) in FORMATS, ValueError, "files", file, "paths that end in .ckpt or .safetensors")
+            check.require(
+                _format(file) in FORMATS, ValueError, "files", file, "paths that end in .ckpt or .safetensors"
+            )
     check.boolean(strict=strict)
     check.done()
     lost = [str(file) for file in files if not os.path.isfile(file)]
@@ -286,9 +342,13 @@ def _format(file):
 def _read(file, dec_key, dec_mode, crc_check):
     """The parameters in a file by canonical key."""
     try:
-        content = ms.load_checkpoint(file, dec_key=dec_key, dec_mode=dec_mode, crc_check=crc_check, format=_format(file))
+        content = ms.load_checkpoint(
+            file, dec_key=dec_key, dec_mode=dec_mode, crc_check=crc_check, format=_format(file)
+        )
     except Exception as error:  # MindSpore, protobuf and safetensors each raise their own for a damaged file
-        raise CheckpointError(f"load_delta: {file!r} cannot be read ({os.path.getsize(file)} bytes): {error}") from error
+        raise CheckpointError(
+            f"load_delta: {file!r} cannot be read ({os.path.getsize(file)} bytes): {error}"
+        ) from error
     return {_canonical(key): value for key, value in content.items() if isinstance(value, Parameter)}
 
 

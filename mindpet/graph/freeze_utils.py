@@ -1,4 +1,5 @@
 """Freezing: which parameters train. Freeze before the optimizer is made, for it keeps what it was given."""
+
 import difflib
 import os
 import warnings
@@ -16,7 +17,8 @@ from mindpet.utils.validate import FLOAT_TYPES, Checker
 def freeze_modules(model, include=None, exclude=None, strict=True):
     """Freeze the parameters whose names fit `include`, and let those train that fit `exclude`.
 
-    A name that fits both is left as it was, and so is one that fits neither. Integer parameters never train.
+    A name that fits both is left as it was, and so is one that fits neither. An integer
+    parameter is never set to train.
 
     Args:
         model (Cell): the network.
@@ -31,8 +33,10 @@ def freeze_modules(model, include=None, exclude=None, strict=True):
     """
     _check_arguments("freeze_modules", model, include, exclude, strict)
     if not include and not exclude:
-        raise ValueError("freeze_modules: 'include' or 'exclude' must hold a pattern, but got "
-                         f"include={include!r}, exclude={exclude!r}.")
+        raise ValueError(
+            "freeze_modules: 'include' or 'exclude' must hold a pattern, but got "
+            f"include={include!r}, exclude={exclude!r}."
+        )
     params = model_parameters(model)
     _report("freeze_modules", _unmatched(params, include, exclude), strict)
     _apply(params, {}, include, exclude)
@@ -96,24 +100,29 @@ def _check_arguments(owner, model, include, exclude, strict):
 def _apply(params, flags, include, exclude):
     """Set requires_grad: `flags` first, then the lists where only one of them has a say."""
     for name, param in params.items():
-        train = flags.get(name, param.requires_grad)
         frozen, trained = matches(name, include or ()), matches(name, exclude or ())
-        if frozen != trained:
-            train = trained
-        param.requires_grad = train and param.dtype in (*FLOAT_TYPES, ms.float64)
+        train = flags.get(name, param.requires_grad) if frozen == trained else trained
+        if not train or param.dtype in (*FLOAT_TYPES, ms.float64):
+            param.requires_grad = train
 
 
 def _unmatched(params, include, exclude):
     """A line for each pattern that fits no name."""
     lists = (("include", include or ()), ("exclude", exclude or ()))
-    return [f"pattern {pattern!r} of '{which}' matches no parameter; nearest: {_nearest(pattern, params)}"
-            for which, patterns in lists for pattern in patterns
-            if not any(matches(name, [pattern]) for name in params)]
+    return [
+        f"pattern {pattern!r} of '{which}' matches no parameter; nearest: {_nearest(pattern, params)}"
+        for which, patterns in lists
+        for pattern in patterns
+        if not any(matches(name, [pattern]) for name in params)
+    ]
 
 
 def _missing_delta(method, params):
-    present = [other.name for other in METHODS.values() if other.cells and
-               any(matches(name, other.trainable) for name in params)]
+    present = [
+        other.name
+        for other in METHODS.values()
+        if other.cells and any(matches(name, other.trainable) for name in params)
+    ]
     found = f"deltas in the network: {present}" if present else f"nearest: {_nearest(method.trainable[0], params)}"
     return f"mode {method.name!r} finds no parameter like {list(method.trainable)}; {found}"
 
@@ -121,7 +130,9 @@ def _missing_delta(method, params):
 def _nearest(pattern, params):
     """The names, or parts of names, that look most like a pattern."""
     parts = {part for name in params for part in name.split(".")}
-    return difflib.get_close_matches(pattern.strip("*."), sorted(parts.union(params)), n=3, cutoff=0.3) or list(params)[:3]
+    return (
+        difflib.get_close_matches(pattern.strip("*."), sorted(parts.union(params)), n=3, cutoff=0.3) or list(params)[:3]
+    )
 
 
 def _report(owner, problems, strict):
@@ -138,12 +149,15 @@ def _read_freeze_lists(path):
         raise ReadYamlFileError(f"freeze_from_config: cannot read 'config_path' {path!r}: {error}") from error
     lists = content.get("freeze") if isinstance(content, dict) and list(content) == ["freeze"] else None
     if not isinstance(lists, dict) or not lists or not set(lists) <= {"include", "exclude"}:
-        raise ModelConfigFreezeInfoError(f"freeze_from_config: {path!r} must hold 'freeze' with 'include', 'exclude' "
-                                         f"or both, and nothing else, but holds {content!r}.")
+        raise ModelConfigFreezeInfoError(
+            f"freeze_from_config: {path!r} must hold 'freeze' with 'include', 'exclude' "
+            f"or both, and nothing else, but holds {content!r}."
+        )
     for name, patterns in lists.items():
         if not isinstance(patterns, list) or not patterns or not all(isinstance(p, str) for p in patterns):
-            raise ModelConfigFreezeInfoError(f"freeze_from_config: '{name}' in {path!r} must be a list of names, "
-                                             f"but is {patterns!r}.")
+            raise ModelConfigFreezeInfoError(
+                f"freeze_from_config: '{name}' in {path!r} must be a list of names, but is {patterns!r}."
+            )
     return lists
 
 

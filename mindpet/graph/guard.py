@@ -1,4 +1,5 @@
 """Is it learning, and what does it cost?"""
+
 import hashlib
 import warnings
 from typing import NamedTuple
@@ -21,6 +22,7 @@ class Summary(NamedTuple):
         gradient_bytes (int): gradients of the trainable parameters.
         optimizer_bytes (int): state of the optimizer; without one given, two moments a trainable value, as Adam has.
     """
+
     trainable: int
     total: int
     weight_bytes: int
@@ -33,9 +35,11 @@ class Summary(NamedTuple):
         return 100 * self.trainable / self.total if self.total else 0.0
 
     def __str__(self):
-        return (f"trainable parameters {self.trainable:,} of {self.total:,} ({self.share:.4f} %); "
-                f"bytes: weights {self.weight_bytes:,}, gradients {self.gradient_bytes:,}, "
-                f"optimizer state {self.optimizer_bytes:,}")
+        return (
+            f"trainable parameters {self.trainable:,} of {self.total:,} ({self.share:.4f} %); "
+            f"bytes: weights {self.weight_bytes:,}, gradients {self.gradient_bytes:,}, "
+            f"optimizer state {self.optimizer_bytes:,}"
+        )
 
 
 def summary(network, optimizer=None):
@@ -52,8 +56,13 @@ def summary(network, optimizer=None):
     trainable = [param for param in params.values() if param.requires_grad]
     gradient_bytes = _nbytes(trainable)
     state = [param for param in optimizer.get_parameters() if param.name not in params] if optimizer else None
-    return Summary(sum(param.size for param in trainable), sum(param.size for param in params.values()),
-                   _nbytes(params.values()), gradient_bytes, 2 * gradient_bytes if state is None else _nbytes(state))
+    return Summary(
+        sum(param.size for param in trainable),
+        sum(param.size for param in params.values()),
+        _nbytes(params.values()),
+        gradient_bytes,
+        2 * gradient_bytes if state is None else _nbytes(state),
+    )
 
 
 def _nbytes(params):
@@ -63,10 +72,10 @@ def _nbytes(params):
 class DeltaGuard(Callback):
     """Checks that what should train moves and what is frozen does not.
 
-    It prints the network's `summary` when training begins. After `steps` steps it compares every parameter with what it
-    was: a trainable one must have changed, a frozen one must be the same bit for bit. It keeps one hash a parameter, and
-    fetches one parameter at a time. A first step moves only some of a fresh delta (LoRA's A gets no gradient while B is
-    zero), and loss scaling may skip steps: leave `steps` some room.
+    It prints the network's `summary` when training begins. After `steps` steps it compares every parameter with what
+    it was: a trainable one must have changed, a frozen one must be the same bit for bit. It keeps one hash a
+    parameter, and fetches one parameter at a time. A first step moves only some of a fresh delta (LoRA's A gets no
+    gradient while B is zero), and loss scaling may skip steps: leave `steps` some room.
 
     Args:
         steps (int): after how many steps it looks; at the end of training, if that comes first. Default: 10.
@@ -119,8 +128,10 @@ class DeltaGuard(Callback):
         steps = callback_params.cur_step_num - self._first_step
         problems = []
         if still:
-            problems.append(f"trainable but unmoved after {steps} steps: {still} (no path from it to the loss, a "
-                            "learning rate of zero, or an optimizer that was not given it)")
+            problems.append(
+                f"trainable but unmoved after {steps} steps: {still} (no path from it to the loss, a "
+                "learning rate of zero, or an optimizer that was not given it)"
+            )
         if changed:
             problems.append(f"frozen but changed after {steps} steps: {changed} (frozen after the optimizer was made?)")
         self._report(problems)

@@ -1,4 +1,5 @@
 """Which parameters belong to the model, and what they are called."""
+
 from fnmatch import fnmatchcase
 
 from mindspore import nn
@@ -21,7 +22,9 @@ def model_parameters(network):
     Returns:
         dict of str -> Parameter, in the network's order.
     """
-    return {param.name: param for cell in _cells(network, set()) for param in cell._params.values() if param is not None}
+    return {
+        param.name: param for cell in _cells(network, set()) for param in cell._params.values() if param is not None
+    }
 
 
 def _cells(cell, seen):

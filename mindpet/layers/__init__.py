@@ -1,4 +1,5 @@
 """Layers that the delta Cells are made of."""
+
 from mindpet.layers.activation import get_activation
 from mindpet.layers.linear import Dense
 

@@ -1,10 +1,11 @@
 """Activations whose operators can be sharded.
 
-Where MindSpore's own Cell holds its primitive, that Cell is used; where it calls a function (gelu, silu, leakyrelu, ...)
-a Cell here holds the primitives instead. Arguments whose defaults differ between MindSpore versions are written out.
+Where MindSpore's own Cell holds its primitive, that Cell is used; where it calls a function (gelu, silu, leakyrelu,
+...) a Cell here holds the primitives instead. Arguments whose defaults differ between MindSpore versions are written
+out.
 """
-from mindspore import nn, ops
 
+from mindspore import nn, ops
 
 
 class Activation(nn.Cell):
@@ -13,11 +14,13 @@ class Activation(nn.Cell):
     `operands` says what each primitive is fed, attribute name -> one letter an input: `x` for a tensor of the
     activation's shape, `s` for a scalar. `shard_activation` reads it.
     """
+
     operands = {}
 
 
 class GELU(Activation):
     """`0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))`, Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2."""
+
     operands = {"gelu": "x"}
 
     def __init__(self):
@@ -30,6 +33,7 @@ class GELU(Activation):
 
 class SiLU(Activation):
     """`x sigmoid(x)`, Elfwing et al. 2017, arXiv:1702.03118, equation 6."""
+
     operands = {"sigmoid": "x", "mul": "xx"}
 
     def __init__(self):
@@ -47,6 +51,7 @@ class LeakyReLU(Activation):
     Args:
         alpha (float): slope for negative x, at most 1. Default: 0.2.
     """
+
     operands = {"mul": "xs", "maximum": "xx"}
 
     def __init__(self, alpha=0.2):
@@ -61,6 +66,7 @@ class LeakyReLU(Activation):
 
 class Softmin(Activation):
     """`softmax(-x)` over the last axis."""
+
     operands = {"neg": "x", "softmax": "x"}
 
     def __init__(self):
@@ -74,6 +80,7 @@ class Softmin(Activation):
 
 class Tanhshrink(Activation):
     """`x - tanh(x)`."""
+
     operands = {"tanh": "x", "sub": "xx"}
 
     def __init__(self):
@@ -87,6 +94,7 @@ class Tanhshrink(Activation):
 
 class Hardtanh(Activation):
     """`min(max(x, -1), 1)`."""
+
     operands = {"maximum": "xs", "minimum": "xs"}
 
     def __init__(self):
@@ -100,6 +108,7 @@ class Hardtanh(Activation):
 
 class LogSigmoid(Activation):
     """`log(sigmoid(x)) = min(x, 0) - log(1 + exp(-|x|))`, finite for every finite x."""
+
     operands = {"minimum": "xs", "abs": "x", "neg": "x", "exp": "x", "log1p": "x", "sub": "xx"}
 
     def __init__(self):

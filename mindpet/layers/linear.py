@@ -1,4 +1,5 @@
 """A Dense layer with separate types for storage and computation."""
+
 import mindspore as ms
 from mindspore import nn, ops
 
@@ -21,7 +22,8 @@ class Dense(nn.Dense):
     Args:
         in_channels (int): features of the input.
         out_channels (int): features of the output.
-        weight_init (Union[Tensor, str, Initializer, Number]): of `weight (out_channels, in_channels)`. Default: 'normal'.
+        weight_init (Union[Tensor, str, Initializer, Number]): of `weight (out_channels, in_channels)`.
+            Default: 'normal'.
         bias_init (Union[Tensor, str, Initializer, Number]): of `bias (out_channels,)`. Default: 'zeros'.
         has_bias (bool): whether there is a bias. Default: True.
         activation (Union[str, Cell, Primitive, None]): applied to the output. Default: None.
@@ -35,8 +37,17 @@ class Dense(nn.Dense):
         `(*, out_channels)`, in the type of `x`.
     """
 
-    def __init__(self, in_channels, out_channels, weight_init="normal", bias_init="zeros", has_bias=True,
-                 activation=None, dtype=ms.float32, compute_dtype=ms.float32):
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        weight_init="normal",
+        bias_init="zeros",
+        has_bias=True,
+        activation=None,
+        dtype=ms.float32,
+        compute_dtype=ms.float32,
+    ):
         super().__init__(in_channels, out_channels, weight_init, bias_init, has_bias, dtype=dtype)
         self.activation = get_activation(activation) if isinstance(activation, str) else activation
         self.activation_flag = self.activation is not None

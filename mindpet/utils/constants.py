@@ -1,4 +1,5 @@
 """Constants whose names other software relies on."""
+
 import os
 import stat
 

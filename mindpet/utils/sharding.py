@@ -1,4 +1,5 @@
 """From the arguments of `shard()` to the operators of a Cell."""
+
 import warnings
 
 import mindspore as ms
@@ -60,10 +61,14 @@ def _check_strategy(owner, slot, strategy):
     """A tuple of tuples of positive ints, one inner tuple an input."""
     nested = isinstance(strategy, tuple) and all(isinstance(layout, tuple) for layout in strategy)
     if not nested or not all(is_int(count) for layout in strategy for count in layout):
-        raise TypeError(f"{owner}.shard: '{slot}' must be a tuple of tuples of int, one an input, but got {strategy!r}.")
+        raise TypeError(
+            f"{owner}.shard: '{slot}' must be a tuple of tuples of int, one an input, but got {strategy!r}."
+        )
     if not strategy or any(count < 1 for layout in strategy for count in layout):
-        raise ValueError(f"{owner}.shard: '{slot}' must have an entry an input and numbers of slices of at least 1, "
-                         f"but got {strategy!r}.")
+        raise ValueError(
+            f"{owner}.shard: '{slot}' must have an entry an input and numbers of slices of at least 1, "
+            f"but got {strategy!r}."
+        )
 
 
 def _check_two(owner, slot, strategy):
@@ -75,11 +80,15 @@ def _one_input_plan(owner, slot, strategy, operator):
     """The strategy of each primitive of an activation or a dropout. Entries that repeat one layout mean that layout."""
     layout = strategy[0]
     if any(entry != layout for entry in strategy):
-        raise ValueError(f"{owner}.shard: '{slot}' is for an operator of one input, so its entries must be equal, "
-                         f"but got {strategy!r}.")
+        raise ValueError(
+            f"{owner}.shard: '{slot}' is for an operator of one input, so its entries must be equal, "
+            f"but got {strategy!r}."
+        )
     operators = activation_operators(operator)
     if not operators:
-        raise ValueError(f"{owner}.shard: '{slot}' cannot reach the operators of {type(operator).__name__}; "
-                         f"give the activation as a str, if get_activation knows it. Got {strategy!r}.")
+        raise ValueError(
+            f"{owner}.shard: '{slot}' cannot reach the operators of {type(operator).__name__}; "
+            f"give the activation as a str, if get_activation knows it. Got {strategy!r}."
+        )
     kinds = {"x": layout, "s": (), "w": (1,)}
     return [(primitive, tuple(kinds[kind] for kind in operands)) for primitive, operands in operators]

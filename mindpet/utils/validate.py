@@ -1,4 +1,5 @@
 """Argument checks that report everything that is wrong in one error."""
+
 import math
 import numbers
 
@@ -50,8 +51,13 @@ class Checker:
     def float_type(self, **arguments):
         """Each is float16, float32 or bfloat16."""
         for name, value in arguments.items():
-            self.require(value in FLOAT_TYPES, TypeError, name, value,
-                         "mindspore.float16, mindspore.float32 or mindspore.bfloat16")
+            self.require(
+                value in FLOAT_TYPES,
+                TypeError,
+                name,
+                value,
+                "mindspore.float16, mindspore.float32 or mindspore.bfloat16",
+            )
 
     def probability(self, types=(float,), **arguments):
         """Each is of one of `types` and in [0, 1)."""

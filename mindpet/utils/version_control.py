@@ -2,6 +2,7 @@
 
 MindSpore 2.7 to 2.10 need no such switch; a difference that comes up between versions belongs here.
 """
+
 from mindspore import nn
 
 from mindpet.layers.activation import get_activation

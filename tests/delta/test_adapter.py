@@ -1,4 +1,5 @@
 """AdapterLayer and AdapterDense against their formulas, and their arguments."""
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ def randomise(cell, rng):
     """Give every parameter a random value, and return them by the last two parts of their names."""
     for param in cell.get_parameters():
         param.set_data(Tensor(rng.normal(0, 0.5, param.shape).astype(np.float32), param.dtype))
-    return {".".join(name.split(".")[-2:]): param.asnumpy().astype(np.float64)
-            for name, param in cell.parameters_and_names()}
+    return {
+        ".".join(name.split(".")[-2:]): param.asnumpy().astype(np.float64)
+        for name, param in cell.parameters_and_names()
+    }
 
 
 def adapter(h, p):
@@ -51,7 +54,11 @@ def test_import_paths_and_defaults():
     assert AdapterDense is ByModule
     layer = AdapterLayer(8)
     assert (layer.bottleneck_size, layer.non_linearity, layer.param_init_type, layer.compute_dtype) == (
-        64, "gelu", ms.float32, ms.float16)
+        64,
+        "gelu",
+        ms.float32,
+        ms.float16,
+    )
 
 
 @pytest.mark.parametrize("init", ["ones", Normal(), Tensor(np.ones((6, 4), np.float32)), 0.5])
@@ -74,33 +81,39 @@ COMMON = [
 ]
 
 
-@pytest.mark.parametrize("changes, error, match", [
-    *COMMON,
-    ({"hidden_size": 6.0}, TypeError, "'hidden_size' must be a positive int, but got 6.0"),
-    ({"hidden_size": False}, TypeError, "'hidden_size' must be a positive int"),
-    ({"hidden_size": -6}, ValueError, "'hidden_size' must be a positive int, but got -6"),
-])
+@pytest.mark.parametrize(
+    "changes, error, match",
+    [
+        *COMMON,
+        ({"hidden_size": 6.0}, TypeError, "'hidden_size' must be a positive int, but got 6.0"),
+        ({"hidden_size": False}, TypeError, "'hidden_size' must be a positive int"),
+        ({"hidden_size": -6}, ValueError, "'hidden_size' must be a positive int, but got -6"),
+    ],
+)
 def test_wrong_layer_arguments(changes, error, match):
     with pytest.raises(error, match=match):
         AdapterLayer(**{"hidden_size": 6, **changes})
 
 
-@pytest.mark.parametrize("changes, error, match", [
-    *COMMON,
-    ({"in_channels": "4"}, TypeError, "'in_channels' must be a positive int"),
-    ({"out_channels": 6.0}, TypeError, "'out_channels' must be a positive int"),
-    ({"has_bias": "yes"}, TypeError, "'has_bias' must be a bool"),
-    ({"activation": 3}, TypeError, "'activation' must be a str, a Cell, a Primitive or None"),
-    ({"weight_init": []}, TypeError, "'weight_init' must be one of"),
-    ({"bias_init": None}, TypeError, "'bias_init' must be one of"),
-    ({"weight_init": "nonsense"}, ValueError, "'weight_init' must be a name"),
-    ({"bias_init": "nonsense"}, ValueError, "'bias_init' must be a name"),
-    ({"weight_init": Tensor(np.ones((4, 6), np.float32))}, ValueError, "'weight_init' must be of shape \\(6, 4\\)"),
-    ({"bias_init": Tensor(np.ones((6, 1), np.float32))}, ValueError, "'bias_init' must be of shape \\(6,\\)"),
-    ({"in_channels": 0}, ValueError, "'in_channels' must be a positive int"),
-    ({"out_channels": -2}, ValueError, "'out_channels' must be a positive int"),
-    ({"activation": "nonsense"}, KeyError, "'activation' must be one of"),
-])
+@pytest.mark.parametrize(
+    "changes, error, match",
+    [
+        *COMMON,
+        ({"in_channels": "4"}, TypeError, "'in_channels' must be a positive int"),
+        ({"out_channels": 6.0}, TypeError, "'out_channels' must be a positive int"),
+        ({"has_bias": "yes"}, TypeError, "'has_bias' must be a bool"),
+        ({"activation": 3}, TypeError, "'activation' must be a str, a Cell, a Primitive or None"),
+        ({"weight_init": []}, TypeError, "'weight_init' must be one of"),
+        ({"bias_init": None}, TypeError, "'bias_init' must be one of"),
+        ({"weight_init": "nonsense"}, ValueError, "'weight_init' must be a name"),
+        ({"bias_init": "nonsense"}, ValueError, "'bias_init' must be a name"),
+        ({"weight_init": Tensor(np.ones((4, 6), np.float32))}, ValueError, "'weight_init' must be of shape \\(6, 4\\)"),
+        ({"bias_init": Tensor(np.ones((6, 1), np.float32))}, ValueError, "'bias_init' must be of shape \\(6,\\)"),
+        ({"in_channels": 0}, ValueError, "'in_channels' must be a positive int"),
+        ({"out_channels": -2}, ValueError, "'out_channels' must be a positive int"),
+        ({"activation": "nonsense"}, KeyError, "'activation' must be one of"),
+    ],
+)
 def test_wrong_dense_arguments(changes, error, match):
     with pytest.raises(error, match=match):
         AdapterDense(**{**GOOD, **changes})
@@ -108,11 +121,17 @@ def test_wrong_dense_arguments(changes, error, match):
 
 def test_shard_example_of_the_reference():
     dense = AdapterDense(in_channels=1 * 28 * 28, out_channels=512, bottleneck_size=64, activation="relu")
-    dense.shard(strategy_matmul_org=((2, 4), (1, 4)), strategy_bias_org=((2, 1), (1,)),
-                strategy_activation_org=((2, 1),), strategy_matmul_down_sampler=((2, 1), (1, 1)),
-                strategy_bias_down_sampler=((2, 1), (1,)), strategy_non_linearity=((2, 1),),
-                strategy_matmul_up_sampler=((2, 1), (1, 1)), strategy_bias_up_sampler=((2, 1), (1,)),
-                strategy_residual_add=((2, 1), (2, 1)))
+    dense.shard(
+        strategy_matmul_org=((2, 4), (1, 4)),
+        strategy_bias_org=((2, 1), (1,)),
+        strategy_activation_org=((2, 1),),
+        strategy_matmul_down_sampler=((2, 1), (1, 1)),
+        strategy_bias_down_sampler=((2, 1), (1,)),
+        strategy_non_linearity=((2, 1),),
+        strategy_matmul_up_sampler=((2, 1), (1, 1)),
+        strategy_bias_up_sampler=((2, 1), (1,)),
+        strategy_residual_add=((2, 1), (2, 1)),
+    )
     assert dense.matmul.in_strategy == ((2, 4), (1, 4))
     block = dense.mindpet_delta_adapter.mindpet_delta_adapter_block
     assert block[1].gelu.in_strategy == ((2, 1),)

@@ -1,4 +1,5 @@
 """What every method in the registry must do."""
+
 import inspect
 
 import mindspore as ms
@@ -38,8 +39,11 @@ def test_a_fresh_delta_is_the_identity(method, mode, rng):
 def test_training_moves_the_delta_and_nothing_else(method, mode, rng):
     network = Toy(method)
     freeze_delta(network, method, exclude=["head.*"])
-    expected = {name for name in {**BASE_SHAPES, **DELTA_SHAPES[method]}
-                if name.startswith("head.") or matches(name, METHODS[method].trainable)}
+    expected = {
+        name
+        for name in {**BASE_SHAPES, **DELTA_SHAPES[method]}
+        if name.startswith("head.") or matches(name, METHODS[method].trainable)
+    }
     assert {param.name for param in network.trainable_params()} == expected
     before = values(network)
     x, labels = batch(rng)
@@ -60,7 +64,8 @@ def test_only_the_delta_gets_a_gradient(method, mode, rng):
     gradients = ms.grad(loss, None, network.trainable_params())(x, labels)
     assert all(np.abs(gradient.asnumpy()).max() > 0 for gradient in gradients)
     assert {p.name for p in network.trainable_params()} == {
-        name for name in {**BASE_SHAPES, **DELTA_SHAPES[method]} if matches(name, METHODS[method].trainable)}
+        name for name in {**BASE_SHAPES, **DELTA_SHAPES[method]} if matches(name, METHODS[method].trainable)
+    }
 
 
 @EVERY
@@ -95,7 +100,9 @@ def test_save_and_load_round_trip(method, rng, tmp_path):
     x, labels = batch(rng)
     train(trained, x, labels, steps=3)
     delta = tmp_path / "delta.safetensors"
-    ms.save_checkpoint([{"name": p.name, "data": p} for p in trained.trainable_params()], str(delta), format="safetensors")
+    ms.save_checkpoint(
+        [{"name": p.name, "data": p} for p in trained.trainable_params()], str(delta), format="safetensors"
+    )
     load_delta(fresh, base, delta)
     assert values(fresh) == values(trained)
     np.testing.assert_array_equal(fresh(x).asnumpy(), trained(x).asnumpy())
@@ -131,15 +138,23 @@ def test_bfloat16_delta_computes(method, mode, rng):
 def test_merged_weight_gives_the_forward(method, mode, rng):
     cell = DENSE[method](compute_dtype=ms.float32, lora_b_init="normal")
     x = Tensor(rng.normal(size=(4, WIDTH)).astype(np.float32))
-    merged = nn.Dense(WIDTH, WIDTH, weight_init=Tensor(cell.merged_weight().asnumpy()),
-                      bias_init=Tensor(cell.bias.asnumpy()))
+    merged = nn.Dense(
+        WIDTH, WIDTH, weight_init=Tensor(cell.merged_weight().asnumpy()), bias_init=Tensor(cell.bias.asnumpy())
+    )
     np.testing.assert_allclose(merged(x).asnumpy(), cell(x).asnumpy(), rtol=1e-5, atol=1e-6)
     assert np.abs(cell.merged_weight().asnumpy() - cell.weight.asnumpy()).max() > 1e-4
 
 
 SHARDED = [cell for method in METHODS.values() for cell in method.cells if hasattr(cell, "operators")]
-SIZES = {"in_channels": 8, "out_channels": 8, "hidden_size": 8, "lora_rank": 2, "lora_alpha": 4,
-         "activation": "leakyrelu", "non_linearity": "silu"}
+SIZES = {
+    "in_channels": 8,
+    "out_channels": 8,
+    "hidden_size": 8,
+    "lora_rank": 2,
+    "lora_alpha": 4,
+    "activation": "leakyrelu",
+    "non_linearity": "silu",
+}
 
 
 def make(cell_class, **changes):
@@ -158,8 +173,12 @@ def test_each_slot_reaches_its_operator_and_no_other(cell_class):
         operator = cell.operators[slot]
         two = getattr(operator, "name", "") in ("MatMul", "BiasAdd", "Mul", "Add")
         assert cell.shard(**{slot: ((2, 1), (1, 1)) if two else ((2, 1),)}) is cell
-        sharded = {id(prim) for _, inner in cell.cells_and_names() for prim in inner._primitives.values()
-                   if getattr(prim, "in_strategy", None) is not None}
+        sharded = {
+            id(prim)
+            for _, inner in cell.cells_and_names()
+            for prim in inner._primitives.values()
+            if getattr(prim, "in_strategy", None) is not None
+        }
         assert sharded == {id(prim) for prim, _ in activation_operators(operator)}
         reached.append(len(sharded))
     assert all(reached)
@@ -169,8 +188,12 @@ def test_each_slot_reaches_its_operator_and_no_other(cell_class):
 def test_every_primitive_that_computes_has_a_slot(cell_class):
     cell = make(cell_class)
     with_slot = {id(prim) for operator in cell.operators.values() for prim, _ in activation_operators(operator)}
-    unreached = {prim.name for _, inner in cell.cells_and_names() for prim in inner._primitives.values()
-                 if id(prim) not in with_slot}
+    unreached = {
+        prim.name
+        for _, inner in cell.cells_and_names()
+        for prim in inner._primitives.values()
+        if id(prim) not in with_slot
+    }
     assert unreached <= {"Reshape", "Shape"}
 
 

@@ -1,4 +1,5 @@
 """LowRankAdapterLayer and LowRankAdapterDense against their formulas, and their arguments."""
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -38,8 +39,9 @@ def test_layer_formula(shape, mode, rng):
 @pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4), (2, 1, 3, 4), (0, 4)])
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_dense_formula(shape, has_bias, mode, rng):
-    cell = LowRankAdapterDense(**GOOD, has_bias=has_bias, activation="relu", non_linearity="tanh",
-                               compute_dtype=ms.float32)
+    cell = LowRankAdapterDense(
+        **GOOD, has_bias=has_bias, activation="relu", non_linearity="tanh", compute_dtype=ms.float32
+    )
     p = randomise(cell, rng)
     x = rng.normal(size=shape).astype(np.float32)
     hidden = np.maximum(x @ p["weight"].T + (p["bias"] if has_bias else 0), 0)
@@ -60,7 +62,9 @@ def test_every_kind_of_initialiser(init):
 @pytest.mark.parametrize("init", ["ones", Normal()])
 def test_every_kind_of_low_rank_initialiser(init):
     cell = LowRankAdapterLayer(6, 2, low_rank_w_init=init)
-    assert np.abs(cell.mindpet_delta_low_rank_adapter_up_sampler.mindpet_delta_low_rank_adapter_weight_left.asnumpy()).any()
+    assert np.abs(
+        cell.mindpet_delta_low_rank_adapter_up_sampler.mindpet_delta_low_rank_adapter_weight_left.asnumpy()
+    ).any()
 
 
 COMMON = [
@@ -80,46 +84,61 @@ COMMON = [
 ]
 
 
-@pytest.mark.parametrize("changes, error, match", [
-    *COMMON,
-    ({"hidden_size": "6"}, TypeError, "'hidden_size' must be a positive int"),
-    ({"hidden_size": 0}, ValueError, "'hidden_size' must be a positive int, but got 0"),
-])
+@pytest.mark.parametrize(
+    "changes, error, match",
+    [
+        *COMMON,
+        ({"hidden_size": "6"}, TypeError, "'hidden_size' must be a positive int"),
+        ({"hidden_size": 0}, ValueError, "'hidden_size' must be a positive int, but got 0"),
+    ],
+)
 def test_wrong_layer_arguments(changes, error, match):
     with pytest.raises(error, match=match):
         LowRankAdapterLayer(**{"hidden_size": 6, "reduction_factor": 2, **changes})
 
 
-@pytest.mark.parametrize("changes, error, match", [
-    *COMMON,
-    ({"in_channels": 4.0}, TypeError, "'in_channels' must be a positive int"),
-    ({"out_channels": "6"}, TypeError, "'out_channels' must be a positive int"),
-    ({"has_bias": 0}, TypeError, "'has_bias' must be a bool"),
-    ({"activation": 3}, TypeError, "'activation' must be a str, a Cell, a Primitive or None"),
-    ({"weight_init": ()}, TypeError, "'weight_init' must be one of"),
-    ({"bias_init": []}, TypeError, "'bias_init' must be one of"),
-    ({"weight_init": "nonsense"}, ValueError, "'weight_init' must be a name"),
-    ({"weight_init": Tensor(np.ones((6,), np.float32))}, ValueError, "'weight_init' must be of shape \\(6, 4\\)"),
-    ({"bias_init": Tensor(np.ones((5,), np.float32))}, ValueError, "'bias_init' must be of shape \\(6,\\)"),
-    ({"in_channels": -4}, ValueError, "'in_channels' must be a positive int"),
-    ({"out_channels": 0}, ValueError, "'out_channels' must be a positive int"),
-    ({"activation": "nonsense"}, KeyError, "'activation' must be one of"),
-])
+@pytest.mark.parametrize(
+    "changes, error, match",
+    [
+        *COMMON,
+        ({"in_channels": 4.0}, TypeError, "'in_channels' must be a positive int"),
+        ({"out_channels": "6"}, TypeError, "'out_channels' must be a positive int"),
+        ({"has_bias": 0}, TypeError, "'has_bias' must be a bool"),
+        ({"activation": 3}, TypeError, "'activation' must be a str, a Cell, a Primitive or None"),
+        ({"weight_init": ()}, TypeError, "'weight_init' must be one of"),
+        ({"bias_init": []}, TypeError, "'bias_init' must be one of"),
+        ({"weight_init": "nonsense"}, ValueError, "'weight_init' must be a name"),
+        ({"weight_init": Tensor(np.ones((6,), np.float32))}, ValueError, "'weight_init' must be of shape \\(6, 4\\)"),
+        ({"bias_init": Tensor(np.ones((5,), np.float32))}, ValueError, "'bias_init' must be of shape \\(6,\\)"),
+        ({"in_channels": -4}, ValueError, "'in_channels' must be a positive int"),
+        ({"out_channels": 0}, ValueError, "'out_channels' must be a positive int"),
+        ({"activation": "nonsense"}, KeyError, "'activation' must be one of"),
+    ],
+)
 def test_wrong_dense_arguments(changes, error, match):
     with pytest.raises(error, match=match):
         LowRankAdapterDense(**{**GOOD, **changes})
 
 
 def test_shard_examples_of_the_reference():
-    strategies = dict(strategy_matmul_down_sampler_weight=((1, 1), (1, 1)),
-                      strategy_matmul_down_sampler_input=((2, 1), (1, 1)), strategy_bias_down_sampler=((2, 1), (1,)),
-                      strategy_non_linearity=((2, 1),), strategy_matmul_up_sampler_weight=((1, 1), (1, 1)),
-                      strategy_matmul_up_sampler_input=((2, 1), (1, 1)), strategy_bias_up_sampler=((2, 1), (1,)),
-                      strategy_residual_add=((2, 1), (2, 1)))
+    strategies = dict(
+        strategy_matmul_down_sampler_weight=((1, 1), (1, 1)),
+        strategy_matmul_down_sampler_input=((2, 1), (1, 1)),
+        strategy_bias_down_sampler=((2, 1), (1,)),
+        strategy_non_linearity=((2, 1),),
+        strategy_matmul_up_sampler_weight=((1, 1), (1, 1)),
+        strategy_matmul_up_sampler_input=((2, 1), (1, 1)),
+        strategy_bias_up_sampler=((2, 1), (1,)),
+        strategy_residual_add=((2, 1), (2, 1)),
+    )
     layer = LowRankAdapterLayer(hidden_size=512, reduction_factor=8, low_rank_size=1).shard(**strategies)
     assert layer.residual_add.in_strategy == ((2, 1), (2, 1))
     dense = LowRankAdapterDense(in_channels=1 * 28 * 28, out_channels=512, reduction_factor=8, activation="leakyrelu")
-    dense.shard(strategy_matmul_org=((2, 4), (1, 4)), strategy_bias_org=((2, 1), (1,)),
-                strategy_activation_org=((2, 1),), **strategies)
+    dense.shard(
+        strategy_matmul_org=((2, 4), (1, 4)),
+        strategy_bias_org=((2, 1), (1,)),
+        strategy_activation_org=((2, 1),),
+        **strategies,
+    )
     assert dense.activation.mul.in_strategy == ((2, 1), ())
     assert dense.activation.maximum.in_strategy == ((2, 1), (2, 1))

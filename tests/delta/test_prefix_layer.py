@@ -1,4 +1,5 @@
 """PrefixLayer: its formula, that it trains, and its arguments."""
+
 import warnings
 
 import mindspore as ms
@@ -88,13 +89,16 @@ def test_a_size_below_one_is_a_value_error_too(name):
         PrefixLayer(**{**GOOD, name: 0})
 
 
-@pytest.mark.parametrize("changes, error, match", [
-    ({"prefix_token_num": 5}, ValueError, "'prefix_token_num' must be a multiple of batch_size, 2, but got 5"),
-    ({"dropout_rate": 1.0}, ValueError, "'dropout_rate' must be in \\[0, 1\\), but got 1.0"),
-    ({"dropout_rate": -0.5}, ValueError, "'dropout_rate' must be in"),
-    ({"dropout_rate": "0.1"}, TypeError, "'dropout_rate' must be a float"),
-    ({"dropout_rate": False}, TypeError, "'dropout_rate' must be a float"),
-])
+@pytest.mark.parametrize(
+    "changes, error, match",
+    [
+        ({"prefix_token_num": 5}, ValueError, "'prefix_token_num' must be a multiple of batch_size, 2, but got 5"),
+        ({"dropout_rate": 1.0}, ValueError, "'dropout_rate' must be in \\[0, 1\\), but got 1.0"),
+        ({"dropout_rate": -0.5}, ValueError, "'dropout_rate' must be in"),
+        ({"dropout_rate": "0.1"}, TypeError, "'dropout_rate' must be a float"),
+        ({"dropout_rate": False}, TypeError, "'dropout_rate' must be a float"),
+    ],
+)
 def test_wrong_arguments(changes, error, match):
     with pytest.raises(error, match=match):
         PrefixLayer(**{**GOOD, **changes})

@@ -1,4 +1,5 @@
 """PrefixEncoder: the layout of its result, that it trains, and its arguments."""
+
 from types import SimpleNamespace
 
 import mindspore as ms
@@ -28,7 +29,9 @@ def test_layout(mode):
 
 def test_projection_formula(mode):
     cell = PrefixEncoder(**GOOD, prefix_projection=True, projection_dim=5)
-    params = {name.replace("mindpet_delta_ptuning2_", ""): param.asnumpy() for name, param in cell.parameters_and_names()}
+    params = {
+        name.replace("mindpet_delta_ptuning2_", ""): param.asnumpy() for name, param in cell.parameters_and_names()
+    }
     table = np.tanh(params["embedding.embedding_table"] @ params["dense_in.weight"].T + params["dense_in.bias"])
     table = table @ params["dense_out.weight"].T + params["dense_out.bias"]
     expected = table.reshape(3, 2, 2, 2, 4).transpose(1, 2, 3, 0, 4)[:, :, None]
@@ -83,14 +86,21 @@ def test_sizes_must_be_positive_ints(name, value):
         PrefixEncoder(**{**GOOD, "projection_dim": 5, name: value})
 
 
-@pytest.mark.parametrize("changes, error, match", [
-    ({"dropout_prob": 1.0}, ValueError, "'dropout_prob' must be in \\[0, 1\\), but got 1.0"),
-    ({"dropout_prob": -0.1}, ValueError, "'dropout_prob' must be in"),
-    ({"dropout_prob": "0"}, TypeError, "'dropout_prob' must be a float"),
-    ({"prefix_projection": 1}, TypeError, "'prefix_projection' must be a bool"),
-    ({"out_perm": (0, 1, 2, 3, 4)}, ValueError, "'out_perm' must be an order of the axes 0 to 4 that begins with 2"),
-    ({"out_perm": (2, 0, 3)}, ValueError, "'out_perm' must be"),
-])
+@pytest.mark.parametrize(
+    "changes, error, match",
+    [
+        ({"dropout_prob": 1.0}, ValueError, "'dropout_prob' must be in \\[0, 1\\), but got 1.0"),
+        ({"dropout_prob": -0.1}, ValueError, "'dropout_prob' must be in"),
+        ({"dropout_prob": "0"}, TypeError, "'dropout_prob' must be a float"),
+        ({"prefix_projection": 1}, TypeError, "'prefix_projection' must be a bool"),
+        (
+            {"out_perm": (0, 1, 2, 3, 4)},
+            ValueError,
+            "'out_perm' must be an order of the axes 0 to 4 that begins with 2",
+        ),
+        ({"out_perm": (2, 0, 3)}, ValueError, "'out_perm' must be"),
+    ],
+)
 def test_wrong_arguments(changes, error, match):
     with pytest.raises(error, match=match):
         PrefixEncoder(**{**GOOD, **changes})

@@ -1,4 +1,5 @@
 """RDropLoss against its formula, and rdrop_repeat."""
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -31,7 +32,9 @@ def test_formula(case, alpha, mode):
 
 def test_alpha_is_4_by_default(case, mode):
     logits, labels = case
-    np.testing.assert_allclose(RDropLoss()(Tensor(logits), Tensor(labels)).asnumpy(), reference(logits, labels, 4), rtol=1e-5)
+    np.testing.assert_allclose(
+        RDropLoss()(Tensor(logits), Tensor(labels)).asnumpy(), reference(logits, labels, 4), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
@@ -57,7 +60,9 @@ def test_it_does_not_grow_with_the_batch(case, mode):
 def test_equal_passes_leave_the_cross_entropy(case, mode):
     logits, labels = case
     same = np.repeat(logits[::2], 2, 0)
-    np.testing.assert_allclose(RDropLoss()(Tensor(same), Tensor(labels)).asnumpy(), reference(same, labels, 0), rtol=1e-5)
+    np.testing.assert_allclose(
+        RDropLoss()(Tensor(same), Tensor(labels)).asnumpy(), reference(same, labels, 0), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("alpha", ["4", True, None])

@@ -1,11 +1,20 @@
 """Finding a method by its mode."""
+
 import pytest
 
 from mindpet.delta.registry import METHODS, find_method
 
 
-@pytest.mark.parametrize("mode, name", [("lora", "lora"), ("LoRA", "lora"), ("prefix", "prefixtuning"),
-                                        ("PrefixTuning", "prefixtuning"), ("PTuning2", "ptuning2")])
+@pytest.mark.parametrize(
+    "mode, name",
+    [
+        ("lora", "lora"),
+        ("LoRA", "lora"),
+        ("prefix", "prefixtuning"),
+        ("PrefixTuning", "prefixtuning"),
+        ("PTuning2", "ptuning2"),
+    ],
+)
 def test_find_method(mode, name):
     assert find_method(mode) is METHODS[name]
 

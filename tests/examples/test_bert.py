@@ -1,4 +1,5 @@
 """The example BERT against golden numbers and published parameter shares."""
+
 import json
 import pathlib
 import shutil
@@ -44,8 +45,10 @@ def test_every_method_keeps_the_names_of_the_base(method):
     assert base <= tuned and all("mindpet_delta" in name for name in tuned - base)
 
 
-@pytest.mark.parametrize("method, percent, tolerance", [
-    ("lora", 0.30, 0.005), ("adapter", 2.33, 0.01), ("low_rank_adapter", 0.067, 0.0005), ("bitfit", 0.09, 0.005)])
+@pytest.mark.parametrize(
+    "method, percent, tolerance",
+    [("lora", 0.30, 0.005), ("adapter", 2.33, 0.01), ("low_rank_adapter", 0.067, 0.0005), ("bitfit", 0.09, 0.005)],
+)
 def test_published_parameter_shares_of_bert_base(method, percent, tolerance):
     """Trainable over base parameters, vocabulary 21128, 15 classes, the head trained."""
     base = summary(BertModel(BertConfig(vocab_size=21128))).total
@@ -73,25 +76,36 @@ def test_weights_that_do_not_fit_are_all_listed():
     before = model.pooler.dense.weight.asnumpy()
     del weights["pooler.dense.bias"]
     weights["embeddings.word_embeddings.embedding_table"] = np.zeros((3, 32), np.float32)
-    with pytest.raises(ValueError, match="(?s)missing: pooler.dense.bias .*embedding_table: \\(19, 32\\) in the model, "
-                                         "\\(3, 32\\) in the file"):
+    with pytest.raises(
+        ValueError,
+        match="(?s)missing: pooler.dense.bias .*embedding_table: \\(19, 32\\) in the model, \\(3, 32\\) in the file",
+    ):
         load_weights(model, weights)
     np.testing.assert_array_equal(model.pooler.dense.weight.asnumpy(), before)
 
 
 def test_a_pretraining_checkpoint_with_prefix_and_head(tmp_path):
     shutil.copy(GOLDEN / "config.json", tmp_path)
-    save_file({**{f"bert.{name}": value for name, value in load_file(GOLDEN / "model.safetensors").items()},
-               "cls.predictions.bias": np.zeros(19, np.float32)}, tmp_path / "model.safetensors")
+    save_file(
+        {
+            **{f"bert.{name}": value for name, value in load_file(GOLDEN / "model.safetensors").items()},
+            "cls.predictions.bias": np.zeros(19, np.float32),
+        },
+        tmp_path / "model.safetensors",
+    )
     model = BertModel(BertConfig.from_folder(tmp_path))
     load_weights(model, read_weights(tmp_path))
     np.testing.assert_array_equal(model.pooler.dense.weight.asnumpy(), golden_model().pooler.dense.weight.asnumpy())
 
 
-@pytest.mark.parametrize("changes, match", [
-    ({"method": "loraa"}, "'method' must be one of .* but got 'loraa'"),
-    ({"hidden_act": "swish"}, "'hidden_act' must be one of"),
-    ({"num_attention_heads": 5}, "'hidden_size', 768, must be a multiple of 'num_attention_heads', 5")])
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        ({"method": "loraa"}, "'method' must be one of .* but got 'loraa'"),
+        ({"hidden_act": "swish"}, "'hidden_act' must be one of"),
+        ({"num_attention_heads": 5}, "'hidden_size', 768, must be a multiple of 'num_attention_heads', 5"),
+    ],
+)
 def test_wrong_config(changes, match):
     with pytest.raises(ValueError, match=match):
         BertConfig(**changes)

@@ -1,4 +1,5 @@
 """The fine-tuning script, on a tiny BERT and a small file."""
+
 import pathlib
 import shutil
 
@@ -23,8 +24,21 @@ def data(tmp_path, rng):
 
 
 def run(tmp_path, *arguments):
-    code = finetune_text.main(["--model", str(GOLDEN), "--epochs", "3", "--batch-size", "8", "--seq-length", "10",
-                               "--output", str(tmp_path / "out"), *arguments])
+    code = finetune_text.main(
+        [
+            "--model",
+            str(GOLDEN),
+            "--epochs",
+            "3",
+            "--batch-size",
+            "8",
+            "--seq-length",
+            "10",
+            "--output",
+            str(tmp_path / "out"),
+            *arguments,
+        ]
+    )
     ms.set_context(mode=ms.PYNATIVE_MODE)
     return code
 
@@ -48,13 +62,16 @@ def test_compare_runs_every_method_and_saves_a_table_and_a_picture(data, tmp_pat
     assert (tmp_path / "out/loss_curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors in this folder"),
-    (lambda folder: (folder / "config.json").unlink(), "no config.json in this folder"),
-    (lambda folder: (folder / "vocab.txt").unlink(), "neither tokenizer.json nor vocab.txt in this folder"),
-    (lambda folder: (folder / "config.json").write_text("{"), "error: "),
-    (lambda folder: (folder / "model.safetensors").write_bytes(b"no"), "error: "),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors in this folder"),
+        (lambda folder: (folder / "config.json").unlink(), "no config.json in this folder"),
+        (lambda folder: (folder / "vocab.txt").unlink(), "neither tokenizer.json nor vocab.txt in this folder"),
+        (lambda folder: (folder / "config.json").write_text("{"), "error: "),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"no"), "error: "),
+    ],
+)
 def test_a_broken_model_folder_is_one_clear_line(change, message, data, tmp_path, capsys):
     folder = shutil.copytree(GOLDEN, tmp_path / "model")
     change(folder)

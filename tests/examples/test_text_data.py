@@ -1,4 +1,5 @@
 """Reading and splitting labelled text."""
+
 import pytest
 from text_data import DOCSTRING_MODULES, Example, first_sentence, read_docstrings, read_tsv, split
 
@@ -27,12 +28,18 @@ def test_splits_do_not_depend_on_the_order_of_the_examples():
     assert split(examples) == split(examples[::-1])
 
 
-@pytest.mark.parametrize("document, sentence", [
-    ("Solve it. And more.\n\nDetails.", "Solve it."),
-    ("jv(x, y, out=None)\n\n    Bessel function\n    of real order.\n", "Bessel function of real order."),
-    ("Uses :func:`scipy.linalg.solve` on the input, as numpy.dot does.", "Uses on the input, as does."),
-    ("A wrapper of numpy for e.g. arrays", "A wrapper of for arrays"),
-    (None, ""), ("", ""), ("f(x)", "")])
+@pytest.mark.parametrize(
+    "document, sentence",
+    [
+        ("Solve it. And more.\n\nDetails.", "Solve it."),
+        ("jv(x, y, out=None)\n\n    Bessel function\n    of real order.\n", "Bessel function of real order."),
+        ("Uses :func:`scipy.linalg.solve` on the input, as numpy.dot does.", "Uses on the input, as does."),
+        ("A wrapper of numpy for e.g. arrays", "A wrapper of for arrays"),
+        (None, ""),
+        ("", ""),
+        ("f(x)", ""),
+    ],
+)
 def test_first_sentence(document, sentence):
     assert first_sentence(document) == sentence
 
@@ -40,16 +47,22 @@ def test_first_sentence(document, sentence):
 def test_tsv(tmp_path):
     path = tmp_path / "data.tsv"
     path.write_text("good\tfine weather\n\n  \nbad\ttoo\tmany tabs\r\n", encoding="utf-8")
-    assert read_tsv(path) == [Example("good", "fine weather", "fine weather"),
-                              Example("bad", "too\tmany tabs", "too\tmany tabs")]
+    assert read_tsv(path) == [
+        Example("good", "fine weather", "fine weather"),
+        Example("bad", "too\tmany tabs", "too\tmany tabs"),
+    ]
 
 
-@pytest.mark.parametrize("content, match", [
-    (b"good\tone\nbad two\n\tthree\nfour\t\n", "not `label<TAB>text` in line 2, 3, 4"),
-    (b"good\tone\ngood\ttwo\n", "two or more labels are needed, but the file has \\['good'\\]"),
-    (b"", "two or more labels are needed, but the file has \\[\\]"),
-    (b"\n\n", "two or more labels"),
-    (b"good\tone\nbad\t\xff\xfe\n", "not UTF-8 at byte 13")])
+@pytest.mark.parametrize(
+    "content, match",
+    [
+        (b"good\tone\nbad two\n\tthree\nfour\t\n", "not `label<TAB>text` in line 2, 3, 4"),
+        (b"good\tone\ngood\ttwo\n", "two or more labels are needed, but the file has \\['good'\\]"),
+        (b"", "two or more labels are needed, but the file has \\[\\]"),
+        (b"\n\n", "two or more labels"),
+        (b"good\tone\nbad\t\xff\xfe\n", "not UTF-8 at byte 13"),
+    ],
+)
 def test_bad_tsv(content, match, tmp_path):
     path = tmp_path / "data.tsv"
     path.write_bytes(content)

@@ -2,6 +2,7 @@
 
 Each checkpoint holds one number in all of its values, so that a reader can tell a whole file from a mixture.
 """
+
 import sys
 
 import numpy as np
@@ -17,8 +18,9 @@ network = nn.Cell()
 network.delta = Parameter(np.zeros((256, 512), np.float32), name="delta")
 network.base = Parameter(np.zeros((512, 512), np.float32), name="base", requires_grad=False)
 prefix = (lambda callback_params: "latest") if callable_prefix == "yes" else "x"
-config = CheckpointConfig(keep_checkpoint_max=int(keep), async_save={"no": False}.get(async_save, async_save),
-                          format=file_format)
+config = CheckpointConfig(
+    keep_checkpoint_max=int(keep), async_save={"no": False}.get(async_save, async_save), format=file_format
+)
 callback = TrainableParamsCheckPoint(directory, prefix, config)
 context = InternalCallbackParam()
 context.update(network=network, train_network=network, batch_num=10**9, cur_epoch_num=1, cur_step_num=0)

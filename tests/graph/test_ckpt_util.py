@@ -1,4 +1,5 @@
 """TrainableParamsCheckPoint and load_delta."""
+
 import os
 
 import mindspore as ms
@@ -24,11 +25,15 @@ def lora():
 
 def fit(network, *callbacks, epochs=1, steps=3, rng=np.random.default_rng(3)):
     """Train for `epochs` epochs of `steps` steps."""
-    columns = {"x": rng.normal(size=(4 * steps, 5, WIDTH)).astype(np.float32),
-               "y": np.arange(4 * steps, dtype=np.int32) % LABELS}
+    columns = {
+        "x": rng.normal(size=(4 * steps, 5, WIDTH)).astype(np.float32),
+        "y": np.arange(4 * steps, dtype=np.int32) % LABELS,
+    }
     data = ds.NumpySlicesDataset(columns, shuffle=False).batch(4)
     optimizer = nn.Adam(network.trainable_params(), 0.01)
-    Model(network, nn.CrossEntropyLoss(), optimizer).train(epochs, data, callbacks=list(callbacks), dataset_sink_mode=False)
+    Model(network, nn.CrossEntropyLoss(), optimizer).train(
+        epochs, data, callbacks=list(callbacks), dataset_sink_mode=False
+    )
 
 
 def names(folder):
@@ -185,17 +190,22 @@ def test_nothing_trainable_is_an_error_before_training(tmp_path):
     freeze_modules(network, include=["*"])
     data = ds.NumpySlicesDataset({"x": np.ones((4, 5, WIDTH), np.float32), "y": np.zeros(4, np.int32)}).batch(4)
     with pytest.raises(CheckpointError, match="no parameter of the network is trainable"):
-        Model(network, nn.CrossEntropyLoss(), optimizer).train(1, data, callbacks=TrainableParamsCheckPoint(str(tmp_path)))
+        Model(network, nn.CrossEntropyLoss(), optimizer).train(
+            1, data, callbacks=TrainableParamsCheckPoint(str(tmp_path))
+        )
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("directory, error, match", [
-    (1, TypeError, "'directory' must be a str, but got 1"),
-    (None, TypeError, "'directory' must be a str"),
-    ("relative/folder", AbsolutePathError, "'directory' must be absolute, but got 'relative/folder'"),
-    ("/proc/no/folder", OSError, "/proc/no"),
-    ("/dev/null/folder", OSError, "/dev/null"),
-])
+@pytest.mark.parametrize(
+    "directory, error, match",
+    [
+        (1, TypeError, "'directory' must be a str, but got 1"),
+        (None, TypeError, "'directory' must be a str"),
+        ("relative/folder", AbsolutePathError, "'directory' must be absolute, but got 'relative/folder'"),
+        ("/proc/no/folder", OSError, "/proc/no"),
+        ("/dev/null/folder", OSError, "/dev/null"),
+    ],
+)
 def test_wrong_directory(directory, error, match):
     with pytest.raises(error, match=match):
         TrainableParamsCheckPoint(directory)
@@ -209,11 +219,14 @@ def test_a_directory_that_is_a_link(slash, tmp_path):
         TrainableParamsCheckPoint(str(tmp_path / "link") + slash)
 
 
-@pytest.mark.parametrize("arguments, error, match", [
-    ({"prefix": 1}, ValueError, "'prefix' must be callable or a str without '/', but got 1"),
-    ({"prefix": "a/b"}, ValueError, "'prefix' must be"),
-    ({"config": {}}, TypeError, "'config' must be a CheckpointConfig or None"),
-])
+@pytest.mark.parametrize(
+    "arguments, error, match",
+    [
+        ({"prefix": 1}, ValueError, "'prefix' must be callable or a str without '/', but got 1"),
+        ({"prefix": "a/b"}, ValueError, "'prefix' must be"),
+        ({"config": {}}, TypeError, "'config' must be a CheckpointConfig or None"),
+    ],
+)
 def test_wrong_arguments(arguments, error, match, tmp_path):
     with pytest.raises(error, match=match):
         TrainableParamsCheckPoint(str(tmp_path), **arguments)
@@ -248,7 +261,9 @@ def test_a_single_file_needs_only_what_trains(files, tmp_path):
     fresh = Toy("lora")
     load_delta(fresh, delta)
     assert fresh.head.weight.asnumpy().tobytes() == network.head.weight.asnumpy().tobytes()
-    only_delta = save(tmp_path / "only.ckpt", {p.name: p.asnumpy() for p in network.trainable_params() if "lora" in p.name})
+    only_delta = save(
+        tmp_path / "only.ckpt", {p.name: p.asnumpy() for p in network.trainable_params() if "lora" in p.name}
+    )
     load_delta(Toy("lora"), only_delta)
     with pytest.raises(CheckpointError, match="missing: head.weight \\(3, 8\\)\n  missing: head.bias"):
         load_delta(lora(), only_delta)
@@ -263,10 +278,14 @@ def test_paths_and_safetensors(files, tmp_path):
     assert values(fresh) == values(network)
 
 
-@pytest.mark.parametrize("rename", [
-    lambda name: name.replace("mindpet_delta", "tk_delta"),
-    lambda name: name.replace("lora_a", "lora_A").replace("lora_b", "lora_B"),
-    lambda name: name.replace("mindpet_delta", "tk_delta").replace("lora_a", "lora_A").replace("lora_b", "lora_B")])
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: name.replace("mindpet_delta", "tk_delta"),
+        lambda name: name.replace("lora_a", "lora_A").replace("lora_b", "lora_B"),
+        lambda name: name.replace("mindpet_delta", "tk_delta").replace("lora_a", "lora_A").replace("lora_b", "lora_B"),
+    ],
+)
 def test_old_keys(files, rename, tmp_path):
     network, base, _ = files
     old = save(tmp_path / "old.ckpt", {rename(p.name): p.asnumpy() for p in network.trainable_params()})
@@ -278,8 +297,10 @@ def test_old_keys(files, rename, tmp_path):
 @pytest.mark.parametrize("names_in_file", ["aA", "ab"])
 def test_a_layer_that_stands_alone(names_in_file, tmp_path):
     cell = LoRADense(4, 6, 2, 4)
-    a, b = {"aA": ("mindpet_delta_lora_A", "mindpet_delta_lora_B"),
-            "ab": ("mindpet_delta_lora_a", "mindpet_delta_lora_b")}[names_in_file]
+    a, b = {
+        "aA": ("mindpet_delta_lora_A", "mindpet_delta_lora_B"),
+        "ab": ("mindpet_delta_lora_a", "mindpet_delta_lora_b"),
+    }[names_in_file]
     load_delta(cell, save(tmp_path / "x.ckpt", {a: np.full((2, 4), 2, np.float32), b: np.full((6, 2), 3, np.float32)}))
     assert (cell.mindpet_delta_lora_a.asnumpy() == 2).all() and (cell.mindpet_delta_lora_b.asnumpy() == 3).all()
 
@@ -298,24 +319,33 @@ def test_types_are_cast_to_the_parameters(files, tmp_path):
     fresh = Toy("lora")
     load_delta(fresh, base, half)
     assert fresh.head.weight.dtype == ms.float32
-    np.testing.assert_array_equal(fresh.head.weight.asnumpy(),
-                                  network.head.weight.asnumpy().astype(np.float16).astype(np.float32))
+    np.testing.assert_array_equal(
+        fresh.head.weight.asnumpy(), network.head.weight.asnumpy().astype(np.float16).astype(np.float32)
+    )
 
 
 def test_everything_that_does_not_fit_is_in_one_error(files, tmp_path):
     _, base, _ = files
-    wrong = save(tmp_path / "wrong.ckpt", {
-        "fc.mindpet_delta_lora_a": np.ones((3, 8), np.float32), "fc.mindpet_delta_lora_b": np.ones((8, 2), np.int32),
-        "other.weight": np.ones((2, 2), np.float32), "head.weight": np.ones((3, 8), np.float32)})
+    wrong = save(
+        tmp_path / "wrong.ckpt",
+        {
+            "fc.mindpet_delta_lora_a": np.ones((3, 8), np.float32),
+            "fc.mindpet_delta_lora_b": np.ones((8, 2), np.int32),
+            "other.weight": np.ones((2, 2), np.float32),
+            "head.weight": np.ones((3, 8), np.float32),
+        },
+    )
     fresh = lora()
     before = values(fresh)
     with pytest.raises(CheckpointError) as caught:
         load_delta(fresh, base, wrong)
     lines = str(caught.value).splitlines()[1:]
     assert [line.strip() for line in lines] == [
-        "missing: head.bias (3,)", "surplus: other.weight (2, 2)",
+        "missing: head.bias (3,)",
+        "surplus: other.weight (2, 2)",
         "fc.mindpet_delta_lora_a: (2, 8) Float32 in the network, (3, 8) Float32 in the file",
-        "fc.mindpet_delta_lora_b: (8, 2) Float32 in the network, (8, 2) Int32 in the file"]
+        "fc.mindpet_delta_lora_b: (8, 2) Float32 in the network, (8, 2) Int32 in the file",
+    ]
     assert values(fresh) == before and isinstance(caught.value, (MindPetError, ValueError))
     with pytest.raises(CheckpointError, match="Int32 in the file"):
         load_delta(fresh, base, wrong, strict=False)
@@ -345,7 +375,7 @@ def test_truncated_and_empty_files(files, ending, kept, tmp_path):
     whole = save(tmp_path / f"whole.{ending}", {p.name: p.asnumpy() for p in network.trainable_params()}, format=ending)
     content = open(whole, "rb").read()
     cut = tmp_path / f"cut.{ending}"
-    cut.write_bytes(content[:kept if kept in (0, 1) else int(kept * len(content))])
+    cut.write_bytes(content[: kept if kept in (0, 1) else int(kept * len(content))])
     fresh = lora()
     before = values(fresh)
     with pytest.raises(CheckpointError, match="cannot be read|missing:"):
@@ -353,14 +383,21 @@ def test_truncated_and_empty_files(files, ending, kept, tmp_path):
     assert values(fresh) == before
 
 
-@pytest.mark.parametrize("call, error, match", [
-    (lambda: load_delta(Toy()), ValueError, "'files' must be at least one path"),
-    (lambda: load_delta("network", "a.ckpt"), TypeError, "'network' must be a Cell"),
-    (lambda: load_delta(Toy(), 3), TypeError, "'files' must be paths, but got 3"),
-    (lambda: load_delta(Toy(), "a.npz"), ValueError, "'files' must be paths that end in .ckpt or .safetensors"),
-    (lambda: load_delta(Toy(), "none.ckpt", "nor.ckpt"), FileNotFoundError, "no such file: \\['none.ckpt', 'nor.ckpt'\\]"),
-    (lambda: load_delta(Toy(), "a.ckpt", strict=1), TypeError, "'strict' must be a bool"),
-])
+@pytest.mark.parametrize(
+    "call, error, match",
+    [
+        (lambda: load_delta(Toy()), ValueError, "'files' must be at least one path"),
+        (lambda: load_delta("network", "a.ckpt"), TypeError, "'network' must be a Cell"),
+        (lambda: load_delta(Toy(), 3), TypeError, "'files' must be paths, but got 3"),
+        (lambda: load_delta(Toy(), "a.npz"), ValueError, "'files' must be paths that end in .ckpt or .safetensors"),
+        (
+            lambda: load_delta(Toy(), "none.ckpt", "nor.ckpt"),
+            FileNotFoundError,
+            "no such file: \\['none.ckpt', 'nor.ckpt'\\]",
+        ),
+        (lambda: load_delta(Toy(), "a.ckpt", strict=1), TypeError, "'strict' must be a bool"),
+    ],
+)
 def test_wrong_load_arguments(call, error, match):
     with pytest.raises(error, match=match):
         call()

@@ -1,4 +1,5 @@
 """freeze_modules, freeze_delta and freeze_from_config."""
+
 import os
 import warnings
 
@@ -40,19 +41,32 @@ def test_freeze_modules_conflict_with_star():
     assert trainable(network) == set()
 
 
-@pytest.mark.parametrize("mode, method, expected", [
-    ("lora", "lora", LORA), ("LoRA", "lora", LORA), ("LORA", "lora", LORA),
-    ("bitfit", None, {"fc.bias", "head.bias"}), ("BitFit", None, {"fc.bias", "head.bias"}),
-])
+@pytest.mark.parametrize(
+    "mode, method, expected",
+    [
+        ("lora", "lora", LORA),
+        ("LoRA", "lora", LORA),
+        ("LORA", "lora", LORA),
+        ("bitfit", None, {"fc.bias", "head.bias"}),
+        ("BitFit", None, {"fc.bias", "head.bias"}),
+    ],
+)
 def test_modes_in_any_letter_case(mode, method, expected):
     network = Toy(method)
     freeze_delta(network, mode)
     assert trainable(network) == expected
 
 
-@pytest.mark.parametrize("mode, method", [
-    ("prefix", "prefixtuning"), ("prefixtuning", "prefixtuning"), ("Adapter", "adapter"),
-    ("low_rank_adapter", "low_rank_adapter"), ("PTUNING2", "ptuning2")])
+@pytest.mark.parametrize(
+    "mode, method",
+    [
+        ("prefix", "prefixtuning"),
+        ("prefixtuning", "prefixtuning"),
+        ("Adapter", "adapter"),
+        ("low_rank_adapter", "low_rank_adapter"),
+        ("PTUNING2", "ptuning2"),
+    ],
+)
 def test_modes_train_their_delta_only(mode, method):
     network = Toy(method)
     freeze_delta(network, mode)
@@ -91,11 +105,14 @@ def test_an_optimizer_in_the_network_is_not_touched():
     assert all(param.requires_grad for param in train.optimizer.moment1)
 
 
-@pytest.mark.parametrize("method, mode, match", [
-    ("adapter", "lora", "mode 'lora' finds no parameter .* deltas in the network: \\['adapter'\\]"),
-    (None, "lora", "mode 'lora' finds no parameter like .*; nearest: \\["),
-    (None, "prefix", "mode 'prefixtuning' finds no parameter"),
-])
+@pytest.mark.parametrize(
+    "method, mode, match",
+    [
+        ("adapter", "lora", "mode 'lora' finds no parameter .* deltas in the network: \\['adapter'\\]"),
+        (None, "lora", "mode 'lora' finds no parameter like .*; nearest: \\["),
+        (None, "prefix", "mode 'prefixtuning' finds no parameter"),
+    ],
+)
 def test_a_mode_without_its_delta(method, mode, match):
     network = Toy(method)
     before = trainable(network)
@@ -110,8 +127,9 @@ def test_a_mode_without_its_delta(method, mode, match):
 def test_a_pattern_that_matches_nothing_names_the_nearest():
     network = Toy("lora")
     before = trainable(network)
-    with pytest.raises(NoMatchError, match="(?s)pattern '\\*haed\\*' of 'exclude' matches no parameter; nearest: \\['head"
-                                           ".*") as caught:
+    with pytest.raises(
+        NoMatchError, match="(?s)pattern '\\*haed\\*' of 'exclude' matches no parameter; nearest: \\['head.*"
+    ) as caught:
         freeze_delta(network, "lora", include=["dense.*"], exclude=["*haed*"])
     assert "pattern 'dense.*' of 'include'" in str(caught.value)
     assert isinstance(caught.value, (MindPetError, ValueError)) and trainable(network) == before
@@ -125,16 +143,19 @@ def test_patterns_mind_letter_case():
         freeze_modules(Toy(), include=["HEAD.*"])
 
 
-@pytest.mark.parametrize("call, error, match", [
-    (lambda: freeze_delta("network", "lora"), TypeError, "'model' must be a Cell, but got 'network'"),
-    (lambda: freeze_delta(Toy(), 1), TypeError, "'mode' must be a str, but got 1"),
-    (lambda: freeze_delta(Toy(), "lor"), ValueError, "'mode' must be one of \\['lora', .*\\], but got 'lor'"),
-    (lambda: freeze_delta(Toy(), "bitfit", include="head.*"), TypeError, "'include' must be a list of str or None"),
-    (lambda: freeze_delta(Toy(), "bitfit", exclude=[1]), TypeError, "'exclude' must be a list of str or None"),
-    (lambda: freeze_delta(Toy(), "bitfit", strict="no"), TypeError, "'strict' must be a bool"),
-    (lambda: freeze_modules(None, ["*"]), TypeError, "'model' must be a Cell"),
-    (lambda: freeze_modules(Toy()), ValueError, "'include' or 'exclude' must hold a pattern"),
-])
+@pytest.mark.parametrize(
+    "call, error, match",
+    [
+        (lambda: freeze_delta("network", "lora"), TypeError, "'model' must be a Cell, but got 'network'"),
+        (lambda: freeze_delta(Toy(), 1), TypeError, "'mode' must be a str, but got 1"),
+        (lambda: freeze_delta(Toy(), "lor"), ValueError, "'mode' must be one of \\['lora', .*\\], but got 'lor'"),
+        (lambda: freeze_delta(Toy(), "bitfit", include="head.*"), TypeError, "'include' must be a list of str or None"),
+        (lambda: freeze_delta(Toy(), "bitfit", exclude=[1]), TypeError, "'exclude' must be a list of str or None"),
+        (lambda: freeze_delta(Toy(), "bitfit", strict="no"), TypeError, "'strict' must be a bool"),
+        (lambda: freeze_modules(None, ["*"]), TypeError, "'model' must be a Cell"),
+        (lambda: freeze_modules(Toy()), ValueError, "'include' or 'exclude' must hold a pattern"),
+    ],
+)
 def test_wrong_arguments(call, error, match):
     with pytest.raises(error, match=match):
         call()
@@ -151,11 +172,14 @@ def write(path, text):
     return str(path)
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("freeze:\n  include: ['fc.*']\n", HEAD),
-    ("freeze:\n  include: ['*']\n  exclude: ['head.*']\n", HEAD),
-    ("freeze: {include: ['fc.*', 'head.bias'], exclude: ['fc.bias']}", {"head.weight", "fc.bias"}),
-])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("freeze:\n  include: ['fc.*']\n", HEAD),
+        ("freeze:\n  include: ['*']\n  exclude: ['head.*']\n", HEAD),
+        ("freeze: {include: ['fc.*', 'head.bias'], exclude: ['fc.bias']}", {"head.weight", "fc.bias"}),
+    ],
+)
 def test_config_file(text, expected, tmp_path):
     network = Toy()
     path = write(tmp_path / "freeze.yaml", text)
@@ -164,10 +188,24 @@ def test_config_file(text, expected, tmp_path):
     assert trainable(network) == expected
 
 
-@pytest.mark.parametrize("text", [
-    "", "freeze:", "freeze: {}", "freeze: [fc]", "[freeze]", "include: ['*']", "freeze: {include: ['*'], extra: 1}",
-    "freeze: {include: ['*']}\nmore: 1", "freeze: {include: '*'}", "freeze: {include: []}", "freeze: {include: [1]}",
-    "freeze: {include: }", "just text"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "freeze:",
+        "freeze: {}",
+        "freeze: [fc]",
+        "[freeze]",
+        "include: ['*']",
+        "freeze: {include: ['*'], extra: 1}",
+        "freeze: {include: ['*']}\nmore: 1",
+        "freeze: {include: '*'}",
+        "freeze: {include: []}",
+        "freeze: {include: [1]}",
+        "freeze: {include: }",
+        "just text",
+    ],
+)
 def test_config_with_other_content(text, tmp_path):
     network = Toy()
     with pytest.raises(ModelConfigFreezeInfoError, match="freeze_from_config: .*must"):
@@ -183,9 +221,15 @@ def test_config_that_cannot_be_read(tmp_path):
     unsafe = write(tmp_path / "unsafe.yaml", "freeze: !!python/object/apply:os.getcwd []")
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe\xff")
-    for path, cause in ((str(link), LinkPathError), (str(tmp_path / "none.yaml"), FileNotFoundError),
-                        (str(tmp_path), FileNotFoundError), (broken, Exception), (unsafe, Exception),
-                        (str(binary), Exception), (3.5, TypeError)):
+    for path, cause in (
+        (str(link), LinkPathError),
+        (str(tmp_path / "none.yaml"), FileNotFoundError),
+        (str(tmp_path), FileNotFoundError),
+        (broken, Exception),
+        (unsafe, Exception),
+        (str(binary), Exception),
+        (3.5, TypeError),
+    ):
         with pytest.raises(ReadYamlFileError, match="cannot read 'config_path'") as caught:
             freeze_from_config(Toy(), path)
         assert isinstance(caught.value.__cause__, cause)

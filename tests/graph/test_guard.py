@@ -1,4 +1,5 @@
 """DeltaGuard and summary."""
+
 import mindspore as ms
 import mindspore.dataset as ds
 import numpy as np
@@ -17,8 +18,9 @@ def dataset(rng, rows=8):
 
 
 def fit(network, optimizer, guard, rng, epochs=2):
-    Model(network, nn.CrossEntropyLoss(), optimizer).train(epochs, dataset(rng), callbacks=guard,
-                                                           dataset_sink_mode=False)
+    Model(network, nn.CrossEntropyLoss(), optimizer).train(
+        epochs, dataset(rng), callbacks=guard, dataset_sink_mode=False
+    )
 
 
 def lora():
@@ -31,7 +33,8 @@ def test_a_network_that_learns(mode, rng, capsys):
     network = lora()
     fit(network, nn.Adam(network.trainable_params(), 0.01), DeltaGuard(steps=3), rng)
     assert capsys.readouterr().out.startswith(
-        "DeltaGuard: trainable parameters 59 of 131 (45.0382 %); bytes: weights 524, gradients 236, optimizer state ")
+        "DeltaGuard: trainable parameters 59 of 131 (45.0382 %); bytes: weights 524, gradients 236, optimizer state "
+    )
 
 
 def test_a_parameter_without_a_path_to_the_loss(mode, rng):
@@ -44,8 +47,9 @@ def test_a_parameter_without_a_path_to_the_loss(mode, rng):
 def test_a_parameter_that_the_optimizer_was_not_given(rng):
     network = lora()
     optimizer = nn.Adam([network.head.weight, network.head.bias], 0.01)
-    with pytest.raises(NotLearningError, match="unmoved after 4 steps: "
-                                               "\\['fc.mindpet_delta_lora_a', 'fc.mindpet_delta_lora_b'\\]"):
+    with pytest.raises(
+        NotLearningError, match="unmoved after 4 steps: \\['fc.mindpet_delta_lora_a', 'fc.mindpet_delta_lora_b'\\]"
+    ):
         fit(network, optimizer, DeltaGuard(steps=100), rng)
 
 
@@ -73,11 +77,14 @@ def test_nothing_trainable(rng):
         fit(network, optimizer, DeltaGuard(), rng)
 
 
-@pytest.mark.parametrize("arguments, error, match", [
-    ({"steps": 0}, ValueError, "'steps' must be a positive int, but got 0"),
-    ({"steps": 1.5}, TypeError, "'steps' must be a positive int"),
-    ({"strict": 1}, TypeError, "'strict' must be a bool"),
-])
+@pytest.mark.parametrize(
+    "arguments, error, match",
+    [
+        ({"steps": 0}, ValueError, "'steps' must be a positive int, but got 0"),
+        ({"steps": 1.5}, TypeError, "'steps' must be a positive int"),
+        ({"strict": 1}, TypeError, "'strict' must be a bool"),
+    ],
+)
 def test_wrong_arguments(arguments, error, match):
     with pytest.raises(error, match=match):
         DeltaGuard(**arguments)
@@ -87,8 +94,9 @@ def test_summary_counts():
     network = lora()
     result = summary(network)
     assert result[:5] == (2 * 8 + 8 * 2 + 3 * 8 + 3, 59 + 8 * 8 + 8, 4 * 131, 4 * 59, 8 * 59)
-    assert str(result) == ("trainable parameters 59 of 131 (45.0382 %); bytes: weights 524, gradients 236, "
-                           "optimizer state 472")
+    assert str(result) == (
+        "trainable parameters 59 of 131 (45.0382 %); bytes: weights 524, gradients 236, optimizer state 472"
+    )
     momentum = nn.Momentum(network.trainable_params(), 0.1, 0.9)
     assert summary(network, momentum).optimizer_bytes == 236 + 3 * 4  # learning_rate, momentum, global_step
 

@@ -1,4 +1,5 @@
 """A process that is killed while it saves leaves its last complete checkpoint."""
+
 import os
 import pathlib
 import random
@@ -16,9 +17,14 @@ CHILD = pathlib.Path(__file__).parent / "kill_child.py"
 
 
 def run_and_kill(directory, arguments, delay):
-    """Start a child, kill it `delay` seconds after its first checkpoint; returns the number of its last finished save."""
-    child = subprocess.Popen([sys.executable, str(CHILD), str(directory), *arguments], stdout=subprocess.PIPE, text=True,
-                             cwd=CHILD.parents[2], env={**os.environ, "PYTHONPATH": str(CHILD.parents[2])})
+    """Start a child, kill it `delay` seconds after its first checkpoint; returns the number of its last save."""
+    child = subprocess.Popen(
+        [sys.executable, str(CHILD), str(directory), *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=CHILD.parents[2],
+        env={**os.environ, "PYTHONPATH": str(CHILD.parents[2])},
+    )
     first = child.stdout.readline()
     time.sleep(delay)
     child.send_signal(signal.SIGKILL)
@@ -28,9 +34,16 @@ def run_and_kill(directory, arguments, delay):
     return finished[-1]
 
 
-@pytest.mark.parametrize("keep, async_save, file_format, callable_prefix", [
-    ("1", "no", "ckpt", "no"), ("1", "no", "safetensors", "no"), ("1", "no", "ckpt", "yes"), ("2", "thread", "ckpt", "no"),
-    ("1", "thread", "safetensors", "no")])
+@pytest.mark.parametrize(
+    "keep, async_save, file_format, callable_prefix",
+    [
+        ("1", "no", "ckpt", "no"),
+        ("1", "no", "safetensors", "no"),
+        ("1", "no", "ckpt", "yes"),
+        ("2", "thread", "ckpt", "no"),
+        ("1", "thread", "safetensors", "no"),
+    ],
+)
 def test_sigkill_at_random_moments(keep, async_save, file_format, callable_prefix, tmp_path):
     chance = random.Random(f"{keep}{async_save}{file_format}{callable_prefix}")
     for attempt in range(KILLS):

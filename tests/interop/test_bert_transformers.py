@@ -1,4 +1,5 @@
 """The example BERT and the LoRA delta against transformers and PEFT, run in the same process."""
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -11,10 +12,19 @@ pytestmark = pytest.mark.interop
 def tiny(kind):
     import torch
     import transformers
+
     torch.manual_seed(1)
-    config = transformers.BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
-                                     intermediate_size=48, max_position_embeddings=24, num_labels=5,
-                                     initializer_range=0.3, hidden_act=kind)
+    config = transformers.BertConfig(
+        vocab_size=60,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=24,
+        num_labels=5,
+        initializer_range=0.3,
+        hidden_act=kind,
+    )
     return config
 
 
@@ -29,6 +39,7 @@ def inputs(rng):
 def test_any_bert_folder_gives_the_same_numbers(activation, cls, mode, rng, tmp_path):
     import torch
     import transformers
+
     theirs = getattr(transformers, cls)(tiny(activation)).eval()
     theirs.save_pretrained(tmp_path)
     encoder = getattr(theirs, "bert", theirs)
@@ -47,14 +58,16 @@ def test_lora_has_the_shapes_and_the_scaling_of_peft(mode, rng, tmp_path):
     import peft
     import torch
     import transformers
+
     theirs = transformers.BertForSequenceClassification(tiny("gelu"))
     theirs.save_pretrained(tmp_path)
     ours = BertClassifier(BertConfig.from_folder(tmp_path, method="lora", lora_rank=4, lora_alpha=6), 5)
     load_weights(ours.bert, read_weights(tmp_path))
     ours.classifier.weight.set_data(Tensor(theirs.classifier.weight.detach().numpy()))
     ours.classifier.bias.set_data(Tensor(theirs.classifier.bias.detach().numpy()))
-    wrapped = peft.get_peft_model(theirs, peft.LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=6,
-                                                          target_modules=["query", "value"])).eval()
+    wrapped = peft.get_peft_model(
+        theirs, peft.LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=6, target_modules=["query", "value"])
+    ).eval()
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
             if "lora_B" in name:
@@ -63,7 +76,8 @@ def test_lora_has_the_shapes_and_the_scaling_of_peft(mode, rng, tmp_path):
         if ".lora_" in name:
             path, which = name.replace("base_model.model.", "").split(".lora_")
             ours.parameters_dict()[f"{path}.mindpet_delta_lora_{which[0].lower()}"].set_data(
-                Tensor(parameter.detach().numpy()))
+                Tensor(parameter.detach().numpy())
+            )
     ids, mask = inputs(rng)
     with torch.no_grad():
         expected = wrapped(torch.tensor(ids), torch.tensor(mask)).logits.numpy()
@@ -76,8 +90,10 @@ def test_ptuning2_without_projection_is_the_table_of_peft(rng):
     import torch
 
     from mindpet.delta import PrefixEncoder
-    config = peft.PrefixTuningConfig(num_virtual_tokens=3, num_layers=2, num_attention_heads=2, token_dim=8,
-                                     num_transformer_submodules=1)
+
+    config = peft.PrefixTuningConfig(
+        num_virtual_tokens=3, num_layers=2, num_attention_heads=2, token_dim=8, num_transformer_submodules=1
+    )
     table = rng.normal(size=(3, 2 * 2 * 8)).astype(np.float32)
     theirs = peft.PrefixEncoder(config)
     with torch.no_grad():

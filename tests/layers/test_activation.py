@@ -1,4 +1,5 @@
 """Activations against their formulas, by name, and their operators."""
+
 import math
 
 import mindspore as ms
@@ -56,8 +57,9 @@ def test_every_name_has_a_formula():
 @pytest.mark.parametrize("name", FORMULAS)
 def test_formula(name, mode, rng):
     x = rng.normal(0, 2, (5, 7)).astype(np.float32)
-    np.testing.assert_allclose(get_activation(name)(Tensor(x)).asnumpy(), FORMULAS[name](x), rtol=1e-5,
-                               atol=TOLERANCE.get(name, 1e-5))
+    np.testing.assert_allclose(
+        get_activation(name)(Tensor(x)).asnumpy(), FORMULAS[name](x), rtol=1e-5, atol=TOLERANCE.get(name, 1e-5)
+    )
 
 
 def test_rrelu_and_softmax2d(mode, rng):

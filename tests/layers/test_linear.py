@@ -1,4 +1,5 @@
 """The Dense layer with separate types for storage and computation."""
+
 import mindspore as ms
 import numpy as np
 import pytest

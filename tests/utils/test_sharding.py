@@ -1,4 +1,5 @@
 """What apply_strategies accepts, refuses and sets."""
+
 import mindspore as ms
 import pytest
 from mindspore import nn, ops
@@ -10,18 +11,21 @@ def lora(**changes):
     return LoRADense(8, 8, 2, 4, **changes)
 
 
-@pytest.mark.parametrize("strategy, error, match", [
-    ("((1, 1), (1, 1))", TypeError, "must be a tuple of tuples of int"),
-    ([(1, 1), (1, 1)], TypeError, "must be a tuple of tuples of int"),
-    ((1, 1), TypeError, "must be a tuple of tuples of int"),
-    (((1, 1), [1, 1]), TypeError, "must be a tuple of tuples of int"),
-    (((1, 1.0), (1, 1)), TypeError, "must be a tuple of tuples of int"),
-    (((1, True), (1, 1)), TypeError, "must be a tuple of tuples of int"),
-    (((1, 0), (1, 1)), ValueError, "of at least 1"),
-    (((1, -2), (1, 1)), ValueError, "of at least 1"),
-    ((), ValueError, "an entry an input"),
-    (((1, 1),), ValueError, "is for an operator of two inputs"),
-])
+@pytest.mark.parametrize(
+    "strategy, error, match",
+    [
+        ("((1, 1), (1, 1))", TypeError, "must be a tuple of tuples of int"),
+        ([(1, 1), (1, 1)], TypeError, "must be a tuple of tuples of int"),
+        ((1, 1), TypeError, "must be a tuple of tuples of int"),
+        (((1, 1), [1, 1]), TypeError, "must be a tuple of tuples of int"),
+        (((1, 1.0), (1, 1)), TypeError, "must be a tuple of tuples of int"),
+        (((1, True), (1, 1)), TypeError, "must be a tuple of tuples of int"),
+        (((1, 0), (1, 1)), ValueError, "of at least 1"),
+        (((1, -2), (1, 1)), ValueError, "of at least 1"),
+        ((), ValueError, "an entry an input"),
+        (((1, 1),), ValueError, "is for an operator of two inputs"),
+    ],
+)
 def test_a_bad_strategy_names_its_slot_and_sets_nothing(strategy, error, match):
     cell = lora()
     with pytest.raises(error, match="LoRADense.shard: 'strategy_lora_add' .*" + match):
@@ -60,10 +64,12 @@ def test_none_leaves_a_slot_alone():
     assert cell.shard() is cell and cell.add.in_strategy == ((2, 4), (2, 4))
 
 
-CELLS = [("strategy_activation", lambda: lora(activation="logsoftmax")),
-         ("strategy_activation_org", lambda: AdapterDense(8, 8, activation=nn.LogSoftmax())),
-         ("strategy_activation_org", lambda: LowRankAdapterDense(8, 8, activation=ops.LogSoftmax())),
-         ("strategy_non_linearity", lambda: AdapterLayer(8, non_linearity="logsoftmax"))]
+CELLS = [
+    ("strategy_activation", lambda: lora(activation="logsoftmax")),
+    ("strategy_activation_org", lambda: AdapterDense(8, 8, activation=nn.LogSoftmax())),
+    ("strategy_activation_org", lambda: LowRankAdapterDense(8, 8, activation=ops.LogSoftmax())),
+    ("strategy_non_linearity", lambda: AdapterLayer(8, non_linearity="logsoftmax")),
+]
 
 
 @pytest.mark.parametrize("slot, make", CELLS)
