@@ -164,21 +164,21 @@ class Progress(Callback):
         self.bar = tqdm(total=steps, desc=method, unit="step", file=sys.stdout, mininterval=0.5)
         self.losses, self.seconds, self.accuracy = [], [], None
 
-    def step_begin(self, run_context):
+    def on_train_step_begin(self, run_context):
         self.started = time.perf_counter()
 
-    def step_end(self, run_context):
+    def on_train_step_end(self, run_context):
         self.losses.append(float(run_context.original_args().net_outputs.asnumpy()))
         self.seconds.append(time.perf_counter() - self.started)
         self.bar.set_postfix(loss=f"{self.losses[-1]:.3f}", validation=self.accuracy, refresh=False)
         self.bar.update()
 
-    def epoch_end(self, run_context):
+    def on_train_epoch_end(self, run_context):
         self.accuracy = round(accuracy(self.model, self.validation, self.batch_size), 4)
         self.bar.set_postfix(loss=f"{self.losses[-1]:.3f}", validation=self.accuracy)
         self.model.set_train(True)
 
-    def end(self, run_context):
+    def on_train_end(self, run_context):
         self.bar.close()
 
 

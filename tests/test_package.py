@@ -29,6 +29,7 @@ ORDER = [
     "utils.constants",
     "utils",
     "graph.parameters",
+    "graph.callback",
     "graph.FILE",
     "graph",
 ]
@@ -40,7 +41,7 @@ def place(module):
     parts = module.split(".")[1:]
     if parts[0] == "delta" and parts[1:2] and parts[1] in METHOD_FILES:
         parts = ["delta", "METHOD"]
-    if parts[0] == "graph" and parts[1:2] and parts[1] != "parameters":
+    if parts[0] == "graph" and parts[1:2] and parts[1] not in ("parameters", "callback"):
         parts = ["graph", "FILE"]
     return ORDER.index(".".join(parts))
 

@@ -14,7 +14,8 @@ from mindspore.train.callback._checkpoint import CheckpointManager
 
 from mindpet.delta.registry import METHODS
 from mindpet.errors import AbsolutePathError, CheckpointError, LinkPathError
-from mindpet.graph.parameters import matches, model_of, model_parameters, trainable_parameters
+from mindpet.graph.callback import TrainCallback, model_of
+from mindpet.graph.parameters import matches, model_parameters, trainable_parameters
 from mindpet.utils.validate import FLOAT_TYPES, Checker
 
 STAGING = ".incomplete"
@@ -55,7 +56,7 @@ OPTIMIZER_NAMES = (
 )
 
 
-class TrainableParamsCheckPoint(ModelCheckpoint):
+class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
     """`ModelCheckpoint` that saves only the parameters of the model that are trainable.
 
     State of the optimizer is not saved. All fields of `CheckpointConfig` hold. A file gets its final name when it is
@@ -94,37 +95,39 @@ class TrainableParamsCheckPoint(ModelCheckpoint):
         self._user_network = config.saved_network
         # MindSpore's own exception_save writes the whole train network; __exit__ does it here.
         self._save_on_exception, config.exception_save = config.exception_save, False
-        super().__init__(prefix, directory, config)
+        ModelCheckpoint.__init__(self, prefix, directory, config)
         self._manager = _AtomicManager(config.format, directory)
-        self._callback_params = None
+        self._last = None  # of the last step: train network, model, epoch, step in the epoch, step
 
-    def begin(self, run_context):
+    def on_train_begin(self, run_context):
         """Refuse to start if there is nothing to save."""
-        self._callback_params = run_context.original_args()
-        if not trainable_parameters(self._network(self._callback_params)):
+        if not trainable_parameters(self._network(run_context.original_args())):
             raise CheckpointError(
                 "TrainableParamsCheckPoint: no parameter of the network is trainable, so there would "
                 "be nothing to save; see freeze_delta."
             )
 
-    def step_end(self, run_context):
+    def on_train_step_end(self, run_context):
         """Save if it is time to."""
         if self._config.async_save and not _writing():
             self._manager.publish()
-        super().step_end(run_context)
+        params = run_context.original_args()
+        step_in_epoch = int((params.cur_step_num - 1) % params.batch_num + 1)
+        position = params.cur_epoch_num, step_in_epoch, params.cur_step_num
+        self._last = params.train_network, self._network(params), *position
+        self.step_end(run_context)
 
-    def end(self, run_context):
+    def on_train_end(self, run_context):
         """Save the last checkpoint."""
-        super().end(run_context)
+        self.end(run_context)
         self._manager.publish()
 
     def __exit__(self, *err):
-        if not err or err[0] is None or self._callback_params is None:
-            return
-        _wait_for_writing()
-        self._manager.publish()
-        if self._save_on_exception and self._callback_params.cur_step_num > 0:
-            self._save_breakpoint(self._callback_params)
+        if err and err[0] is not None and self._last is not None:
+            _wait_for_writing()
+            self._manager.publish()
+            if self._save_on_exception:
+                self._save_breakpoint(*self._last)
 
     def _network(self, callback_params):
         return self._user_network or model_of(callback_params)
@@ -142,15 +145,14 @@ class TrainableParamsCheckPoint(ModelCheckpoint):
         if not self._config.async_save:
             self._manager.publish()
 
-    def _save_breakpoint(self, cb_params):
+    def _save_breakpoint(self, train_network, network, epoch, step_in_epoch, step):
         """What `exception_save` promises, for the trainable parameters."""
-        step = int((cb_params.cur_step_num - 1) % cb_params.batch_num + 1)
-        name = f"{self._prefix}-{cb_params.cur_epoch_num}_{step}_breakpoint.{self._config.format}"
-        self._append_dict_content(cb_params.cur_epoch_num, cb_params.cur_step_num)
         os.makedirs(self._manager.staging, exist_ok=True)
+        name = f"{self._prefix}-{epoch}_{step_in_epoch}_breakpoint.{self._config.format}"
         staged = os.path.join(self._manager.staging, name)
+        self._append_dict_content(epoch, step)
         ms.save_checkpoint(
-            _TrainableView(self._network(cb_params), cb_params.train_network),
+            _TrainableView(network, train_network),
             staged,
             self._config.integrated_save,
             False,

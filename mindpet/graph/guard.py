@@ -5,10 +5,10 @@ import warnings
 from typing import NamedTuple
 
 from mindspore import Tensor
-from mindspore.train import Callback
 
 from mindpet.errors import NotLearningError
-from mindpet.graph.parameters import model_of, model_parameters
+from mindpet.graph.callback import TrainCallback, model_of
+from mindpet.graph.parameters import model_parameters
 from mindpet.utils.validate import Checker
 
 
@@ -69,7 +69,7 @@ def _nbytes(params):
     return sum(param.size * param.itemsize for param in params)
 
 
-class DeltaGuard(Callback):
+class DeltaGuard(TrainCallback):
     """Checks that what should train moves and what is frozen does not.
 
     It prints the network's `summary` when training begins. After `steps` steps it compares every parameter with what
@@ -97,7 +97,7 @@ class DeltaGuard(Callback):
         self._digests = {}
         self._first_step = 0
 
-    def begin(self, run_context):
+    def on_train_begin(self, run_context):
         """Print the summary and remember the parameters."""
         callback_params = run_context.original_args()
         network = model_of(callback_params)
@@ -108,14 +108,14 @@ class DeltaGuard(Callback):
         self._digests = {name: _digest(param) for name, param in params.items()}
         self._first_step = callback_params.cur_step_num
 
-    def step_end(self, run_context):
+    def on_train_step_end(self, run_context):
         """Compare once `steps` steps are done."""
         callback_params = run_context.original_args()
         if self._digests and callback_params.cur_step_num - self._first_step >= self.steps:
             self._compare(callback_params)
 
-    def end(self, run_context):
-        """Compare, if training was too short for `step_end` to."""
+    def on_train_end(self, run_context):
+        """Compare, if training was too short for `on_train_step_end` to."""
         if self._digests:
             self._compare(run_context.original_args())
 

@@ -5,14 +5,6 @@ from fnmatch import fnmatchcase
 from mindspore import nn
 
 
-def model_of(callback_params):
-    """The user's model in the parameters of a callback: without training cells around it."""
-    network = callback_params.get("network") or callback_params["train_network"]
-    while isinstance(network, nn.TrainOneStepCell):
-        network = network.network
-    return network
-
-
 def model_parameters(network):
     """The parameters of `network` by name, without the state of an optimizer that is a Cell inside of it.
 

@@ -24,9 +24,9 @@ config = CheckpointConfig(
 callback = TrainableParamsCheckPoint(directory, prefix, config)
 context = InternalCallbackParam()
 context.update(network=network, train_network=network, batch_num=10**9, cur_epoch_num=1, cur_step_num=0)
-callback.begin(RunContext(context))
+callback.on_train_begin(RunContext(context))
 while True:
     context.cur_step_num += 1
     network.delta.set_data(Tensor(np.full((256, 512), context.cur_step_num, np.float32)))
-    callback.step_end(RunContext(context))
+    callback.on_train_step_end(RunContext(context))
     print(context.cur_step_num, flush=True)

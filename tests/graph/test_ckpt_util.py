@@ -150,7 +150,7 @@ class FailAt(Callback):
         super().__init__()
         self.step = step
 
-    def step_end(self, run_context):
+    def on_train_step_end(self, run_context):
         if run_context.original_args().cur_step_num == self.step:
             raise RuntimeError("as planned")
 
@@ -182,6 +182,16 @@ def test_a_second_run_does_not_overwrite_the_first(tmp_path):
     for _ in range(2):
         fit(lora(), TrainableParamsCheckPoint(str(tmp_path), "x"), steps=1)
     assert names(tmp_path) == ["x-1_1.ckpt", "x_1-1_1.ckpt"]
+
+
+def test_evaluation_in_fit_saves_nothing(tmp_path):
+    network = lora()
+    columns = {"x": np.ones((8, 5, WIDTH), np.float32), "y": np.zeros(8, np.int32)}
+    train_data, valid_data = (ds.NumpySlicesDataset(columns, shuffle=False).batch(size) for size in (4, 1))
+    model = Model(network, nn.CrossEntropyLoss(), nn.Adam(network.trainable_params(), 0.01), metrics={"loss"})
+    config = CheckpointConfig(keep_checkpoint_max=20)
+    model.fit(2, train_data, valid_data, callbacks=[TrainableParamsCheckPoint(str(tmp_path), "x", config)])
+    assert names(tmp_path) == ["x-1_1.ckpt", "x-1_2.ckpt", "x-2_1.ckpt", "x-2_2.ckpt"]
 
 
 def test_nothing_trainable_is_an_error_before_training(tmp_path):

@@ -63,6 +63,15 @@ def test_freezing_after_the_optimizer_was_made(rng):
     ms.set_context(mode=ms.PYNATIVE_MODE)
 
 
+def test_evaluation_in_fit_does_not_start_it_anew(rng, capsys):
+    network = lora()
+    network.unused = ms.Parameter(np.ones(3, np.float32), name="unused")
+    model = Model(network, nn.CrossEntropyLoss(), nn.Adam(network.trainable_params(), 0.01), metrics={"loss"})
+    with pytest.raises(NotLearningError, match="unmoved after 4 steps"):
+        model.fit(3, dataset(rng), dataset(rng), callbacks=DeltaGuard(steps=4), dataset_sink_mode=False)
+    assert capsys.readouterr().out.count("DeltaGuard: ") == 1
+
+
 def test_not_strict_only_warns(rng):
     network = lora()
     with pytest.warns(UserWarning, match="unmoved after 2 steps"):

@@ -1,0 +1,38 @@
+"""What the callbacks of this package share."""
+
+from mindspore import nn
+from mindspore.train import Callback
+
+
+class TrainCallback(Callback):
+    """A callback for training only: `Model.fit` and `Model.eval` do not reach its methods while they evaluate.
+
+    MindSpore passes the events of an evaluation on to `begin`, `step_end`, `end` and the like, where a step number is
+    that of the evaluation.
+    """
+
+    def on_eval_begin(self, run_context):
+        """Nothing."""
+
+    def on_eval_epoch_begin(self, run_context):
+        """Nothing."""
+
+    def on_eval_step_begin(self, run_context):
+        """Nothing."""
+
+    def on_eval_step_end(self, run_context):
+        """Nothing."""
+
+    def on_eval_epoch_end(self, run_context):
+        """Nothing."""
+
+    def on_eval_end(self, run_context):
+        """Nothing."""
+
+
+def model_of(callback_params):
+    """The user's model in the parameters of a callback: without training cells around it."""
+    network = callback_params.get("network") or callback_params["train_network"]
+    while isinstance(network, nn.TrainOneStepCell):
+        network = network.network
+    return network
