@@ -1,3 +1,6 @@
 """mindpet: parameter-efficient fine-tuning (delta tuning) for MindSpore."""
 
+from mindpet import delta, graph
+
 __version__ = "2.0.0"
+__all__ = ["delta", "graph"]

@@ -135,6 +135,7 @@ class PrefixEncoder(nn.Cell):
         check.positive_int(data_parallel=data_parallel, model_parallel=model_parallel)
         check.done()
         layout = (data_parallel, 1, 1, model_parallel, 1)
+        self.mindpet_delta_ptuning2_embedding.gather.shard(((1, 1), (1,)))
         self.expand_dims.shard(((1, 1, model_parallel, 1),))
         self.tile.shard((layout,))
         self.transpose.shard((layout,))

@@ -207,7 +207,10 @@ class _AtomicManager(CheckpointManager):
         self._doomed = []
 
     def update_ckpoint_filelist(self, directory, prefix):
-        """List the files in the final folder. MindSpore calls this before each save, when no write is under way."""
+        """List the files in the final folder. MindSpore calls this before each save.
+
+        The staging folder stays: another process that saves to the same directory may be about to use it.
+        """
         _wait_for_writing()
         self.publish()
         self._doomed = []
@@ -235,8 +238,6 @@ class _AtomicManager(CheckpointManager):
             for path in self._doomed:
                 super().remove_ckpoint_file(path)
             self._doomed = []
-            if not os.listdir(self.staging):
-                os.rmdir(self.staging)
 
 
 def _writers():

@@ -94,7 +94,7 @@ class DeltaGuard(TrainCallback):
         check.done()
         self.steps = steps
         self.strict = strict
-        self._digests = {}
+        self._digests = None  # of every parameter at `_first_step`; empty once they have been compared
         self._first_step = 0
 
     def on_train_begin(self, run_context):
@@ -105,19 +105,31 @@ class DeltaGuard(TrainCallback):
         params = model_parameters(network)
         if not any(param.requires_grad for param in params.values()):
             self._report(["nothing is trainable"])
-        self._digests = {name: _digest(param) for name, param in params.items()}
-        self._first_step = callback_params.cur_step_num
+        # In a parallel mode, parameters get their values and slices only when the network is compiled.
+        self._digests = None
+        if not any(param.has_init for param in params.values()):
+            self._remember(callback_params)
 
     def on_train_step_end(self, run_context):
         """Compare once `steps` steps are done."""
         callback_params = run_context.original_args()
-        if self._digests and callback_params.cur_step_num - self._first_step >= self.steps:
+        if self._digests is None:
+            self._remember(callback_params)
+        elif self._digests and callback_params.cur_step_num - self._first_step >= self.steps:
             self._compare(callback_params)
 
     def on_train_end(self, run_context):
-        """Compare, if training was too short for `on_train_step_end` to."""
-        if self._digests:
-            self._compare(run_context.original_args())
+        """Compare, if training was too short for `on_train_step_end` to; one step is too few to tell."""
+        callback_params = run_context.original_args()
+        if self._digests and callback_params.cur_step_num - self._first_step < 2:
+            warnings.warn("DeltaGuard: training was too short to tell whether it learns.", stacklevel=2)
+        elif self._digests:
+            self._compare(callback_params)
+
+    def _remember(self, callback_params):
+        params = model_parameters(model_of(callback_params))
+        self._digests = {name: _digest(param) for name, param in params.items()}
+        self._first_step = callback_params.cur_step_num
 
     def _compare(self, callback_params):
         digests, self._digests = self._digests, {}

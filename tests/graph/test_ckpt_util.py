@@ -37,7 +37,9 @@ def fit(network, *callbacks, epochs=1, steps=3, rng=np.random.default_rng(3)):
 
 
 def names(folder):
-    return sorted(name for name in os.listdir(folder) if not name.endswith(".meta"))
+    """The checkpoints in a folder; nothing may be left in the staging folder."""
+    assert not os.path.isdir(folder / ".incomplete") or not os.listdir(folder / ".incomplete")
+    return sorted(name for name in os.listdir(folder) if not name.endswith(".meta") and name != ".incomplete")
 
 
 def load(path, **options):

@@ -63,6 +63,31 @@ def test_freezing_after_the_optimizer_was_made(rng):
     ms.set_context(mode=ms.PYNATIVE_MODE)
 
 
+def test_parameters_that_get_their_values_late_are_compared_from_the_first_step_on(rng, monkeypatch):
+    network = lora()
+    network.unused = ms.Parameter(np.ones(3, np.float32), name="unused")
+    optimizer = nn.Adam(network.trainable_params(), 0.01)
+    guard = DeltaGuard(steps=2)
+    begin = guard.on_train_begin
+
+    def begin_in_a_parallel_mode(run_context):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(network.unused), "has_init", True)
+            begin(run_context)
+
+    guard.on_train_begin = begin_in_a_parallel_mode
+    with pytest.raises(NotLearningError, match="unmoved after 2 steps: \\['unused'\\]"):
+        fit(network, optimizer, guard, rng)
+
+
+def test_one_step_is_too_few_to_tell(rng):
+    network = lora()
+    data = dataset(rng).take(1)
+    model = Model(network, nn.CrossEntropyLoss(), nn.Adam(network.trainable_params(), 0.01))
+    with pytest.warns(UserWarning, match="too short to tell"):
+        model.train(1, data, callbacks=DeltaGuard(), dataset_sink_mode=False)
+
+
 def test_evaluation_in_fit_does_not_start_it_anew(rng, capsys):
     network = lora()
     network.unused = ms.Parameter(np.ones(3, np.float32), name="unused")
