@@ -1,6 +1,7 @@
 """What the methods that replace a Dense layer, or follow one, share."""
 
-from mindspore import nn, ops
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.common.initializer import initializer
 
 from mindpet.layers.activation import ACTIVATIONS
 from mindpet.layers.linear import Dense, from_rows, to_rows
@@ -81,6 +82,12 @@ class ResidualAdapter(nn.Cell):
             f"hidden_size={self.hidden_size}, param_init_type={self.param_init_type}, "
             f"compute_dtype={self.compute_dtype}"
         )
+
+
+def delta_parameter(init, shape, dtype, name):
+    """A parameter of a delta, of `dtype` also where `init` is a Tensor of another type."""
+    init = init.astype(dtype) if isinstance(init, Tensor) else init
+    return Parameter(initializer(init, shape, dtype), name=name)
 
 
 def checker(cell):

@@ -3,10 +3,10 @@
 import math
 
 import mindspore as ms
-from mindspore import Parameter, ops
-from mindspore.common.initializer import HeUniform, initializer
+from mindspore import ops
+from mindspore.common.initializer import HeUniform
 
-from mindpet.delta._base import DeltaDense, checker
+from mindpet.delta._base import DeltaDense, checker, delta_parameter
 from mindpet.utils.sharding import apply_strategies
 from mindpet.utils.version_control import get_dropout
 
@@ -92,11 +92,11 @@ class LoRADense(DeltaDense):
         self.scaling = lora_alpha / lora_rank
         self.lora_dropout = get_dropout(lora_dropout)
         # Stand-alone layers have always carried these names; inside a network the attribute's name is the key.
-        self.mindpet_delta_lora_a = Parameter(
-            initializer(lora_a_init, [lora_rank, in_channels], param_init_type), name="mindpet_delta_lora_A"
+        self.mindpet_delta_lora_a = delta_parameter(
+            lora_a_init, [lora_rank, in_channels], param_init_type, "mindpet_delta_lora_A"
         )
-        self.mindpet_delta_lora_b = Parameter(
-            initializer(lora_b_init, [out_channels, lora_rank], param_init_type), name="mindpet_delta_lora_B"
+        self.mindpet_delta_lora_b = delta_parameter(
+            lora_b_init, [out_channels, lora_rank], param_init_type, "mindpet_delta_lora_B"
         )
         self.lora_a_matmul = ops.MatMul(transpose_b=True)
         self.lora_b_matmul = ops.MatMul(transpose_b=True)

@@ -1,10 +1,10 @@
 """Low-rank adapter: an adapter whose two matrices are low-rank products, after a frozen Dense layer."""
 
 import mindspore as ms
-from mindspore import Parameter, nn, ops
-from mindspore.common.initializer import Initializer, initializer
+from mindspore import nn, ops
+from mindspore.common.initializer import Initializer
 
-from mindpet.delta._base import DeltaDense, ResidualAdapter, checker
+from mindpet.delta._base import DeltaDense, ResidualAdapter, checker, delta_parameter
 from mindpet.layers.activation import ACTIVATIONS, get_activation
 from mindpet.utils.sharding import apply_strategies
 
@@ -24,13 +24,13 @@ class LowRankLinear(nn.Cell):
     def __init__(self, in_channels, out_channels, rank, weight_init, param_init_type, compute_dtype):
         super().__init__()
         self.compute_dtype = compute_dtype
-        self.mindpet_delta_low_rank_adapter_weight_left = Parameter(
-            initializer(weight_init, [in_channels, rank], param_init_type)
+        self.mindpet_delta_low_rank_adapter_weight_left = delta_parameter(
+            weight_init, [in_channels, rank], param_init_type, "mindpet_delta_low_rank_adapter_weight_left"
         )
-        self.mindpet_delta_low_rank_adapter_weight_right = Parameter(
-            initializer(weight_init, [rank, out_channels], param_init_type)
+        self.mindpet_delta_low_rank_adapter_weight_right = delta_parameter(
+            weight_init, [rank, out_channels], param_init_type, "mindpet_delta_low_rank_adapter_weight_right"
         )
-        self.bias = Parameter(initializer("zeros", [out_channels], param_init_type))
+        self.bias = delta_parameter("zeros", [out_channels], param_init_type, "bias")
         self.matmul_weight = ops.MatMul()
         self.matmul_input = ops.MatMul()
         self.bias_add = ops.BiasAdd()

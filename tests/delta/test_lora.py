@@ -98,6 +98,12 @@ def test_every_kind_of_initialiser(kind):
         assert value is None or (param.asnumpy() == value).all()
 
 
+@pytest.mark.parametrize("dtype", [ms.float16, ms.bfloat16])
+def test_a_tensor_of_another_type_becomes_param_init_type(dtype):
+    cell = LoRADense(**GOOD, lora_a_init=Tensor(np.ones((2, 4), np.float32)), param_init_type=dtype)
+    assert cell.mindpet_delta_lora_a.dtype == cell.mindpet_delta_lora_b.dtype == dtype
+
+
 def wrong(shape):
     return Tensor(np.zeros(shape, np.float32))
 
