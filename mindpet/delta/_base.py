@@ -5,7 +5,6 @@ from mindspore.common.initializer import initializer
 
 from mindpet.layers.activation import ACTIVATIONS
 from mindpet.layers.linear import Dense, from_rows, to_rows
-from mindpet.utils.validate import Checker
 
 
 class DeltaDense(Dense):
@@ -88,8 +87,3 @@ def delta_parameter(init, shape, dtype, name):
     """A parameter of a delta, of `dtype` also where `init` is a Tensor of another type."""
     init = init.astype(dtype) if isinstance(init, Tensor) else init
     return Parameter(initializer(init, shape, dtype), name=name)
-
-
-def checker(cell):
-    """The argument checker of a Cell that is being made."""
-    return Checker(type(cell).__name__)

@@ -5,11 +5,12 @@ from collections import OrderedDict
 import mindspore as ms
 from mindspore import nn
 
-from mindpet.delta._base import DeltaDense, ResidualAdapter, checker
+from mindpet.delta._base import DeltaDense, ResidualAdapter
 from mindpet.delta.low_rank_adapter import LowRankAdapterDense, LowRankAdapterLayer
 from mindpet.layers.activation import ACTIVATIONS, get_activation
 from mindpet.layers.linear import Dense
 from mindpet.utils.sharding import apply_strategies
+from mindpet.utils.validate import Checker
 
 __all__ = ["AdapterDense", "AdapterLayer", "LowRankAdapterDense", "LowRankAdapterLayer"]
 
@@ -53,7 +54,7 @@ class AdapterLayer(ResidualAdapter):
         param_init_type=ms.float32,
         compute_dtype=ms.float16,
     ):
-        check = checker(self)
+        check = Checker(type(self).__name__)
         check.positive_int(hidden_size=hidden_size, bottleneck_size=bottleneck_size)
         check.choice("non_linearity", non_linearity, ACTIVATIONS)
         check.float_type(param_init_type=param_init_type, compute_dtype=compute_dtype)
@@ -171,7 +172,7 @@ class AdapterDense(DeltaDense):
         param_init_type=ms.float32,
         compute_dtype=ms.float16,
     ):
-        check = checker(self)
+        check = Checker(type(self).__name__)
         check.positive_int(bottleneck_size=bottleneck_size)
         check.choice("non_linearity", non_linearity, ACTIVATIONS)
         super().__init__(

@@ -6,8 +6,9 @@ import mindspore as ms
 from mindspore import ops
 from mindspore.common.initializer import HeUniform
 
-from mindpet.delta._base import DeltaDense, checker, delta_parameter
+from mindpet.delta._base import DeltaDense, delta_parameter
 from mindpet.utils.sharding import apply_strategies
+from mindpet.utils.validate import Checker
 from mindpet.utils.version_control import get_dropout
 
 
@@ -70,7 +71,7 @@ class LoRADense(DeltaDense):
         has_bias=True,
         activation=None,
     ):
-        check = checker(self)
+        check = Checker(type(self).__name__)
         check.positive_int(lora_rank=lora_rank)
         check.nonzero_number(lora_alpha=lora_alpha)
         check.probability(lora_dropout=lora_dropout)

@@ -4,9 +4,10 @@ import mindspore as ms
 from mindspore import nn, ops
 from mindspore.common.initializer import Initializer
 
-from mindpet.delta._base import DeltaDense, ResidualAdapter, checker, delta_parameter
+from mindpet.delta._base import DeltaDense, ResidualAdapter, delta_parameter
 from mindpet.layers.activation import ACTIVATIONS, get_activation
 from mindpet.utils.sharding import apply_strategies
+from mindpet.utils.validate import Checker
 
 
 class LowRankLinear(nn.Cell):
@@ -89,7 +90,7 @@ class LowRankAdapterLayer(ResidualAdapter):
         param_init_type=ms.float32,
         compute_dtype=ms.float16,
     ):
-        check = checker(self)
+        check = Checker(type(self).__name__)
         check.positive_int(hidden_size=hidden_size)
         check_bottleneck(check, hidden_size, reduction_factor, low_rank_size, low_rank_w_init, non_linearity)
         check.float_type(param_init_type=param_init_type, compute_dtype=compute_dtype)
@@ -217,7 +218,7 @@ class LowRankAdapterDense(DeltaDense):
         param_init_type=ms.float32,
         compute_dtype=ms.float16,
     ):
-        check = checker(self)
+        check = Checker(type(self).__name__)
         check_bottleneck(check, out_channels, reduction_factor, low_rank_size, low_rank_w_init, non_linearity)
         super().__init__(
             in_channels,

@@ -6,8 +6,8 @@ import warnings
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-from mindpet.delta._base import checker
 from mindpet.errors import NotPositiveIntError
+from mindpet.utils.validate import Checker
 from mindpet.utils.version_control import get_dropout
 
 
@@ -45,7 +45,7 @@ class PrefixLayer(nn.Cell):
     """
 
     def __init__(self, prefix_token_num, batch_size, num_heads, hidden_dim, embed_dim, mid_dim=512, dropout_rate=0.1):
-        check = checker(self)
+        check = Checker(type(self).__name__)
         check.positive_int(
             NotPositiveIntError,
             prefix_token_num=prefix_token_num,

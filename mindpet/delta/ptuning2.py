@@ -3,7 +3,6 @@
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
-from mindpet.delta._base import checker
 from mindpet.errors import NotPositiveIntError
 from mindpet.utils.validate import Checker
 from mindpet.utils.version_control import get_dropout
@@ -65,7 +64,7 @@ class PrefixEncoder(nn.Cell):
         out_perm=(2, 0, 3, 1, 4),
         parallel_config=None,
     ):
-        check = checker(self)
+        check = Checker(type(self).__name__)
         check.positive_int(
             NotPositiveIntError,
             pre_seq_len=pre_seq_len,

@@ -20,10 +20,10 @@ def lora(**changes):
         (((1, 1), [1, 1]), TypeError, "must be a tuple of tuples of int"),
         (((1, 1.0), (1, 1)), TypeError, "must be a tuple of tuples of int"),
         (((1, True), (1, 1)), TypeError, "must be a tuple of tuples of int"),
-        (((1, 0), (1, 1)), ValueError, "of at least 1"),
-        (((1, -2), (1, 1)), ValueError, "of at least 1"),
-        ((), ValueError, "an entry an input"),
-        (((1, 1),), ValueError, "is for an operator of two inputs"),
+        (((1, 0), (1, 1)), ValueError, "counts of at least 1"),
+        (((1, -2), (1, 1)), ValueError, "counts of at least 1"),
+        ((), ValueError, "of at least one tuple"),
+        (((1, 1),), ValueError, "must be of two tuples, for Add"),
     ],
 )
 def test_a_bad_strategy_names_its_slot_and_sets_nothing(strategy, error, match):
@@ -36,7 +36,7 @@ def test_a_bad_strategy_names_its_slot_and_sets_nothing(strategy, error, match):
 def test_repeated_entries_of_a_one_input_operator_mean_that_layout():
     cell = lora(activation="relu").shard(strategy_activation=((2, 4), (2, 4)), strategy_lora_dropout=((2, 1),))
     assert cell.activation.relu.in_strategy == ((2, 4),)
-    with pytest.raises(ValueError, match="'strategy_activation' .* its entries must be equal"):
+    with pytest.raises(ValueError, match="'strategy_activation' must be of one tuple, or of equal ones"):
         cell.shard(strategy_activation=((2, 4), (4, 2)))
 
 
@@ -48,7 +48,9 @@ def test_an_activation_may_be_a_primitive_a_cell_or_a_name(activation):
 
 
 def test_an_activation_cell_without_primitives():
-    with pytest.raises(ValueError, match="cannot reach the operators of GELU; give the activation as a str"):
+    with pytest.raises(
+        ValueError, match="must be for an activation given as a str, since the operators of GELU cannot be reached"
+    ):
         lora(activation=nn.GELU()).shard(strategy_activation=((2, 4),))
 
 
@@ -57,6 +59,13 @@ def test_a_strategy_for_what_is_not_there_is_a_warning():
         lora(has_bias=False).shard(strategy_org_bias_add=((2, 4), (4,)))
     with pytest.warns(UserWarning, match="'strategy_activation' is ignored"):
         lora().shard(strategy_activation=((2, 4),))
+
+
+def test_all_bad_strategies_are_in_one_error():
+    with pytest.raises(
+        TypeError, match="(?s)'strategy_org_bias_add' must.*'strategy_lora_mul' must.*'strategy_lora_add'"
+    ):
+        lora().shard(strategy_org_bias_add=1, strategy_lora_mul=((1, 1),), strategy_lora_add=((0, 1), (1, 1)))
 
 
 def test_none_leaves_a_slot_alone():
@@ -74,7 +83,9 @@ CELLS = [
 
 @pytest.mark.parametrize("slot, make", CELLS)
 def test_logsoftmax_cannot_be_sharded(slot, make):
-    with pytest.raises(ValueError, match=f"'{slot}' is for LogSoftmax, which cannot be sharded"):
+    with pytest.raises(
+        ValueError, match=f"'{slot}' must be for another activation, since LogSoftmax cannot be sharded"
+    ):
         make().shard(**{slot: ((2, 1),)})
 
 
@@ -85,7 +96,7 @@ def test_logsoftmax_is_refused_in_a_parallel_mode(slot, make, parallel_mode):
     assert cell.shard() is cell
     ms.set_auto_parallel_context(parallel_mode=parallel_mode)
     try:
-        with pytest.raises(ValueError, match=f"'{slot}' is for LogSoftmax"):
+        with pytest.raises(ValueError, match=f"'{slot}' must be for another activation, since LogSoftmax"):
             cell.shard()
     finally:
         ms.reset_auto_parallel_context()
