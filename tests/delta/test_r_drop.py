@@ -3,7 +3,7 @@
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor
+from mindspore import Tensor, nn
 
 from mindpet.delta import RDropLoss, rdrop_repeat
 from mindpet.delta.r_drop import RDropLoss as ByModule
@@ -83,3 +83,22 @@ def test_rdrop_repeat(mode):
     assert ids.asnumpy().tolist() == [[1, 2], [1, 2], [3, 4], [3, 4]]
     assert labels.asnumpy().tolist() == [7, 7, 8, 8]
     assert isinstance(rdrop_repeat(labels), tuple) and RDropLoss is ByModule
+
+
+def test_training_with_it(mode, rng):
+    class LossNetwork(nn.Cell):
+        def __init__(self, network):
+            super().__init__(auto_prefix=False)
+            self.network = network
+            self.loss = RDropLoss()
+
+        def construct(self, x, labels):
+            x, labels = rdrop_repeat(x, labels)
+            return self.loss(self.network(x), labels, alpha=2)
+
+    network = nn.SequentialCell(nn.Dense(8, 16), nn.ReLU(), nn.Dropout(p=0.2), nn.Dense(16, 3))
+    x = rng.normal(size=(30, 8)).astype(np.float32)
+    labels = x[:, :3].argmax(1).astype(np.int32)
+    step = nn.TrainOneStepCell(LossNetwork(network), nn.Adam(network.trainable_params(), 0.02)).set_train()
+    losses = [float(step(Tensor(x), Tensor(labels)).asnumpy()) for _ in range(40)]
+    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
