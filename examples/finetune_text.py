@@ -282,6 +282,9 @@ def main(argv=None):
     ms.set_context(mode=ms.GRAPH_MODE)
     try:
         folder = find_model(arguments.model)
+        longest = BertConfig.from_folder(folder).max_position_embeddings
+        if arguments.seq_length > longest:
+            raise ValueError(f"--seq-length {arguments.seq_length}: the model takes at most {longest} tokens")
         examples = read_tsv(arguments.data) if arguments.data else read_docstrings(arguments.max_per_label)
         labels = sorted({example.label for example in examples})
         parts = split(examples)

@@ -80,8 +80,9 @@ class BertConfig:
         """
         path = pathlib.Path(folder) / "config.json"
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content.get("model_type") != "bert":
-            raise ValueError(f"{path}: 'model_type' must be 'bert', but is {content.get('model_type')!r}")
+        kind = content.get("model_type", "bert")
+        if kind != "bert":
+            raise ValueError(f"{path}: 'model_type' must be 'bert', but is {kind!r}")
         known = {field.name for field in fields(cls)}
         return cls(**{**{key: value for key, value in content.items() if key in known}, **overrides})
 

@@ -90,6 +90,11 @@ def test_bad_data_is_one_clear_line(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_more_tokens_than_the_model_takes_is_one_clear_line(data, tmp_path, capsys):
+    assert run(tmp_path, "--data", data, "--seq-length", "17") == 2
+    assert capsys.readouterr().err == "error: --seq-length 17: the model takes at most 16 tokens\n"
+
+
 def test_an_output_folder_that_cannot_be_written(data, tmp_path, capsys):
     (tmp_path / "out").write_text("a file")
     assert run(tmp_path, "--data", data) == 2
