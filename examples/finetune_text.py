@@ -161,8 +161,11 @@ class Progress(Callback):
     def __init__(self, method, model, validation, batch_size, steps):
         super().__init__()
         self.model, self.validation, self.batch_size = model, validation, batch_size
-        self.bar = tqdm(total=steps, desc=method, unit="step", file=sys.stdout, mininterval=0.5)
+        self.method, self.steps = method, steps
         self.losses, self.seconds, self.accuracy = [], [], None
+
+    def on_train_begin(self, run_context):
+        self.bar = tqdm(total=self.steps, desc=self.method, unit="step", file=sys.stdout, mininterval=0.5)
 
     def on_train_step_begin(self, run_context):
         self.started = time.perf_counter()
@@ -217,7 +220,7 @@ def run(method, arguments, folder, weights, num_labels, train, validation, test)
         directory, config=CheckpointConfig(save_checkpoint_steps=steps, keep_checkpoint_max=1)
     )
     Model(LossNetwork(model, arguments.rdrop), optimizer=optimizer).train(
-        arguments.epochs, dataset, callbacks=[progress, DeltaGuard(), checkpoint], dataset_sink_mode=False
+        arguments.epochs, dataset, callbacks=[DeltaGuard(), progress, checkpoint], dataset_sink_mode=False
     )
 
     file = checkpoint.latest_ckpt_file_name
