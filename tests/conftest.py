@@ -1,9 +1,11 @@
 """Fixtures and options of all tests."""
 
 import os
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GLOG_v", "3")
+os.environ.setdefault("MS_OM_PATH", tempfile.gettempdir())  # MindSpore's notes on graphs that do not compile
 
 import mindspore as ms  # noqa: E402
 import numpy as np  # noqa: E402

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn
 from mindspore.train import Callback, CheckpointConfig, Model, ModelCheckpoint
+from mindspore.train.callback import _checkpoint
 from toy import LABELS, WIDTH, Toy, batch, train, values
 
 from mindpet.delta import LoRADense
@@ -172,6 +173,21 @@ def test_an_exception_without_exception_save_keeps_what_was_saved(tmp_path):
     with pytest.raises(RuntimeError, match="as planned"):
         fit(lora(), TrainableParamsCheckPoint(str(tmp_path), "x", CheckpointConfig(async_save=True)), FailAt(2))
     assert names(tmp_path) in (["x-1_1.ckpt", "x-1_2.ckpt"], ["x-1_1.ckpt"])
+
+
+def test_a_save_that_fails_loses_nothing(tmp_path, monkeypatch):
+    callback = TrainableParamsCheckPoint(str(tmp_path), "x", CheckpointConfig(keep_checkpoint_max=1))
+    save_checkpoint = _checkpoint.save_checkpoint
+
+    def disk_full_at_step_3(network, file, *arguments, **options):
+        if file.endswith("x-1_3.ckpt"):
+            raise OSError("No space left on device")
+        save_checkpoint(network, file, *arguments, **options)
+
+    monkeypatch.setattr(_checkpoint, "save_checkpoint", disk_full_at_step_3)
+    with pytest.raises(OSError, match="No space left"):
+        fit(lora(), callback, steps=4)
+    assert names(tmp_path) == ["x-1_2.ckpt"] and set(load(tmp_path / "x-1_2.ckpt")) == DELTA
 
 
 def test_a_callable_prefix_replaces_its_file(tmp_path):
