@@ -52,7 +52,12 @@ def parse_arguments(argv):
     parser.add_argument("--learning-rate", type=float, help="default: depends on the method")
     parser.add_argument("--seq-length", type=int, default=32, help="tokens a text (default: %(default)s)")
     parser.add_argument("--max-per-label", type=int, default=100, help="docstrings a label (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=1,
+        help="of initial values and data order; MindSpore's dropout on a CPU varies (default: %(default)s)",
+    )
     parser.add_argument("--output", default="output", help="folder for checkpoints and results (default: %(default)s)")
     arguments = parser.parse_args(argv)
     for name in ("epochs", "batch_size", "seq_length", "max_per_label"):

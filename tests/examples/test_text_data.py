@@ -34,7 +34,7 @@ def test_splits_do_not_depend_on_the_order_of_the_examples():
         ("Solve it. And more.\n\nDetails.", "Solve it."),
         ("jv(x, y, out=None)\n\n    Bessel function\n    of real order.\n", "Bessel function of real order."),
         ("Uses :func:`scipy.linalg.solve` on the input, as numpy.dot does.", "Uses on the input, as does."),
-        ("A wrapper of numpy for e.g. arrays", "A wrapper of for arrays"),
+        ("A wrapper of numpy for e.g. arrays. More.", "A wrapper of for e.g. arrays."),
         (None, ""),
         ("", ""),
         ("f(x)", ""),
