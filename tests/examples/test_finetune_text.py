@@ -48,7 +48,7 @@ def test_it_learns_and_the_saved_delta_predicts_the_same(arguments, data, tmp_pa
     assert run(tmp_path, "--data", data, "--epochs", "8", *arguments) == 0
     out = capsys.readouterr().out
     assert "with 2 labels" in out and "its predictions are the same" in out
-    assert float(out.split("test accuracy ")[1].split()[0]) > 0.8
+    assert float(out.split("test accuracy ")[1].split()[0]) > 0.7  # chance is 0.5
 
 
 def test_compare_runs_every_method_and_saves_a_table_and_a_picture(data, tmp_path, capsys):
