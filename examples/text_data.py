@@ -37,7 +37,7 @@ def read_tsv(path):
     """Read `label<TAB>text` lines.
 
     Args:
-        path (str): a UTF-8 file; empty lines are passed over.
+        path (str): a UTF-8 file; empty lines and a first line `label<TAB>text` are passed over.
 
     Returns:
         list of Example, each a group of its own.
@@ -48,12 +48,14 @@ def read_tsv(path):
             bad line is named.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            lines = file.read().splitlines()
+        with open(path, encoding="utf-8-sig") as file:
+            lines = file.read().split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from error
     examples, bad = [], []
     for number, line in enumerate(lines, 1):
+        if number == 1 and line.strip().lower() == "label\ttext":
+            continue
         label, tab, text = (part.strip() for part in line.partition("\t"))
         if line.strip() and not (label and text):
             bad.append(number)

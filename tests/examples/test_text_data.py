@@ -53,6 +53,12 @@ def test_tsv(tmp_path):
     ]
 
 
+def test_tsv_with_byte_order_mark_header_and_odd_line_breaks(tmp_path):
+    path = tmp_path / "data.tsv"
+    path.write_bytes("\ufeffLabel\ttext\r\ngood\tone\u2028two\x0cthree\r\nbad\tfour".encode())
+    assert [example[:2] for example in read_tsv(path)] == [("good", "one\u2028two\x0cthree"), ("bad", "four")]
+
+
 @pytest.mark.parametrize(
     "content, match",
     [
