@@ -106,6 +106,11 @@ def test_import_paths(module, names):
     assert all(hasattr(importlib.import_module(module), name) for name in names.split())
 
 
+def test_the_package_itself():
+    assert mindpet.delta.LoRADense and mindpet.graph.summary
+    assert mindpet.__version__.count(".") == 2
+
+
 def test_exceptions_and_their_base():
     for module in ("mindpet.utils.exceptions", "mindpet.errors"):
         errors = importlib.import_module(module)
