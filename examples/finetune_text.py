@@ -4,6 +4,7 @@
 import argparse
 import hashlib
 import importlib.util
+import json
 import os
 import pathlib
 import sys
@@ -86,13 +87,15 @@ def find_model(folder):
 
 
 def make_tokenizer(folder, length):
-    """Text -> (ids, mask), each of `length` tokens."""
+    """The folder's tokenizer, which cuts and pads every text to `length` tokens."""
     from tokenizers import BertWordPieceTokenizer, Tokenizer
 
     if (folder / "tokenizer.json").is_file():
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     elif (folder / "vocab.txt").is_file():
-        tokenizer = BertWordPieceTokenizer(str(folder / "vocab.txt"))
+        config = folder / "tokenizer_config.json"
+        options = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        tokenizer = BertWordPieceTokenizer(str(folder / "vocab.txt"), lowercase=options.get("do_lower_case", True))
     else:
         raise FileNotFoundError(f"--model {folder}: neither tokenizer.json nor vocab.txt in this folder")
     tokenizer.enable_truncation(length)

@@ -15,7 +15,7 @@ INIT_TYPES = (Tensor, str, Initializer, numbers.Number)
 class Checker:
     """Collects what is wrong with the arguments of `owner`; `done()` raises it.
 
-    The error has the type of the first problem and a line for each of them.
+    The error has the type of the first problem and tells all of them.
 
     Args:
         owner (str): the class or function whose arguments are checked.

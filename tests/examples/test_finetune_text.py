@@ -122,6 +122,18 @@ def test_the_model_is_checked_before_use(monkeypatch):
         finetune_text.find_model(None)
 
 
+@pytest.mark.parametrize(
+    "config, known", [(None, True), ('{"do_lower_case": true}', True), ('{"do_lower_case": false}', False)]
+)
+def test_a_vocabulary_without_tokenizer_json(config, known, tmp_path):
+    folder = shutil.copytree(GOLDEN, tmp_path / "model")
+    if config:
+        (folder / "tokenizer_config.json").write_text(config)
+    encoding = finetune_text.make_tokenizer(folder, 6).encode("Signal of")
+    assert encoding.tokens == ["[CLS]", "signal" if known else "[UNK]", "of", "[SEP]", "[PAD]", "[PAD]"]
+    assert encoding.attention_mask == [1, 1, 1, 1, 0, 0]
+
+
 def test_learning_rates():
     rates = finetune_text.warm_up_and_decay(20)
     assert len(rates) == 20 and rates.argmax() == 2 and rates[0] > 0 and rates.min() > 0
