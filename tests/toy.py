@@ -5,6 +5,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from mindpet.delta import AdapterDense, LoRADense, LowRankAdapterDense, PrefixEncoder, PrefixLayer
+from mindpet.graph import freeze_delta
 
 WIDTH, HEADS, LABELS = 8, 2, 3
 DENSE = {
@@ -90,6 +91,13 @@ class Toy(nn.Cell):
     def heads(self, x):
         """`(batch, seq, WIDTH) -> (batch, HEADS, seq, WIDTH / HEADS)`."""
         return x.reshape(x.shape[0], x.shape[1], HEADS, WIDTH // HEADS).swapaxes(1, 2)
+
+
+def lora():
+    """A Toy with LoRA, frozen but for its delta and its head."""
+    network = Toy("lora")
+    freeze_delta(network, "lora", exclude=["head.*"])
+    return network
 
 
 def batch(rng, rows=6):

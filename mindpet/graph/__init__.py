@@ -1,8 +1,9 @@
 """What is done to a network: freezing, saving and loading what trains, watching that it does."""
 
-from mindpet.graph.ckpt_util import TrainableParamsCheckPoint, load_delta
+from mindpet.graph.ckpt_util import TrainableParamsCheckPoint
 from mindpet.graph.freeze_utils import freeze_delta, freeze_from_config, freeze_modules
 from mindpet.graph.guard import DeltaGuard, summary
+from mindpet.graph.load import load_delta
 
 __all__ = [
     "DeltaGuard",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mindspore import nn
 from mindspore.train import Model
-from toy import LABELS, WIDTH, Toy
+from toy import LABELS, WIDTH, Toy, lora
 
 from mindpet.errors import NotLearningError
 from mindpet.graph import DeltaGuard, freeze_delta, freeze_modules, summary
@@ -21,12 +21,6 @@ def fit(network, optimizer, guard, rng, epochs=2):
     Model(network, nn.CrossEntropyLoss(), optimizer).train(
         epochs, dataset(rng), callbacks=guard, dataset_sink_mode=False
     )
-
-
-def lora():
-    network = Toy("lora")
-    freeze_delta(network, "lora", exclude=["head.*"])
-    return network
 
 
 def test_a_network_that_learns(mode, rng, capsys):

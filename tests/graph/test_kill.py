@@ -26,6 +26,9 @@ def run_and_kill(directory, arguments, delay):
         env={**os.environ, "PYTHONPATH": str(CHILD.parents[2])},
     )
     first = child.stdout.readline()
+    while not list(directory.glob("*.[cs]*")):  # an asynchronous save may still be under way
+        assert child.poll() is None, "the child has ended"
+        time.sleep(0.001)
     time.sleep(delay)
     child.send_signal(signal.SIGKILL)
     finished = [int(line) for line in (first, *child.stdout) if line.strip()]

@@ -1,0 +1,165 @@
+"""Loading a base and what was trained on it."""
+
+import os
+import warnings
+
+import mindspore as ms
+from mindspore import Parameter, Tensor, nn
+
+from mindpet.delta.registry import METHODS
+from mindpet.errors import CheckpointError
+from mindpet.graph.parameters import matches, model_parameters
+from mindpet.utils.validate import FLOAT_TYPES, Checker
+
+FORMATS = ("ckpt", "safetensors")
+# What MindSpore's optimizers and loss scaling add to the checkpoint of a train network.
+OPTIMIZER_PREFIXES = (
+    "accum",
+    "accum_update",
+    "adam_m",
+    "adam_v",
+    "ax_",
+    "exp_avg",
+    "lamb_m",
+    "lamb_v",
+    "linear",
+    "mean_grad",
+    "mean_square",
+    "moment",
+    "moment1",
+    "moment2",
+    "moments",
+    "prev",
+    "stat",
+    "step_size",
+    "vhat",
+)
+OPTIMIZER_NAMES = (
+    "beta1_power",
+    "beta2_power",
+    "current_iterator_step",
+    "epoch_num",
+    "global_step",
+    "last_overflow_iterator_step",
+    "learning_rate",
+    "momentum",
+    "scale_sense",
+    "step_num",
+)
+
+
+def load_delta(network, *files, strict=True, dec_key=None, dec_mode="AES-GCM", crc_check=False):
+    """Load checkpoints of the base and of the delta into a network.
+
+    Several files together must hold every parameter of the network. A single file must hold every delta parameter and,
+    once the network is frozen, every trainable one: the rest is taken to be in place. Later files win. Keys of old
+    checkpoints (`tk_delta` for `mindpet_delta`, `mindpet_delta_lora_A` and `_B`) are understood; state of an optimizer
+    and appended scalars are passed over. Values are cast to the type of the parameter.
+
+    Args:
+        network (Cell): the model, its delta in place.
+        files (str): paths that end in '.ckpt' or '.safetensors'.
+        strict (bool): whether missing and surplus keys are an error; else they are a warning. Default: True.
+        dec_key (bytes): key of encrypted files. Default: None.
+        dec_mode (str): 'AES-GCM', 'AES-CBC' or 'SM4-CBC'. Default: 'AES-GCM'.
+        crc_check (bool): whether to check the CRC that the files were saved with. Default: False.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: no file is given, or one with another ending.
+        FileNotFoundError: a file does not exist.
+        CheckpointError: a file cannot be read, or keys are missing, surplus or of the wrong shape or type; all of them
+            are listed, and the network is unchanged.
+    """
+    _check_load_arguments(network, files, strict)
+    params = model_parameters(network)
+    found = {}
+    for file in files:
+        found.update(_read(os.fspath(file), dec_key, dec_mode, crc_check))
+    names = {_canonical(name): name for name in params}
+    values = {names[key]: value for key, value in found.items() if key in names}
+    missing = _required(params, alone=len(files) == 1) - set(values)
+    surplus = [key for key in found if key not in names and not _is_extra(key, found)]
+    problems = [f"missing: {name} {params[name].shape}" for name in params if name in missing]
+    problems += [f"surplus: {key} {found[key].shape}" for key in surplus]
+    misfits = [
+        f"{name}: {_text(params[name])} in the network, {_text(value)} in the file"
+        for name, value in values.items()
+        if not _fits(params[name], value)
+    ]
+    if misfits or (problems and strict):
+        raise CheckpointError(
+            f"load_delta: {list(map(str, files))} does not fit the network, which is unchanged:\n  "
+            + "\n  ".join(problems + misfits)
+        )
+    for problem in problems:
+        warnings.warn(f"load_delta: {problem}", stacklevel=2)
+    for name, value in values.items():
+        same_type = value.dtype == params[name].dtype  # a cast of bfloat16 to itself has no CPU kernel
+        params[name].set_data(value if same_type else Tensor(value).astype(params[name].dtype))
+
+
+def _check_load_arguments(network, files, strict):
+    check = Checker("load_delta")
+    check.require(isinstance(network, nn.Cell), TypeError, "network", network, "a Cell")
+    check.require(files, ValueError, "files", files, "at least one path")
+    for file in files:
+        if check.require(isinstance(file, (str, os.PathLike)), TypeError, "files", file, "paths"):
+            check.require(
+                _format(file) in FORMATS, ValueError, "files", file, "paths that end in .ckpt or .safetensors"
+            )
+    check.boolean(strict=strict)
+    check.done()
+    lost = [str(file) for file in files if not os.path.isfile(file)]
+    if lost:
+        raise FileNotFoundError(f"load_delta: no such file: {lost}.")
+
+
+def _format(file):
+    return os.path.splitext(file)[1].lstrip(".")
+
+
+def _read(file, dec_key, dec_mode, crc_check):
+    """The parameters in a file by canonical key."""
+    try:
+        content = ms.load_checkpoint(
+            file, dec_key=dec_key, dec_mode=dec_mode, crc_check=crc_check, format=_format(file)
+        )
+    except Exception as error:  # MindSpore, protobuf and safetensors each raise their own for a damaged file
+        raise CheckpointError(
+            f"load_delta: {file!r} cannot be read ({os.path.getsize(file)} bytes): {error}"
+        ) from error
+    return {_canonical(key): value for key, value in content.items() if isinstance(value, Parameter)}
+
+
+def _canonical(name):
+    """One spelling for all historical keys."""
+    for old, new in (("tk_delta", "mindpet_delta"), ("delta_lora_A", "delta_lora_a"), ("delta_lora_B", "delta_lora_b")):
+        name = name.replace(old, new)
+    return name
+
+
+def _required(params, alone):
+    """The names that the files must hold."""
+    constants = [pattern for method in METHODS.values() for pattern in method.constants]
+    variable = {name for name in params if not matches(name, constants)}
+    if not alone:
+        return variable
+    deltas = [pattern for method in METHODS.values() if method.cells for pattern in method.trainable]
+    frozen = any(not params[name].requires_grad for name in variable)
+    return {name for name in variable if matches(name, deltas) or (frozen and params[name].requires_grad)}
+
+
+def _is_extra(key, found):
+    """Whether a key is state of an optimizer or an appended scalar."""
+    prefix, _, rest = key.partition(".")
+    return key in OPTIMIZER_NAMES or found[key].ndim == 0 or (prefix in OPTIMIZER_PREFIXES and rest in found)
+
+
+def _fits(param, value):
+    same_kind = param.dtype == value.dtype or (param.dtype in FLOAT_TYPES and value.dtype in FLOAT_TYPES)
+    return same_kind and param.shape == value.shape
+
+
+def _text(param):
+    return f"{param.shape} {param.dtype}"
