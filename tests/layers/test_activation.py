@@ -8,7 +8,7 @@ import pytest
 from mindspore import Tensor, nn, ops
 
 from mindpet.layers import get_activation as from_layers
-from mindpet.layers.activation import ACTIVATIONS, activation_operators, get_activation
+from mindpet.layers.activation import ACTIVATIONS, Activation, activation_operators, get_activation
 from mindpet.utils.version_control import get_activation as from_version_control
 from mindpet.utils.version_control import get_dropout
 
@@ -69,8 +69,8 @@ def test_rrelu_and_softmax2d(mode, rng):
     assert (-1 / 3 <= slopes).all() and (slopes <= -1 / 8).all()
 
 
-@pytest.mark.parametrize("name", sorted(set(FORMULAS) - {"hshrink", "softshrink"}))
-def test_gradients_are_finite_far_out(name, mode):
+@pytest.mark.parametrize("name", [name for name in FORMULAS if isinstance(get_activation(name), Activation)])
+def test_gradients_of_our_own_are_finite_far_out(name, mode):
     x = Tensor(np.array([[-200.0, -50.0, 0.3, 50.0]], np.float32))
     activation = get_activation(name)
     assert np.isfinite(ms.grad(activation)(x).asnumpy()).all()
