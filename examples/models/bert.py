@@ -25,6 +25,7 @@ RENAMED = (
     ("LayerNorm.bias", "LayerNorm.beta"),
     ("_embeddings.weight", "_embeddings.embedding_table"),
 )
+UNDERSTOOD = {"model_type": "bert", "position_embedding_type": "absolute", "is_decoder": False}
 ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
 
@@ -79,10 +80,13 @@ class BertConfig:
             ValueError: it is not JSON, or not the config of a BERT.
         """
         path = pathlib.Path(folder) / "config.json"
-        content = json.loads(path.read_text(encoding="utf-8"))
-        kind = content.get("model_type", "bert")
-        if kind != "bert":
-            raise ValueError(f"{path}: 'model_type' must be 'bert', but is {kind!r}")
+        try:
+            content = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not a JSON object: {error}") from error
+        for key, value in UNDERSTOOD.items():
+            if content.get(key, value) != value:
+                raise ValueError(f"{path}: '{key}' must be {value!r}, but is {content[key]!r}")
         known = {field.name for field in fields(cls)}
         return cls(**{**{key: value for key, value in content.items() if key in known}, **overrides})
 

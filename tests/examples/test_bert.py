@@ -1,6 +1,5 @@
 """The example BERT against golden numbers and published parameter shares."""
 
-import json
 import pathlib
 import shutil
 
@@ -111,11 +110,25 @@ def test_wrong_config(changes, match):
         BertConfig(**changes)
 
 
-def test_config_of_another_model(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(ValueError, match="'model_type' must be 'bert', but is 'gpt2'"):
+@pytest.mark.parametrize(
+    "content, match",
+    [
+        ('{"model_type": "gpt2"}', "'model_type' must be 'bert', but is 'gpt2'"),
+        ('{"position_embedding_type": "relative_key"}', "'position_embedding_type' must be 'absolute'"),
+        ('{"is_decoder": true}', "'is_decoder' must be False"),
+        ("{", "not a JSON object: Expecting"),
+        ("[1]", "not a JSON object"),
+        ("null", "not a JSON object"),
+    ],
+)
+def test_config_of_another_model(content, match, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=f"config.json: {match}"):
         BertConfig.from_folder(tmp_path)
-    with pytest.raises(ValueError, match="'pooling' must be 'cls' or 'mean'"):
+
+
+def test_unknown_pooling():
+    with pytest.raises(ValueError, match="'pooling' must be 'cls' or 'mean', but got 'max'"):
         BertClassifier(BertConfig.from_folder(GOLDEN), 2, "max")
 
 
