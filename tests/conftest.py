@@ -26,8 +26,7 @@ def pytest_sessionfinish(session):
 def mode(request):
     """Runs a test in both execution modes."""
     ms.set_context(mode=request.param)
-    yield request.param
-    ms.set_context(mode=ms.PYNATIVE_MODE)
+    return request.param
 
 
 @pytest.fixture
@@ -37,6 +36,7 @@ def rng():
 
 
 @pytest.fixture(autouse=True)
-def seeds():
-    """The same initial values in every run."""
+def same_start():
+    """Every test starts with the same seed and in PyNative mode."""
     ms.set_seed(7)
+    ms.set_context(mode=ms.PYNATIVE_MODE)

@@ -4,7 +4,6 @@ import inspect
 import pathlib
 import re
 
-import mindspore as ms
 import pytest
 
 from mindpet.delta import RDropLoss
@@ -27,11 +26,7 @@ def test_blocks_run_as_they_stand(page, tmp_path, monkeypatch):
     code = "\n".join(BLOCK.findall(page.read_text(encoding="utf-8")))
     file = tmp_path / "page.py"  # graph mode reads the source
     file.write_text(code, encoding="utf-8")
-    namespace = {"__name__": "page"}
-    try:
-        exec(compile(code, str(file), "exec"), namespace)
-    finally:
-        ms.set_context(mode=ms.PYNATIVE_MODE)
+    exec(compile(code, str(file), "exec"), {"__name__": "page"})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

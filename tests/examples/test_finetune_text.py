@@ -4,7 +4,6 @@ import pathlib
 import shutil
 
 import finetune_text
-import mindspore as ms
 import numpy as np
 import pytest
 from models.bert import METHODS
@@ -24,7 +23,7 @@ def data(tmp_path, rng):
 
 
 def run(tmp_path, *arguments):
-    code = finetune_text.main(
+    return finetune_text.main(
         [
             "--model",
             str(GOLDEN),
@@ -39,8 +38,6 @@ def run(tmp_path, *arguments):
             *arguments,
         ]
     )
-    ms.set_context(mode=ms.PYNATIVE_MODE)
-    return code
 
 
 @pytest.mark.parametrize("arguments", [[], ["--rdrop"], ["--pooling", "cls", "--method", "adapter"]])

@@ -54,7 +54,6 @@ def test_freezing_after_the_optimizer_was_made(rng):
     freeze_delta(network, "lora", exclude=["head.*"])
     with pytest.raises(NotLearningError, match="frozen but changed after 2 steps: \\['fc.weight', 'fc.bias'\\]"):
         fit(network, optimizer, DeltaGuard(steps=2), rng)
-    ms.set_context(mode=ms.PYNATIVE_MODE)
 
 
 def test_parameters_that_get_their_values_late_are_compared_from_the_first_step_on(rng, monkeypatch):

@@ -193,7 +193,6 @@ def test_a_compiled_network_uses_what_was_loaded(files, rng):
     assert np.abs(fresh(x).asnumpy() - expected).max() > 1e-3
     load_delta(fresh, base, delta)
     np.testing.assert_allclose(fresh(x).asnumpy(), expected, rtol=1e-5, atol=1e-6)
-    ms.set_context(mode=ms.PYNATIVE_MODE)
 
 
 def test_bfloat16_parameters_round_trip(tmp_path):
