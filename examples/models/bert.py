@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 
 import mindspore as ms
 from mindspore import Tensor, nn, ops
-from mindspore.common.initializer import TruncatedNormal
+from mindspore.common.initializer import Normal
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
@@ -101,7 +101,7 @@ def query_or_value(config):
             config.lora_rank,
             config.lora_alpha,
             compute_dtype=ms.float32,
-            weight_init=TruncatedNormal(0.02),
+            weight_init=Normal(0.02),
         )
     return dense(hidden, hidden)
 
@@ -112,7 +112,7 @@ def block_output(config, in_channels):
         return AdapterDense(
             in_channels,
             config.hidden_size,
-            weight_init=TruncatedNormal(0.02),
+            weight_init=Normal(0.02),
             bottleneck_size=config.bottleneck_size,
             compute_dtype=ms.float32,
         )
@@ -120,7 +120,7 @@ def block_output(config, in_channels):
         return LowRankAdapterDense(
             in_channels,
             config.hidden_size,
-            weight_init=TruncatedNormal(0.02),
+            weight_init=Normal(0.02),
             reduction_factor=config.reduction_factor,
             compute_dtype=ms.float32,
         )
@@ -129,7 +129,7 @@ def block_output(config, in_channels):
 
 def dense(in_channels, out_channels):
     """A Dense layer that starts as BERT's do."""
-    return nn.Dense(in_channels, out_channels, weight_init=TruncatedNormal(0.02), bias_init="zeros")
+    return nn.Dense(in_channels, out_channels, weight_init=Normal(0.02), bias_init="zeros")
 
 
 def layer_norm(config):
@@ -142,7 +142,7 @@ class Embeddings(nn.Cell):
 
     def __init__(self, config):
         super().__init__()
-        init = TruncatedNormal(0.02)
+        init = Normal(0.02)
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, embedding_table=init)
         self.position_embeddings = nn.Embedding(
             config.max_position_embeddings, config.hidden_size, embedding_table=init

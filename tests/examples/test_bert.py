@@ -27,8 +27,8 @@ def test_forward_gives_the_golden_numbers(method, mode):
     expected = load_file(GOLDEN / "expected.safetensors")
     inputs = [Tensor(expected[name]) for name in ("input_ids", "attention_mask", "token_type_ids")]
     hidden, pooled = golden_model(method=method)(*inputs)
-    np.testing.assert_allclose(hidden.asnumpy(), expected["hidden"], atol=1e-4)
-    np.testing.assert_allclose(pooled.asnumpy(), expected["pooled"], atol=1e-4)
+    np.testing.assert_allclose(hidden.asnumpy(), expected["hidden"], atol=1e-5)
+    np.testing.assert_allclose(pooled.asnumpy(), expected["pooled"], atol=1e-4)  # tanh is approximate on a CPU
 
 
 def test_names_are_those_of_hugging_face_but_for_three():
