@@ -110,7 +110,7 @@ class PrefixLayer(nn.Cell):
 def warn_of_snapshot():
     """Warn if a prefix property is read in an `__init__`: the value stays what it is while the prefix trains."""
     frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name != "construct":
+    while frame is not None and frame.f_code.co_name not in ("construct", "compile"):
         if frame.f_code.co_name == "__init__":
             warnings.warn(
                 "PrefixLayer: past_key_reparam and past_value_reparam read in __init__ are a snapshot that "

@@ -69,6 +69,16 @@ def test_a_snapshot_in_init_does_not_pass_unnoticed(name, mode):
         Attention()
 
 
+def test_a_forward_that_an_init_runs_is_no_snapshot(mode):
+    class Trainer:
+        def __init__(self):
+            self.loss = Past(by_property=True)()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Trainer()
+
+
 def test_attributes_and_import_path():
     cell = PrefixLayer(**GOOD)
     assert {name: getattr(cell, name) for name in GOOD} == GOOD
