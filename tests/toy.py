@@ -93,6 +93,9 @@ class Toy(nn.Cell):
         return x.reshape(x.shape[0], x.shape[1], HEADS, WIDTH // HEADS).swapaxes(1, 2)
 
 
+DELTA = {"fc.mindpet_delta_lora_a", "fc.mindpet_delta_lora_b", "head.weight", "head.bias"}  # what lora() trains
+
+
 def lora():
     """A Toy with LoRA, frozen but for its delta and its head."""
     network = Toy("lora")

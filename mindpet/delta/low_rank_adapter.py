@@ -7,7 +7,7 @@ from mindspore.common.initializer import Initializer
 from mindpet.delta._base import DeltaDense, ResidualAdapter, delta_parameter
 from mindpet.layers.activation import ACTIVATIONS, get_activation
 from mindpet.utils.sharding import apply_strategies
-from mindpet.utils.validate import Checker
+from mindpet.utils.validate import Checker, is_int
 
 
 class LowRankLinear(nn.Cell):
@@ -291,7 +291,7 @@ class LowRankAdapterDense(DeltaDense):
 def check_bottleneck(check, hidden_size, reduction_factor, low_rank_size, low_rank_w_init, non_linearity):
     """Check what LowRankAdapterLayer and LowRankAdapterDense have in common."""
     check.positive_int(reduction_factor=reduction_factor, low_rank_size=low_rank_size)
-    if all(type(size) is int for size in (hidden_size, reduction_factor)):
+    if is_int(hidden_size) and is_int(reduction_factor):
         check.require(
             reduction_factor <= max(hidden_size, 1),
             ValueError,

@@ -1,4 +1,4 @@
-"""TrainableParamsCheckPoint and load_delta."""
+"""TrainableParamsCheckPoint."""
 
 import os
 
@@ -9,12 +9,10 @@ import pytest
 from mindspore import nn
 from mindspore.train import Callback, CheckpointConfig, Model, ModelCheckpoint
 from mindspore.train.callback import _checkpoint
-from toy import LABELS, WIDTH, Toy, lora
+from toy import DELTA, LABELS, WIDTH, Toy, lora
 
 from mindpet.errors import AbsolutePathError, CheckpointError, LinkPathError
 from mindpet.graph import TrainableParamsCheckPoint, freeze_modules, load_delta
-
-DELTA = {"fc.mindpet_delta_lora_a", "fc.mindpet_delta_lora_b", "head.weight", "head.bias"}
 
 
 def fit(network, *callbacks, epochs=1, steps=3, rng=np.random.default_rng(3)):

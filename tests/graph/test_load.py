@@ -4,13 +4,11 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn
-from toy import Toy, batch, lora, train, values
+from toy import DELTA, Toy, batch, lora, train, values
 
 from mindpet.delta import LoRADense
 from mindpet.errors import CheckpointError, MindPetError
 from mindpet.graph import load_delta
-
-DELTA = {"fc.mindpet_delta_lora_a", "fc.mindpet_delta_lora_b", "head.weight", "head.bias"}
 
 
 @pytest.fixture
