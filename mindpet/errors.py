@@ -39,3 +39,27 @@ class NotLearningError(MindPetError, RuntimeError):
 
 class NotPositiveIntError(MindPetError, TypeError, ValueError):
     """An integer is not positive where the API reference calls that a `TypeError` (the prefix Cells)."""
+
+
+class DryRunError(MindPetError, RuntimeError):
+    """A network cannot be compiled for a shard plan: no compiler, the wrong platform, a child that died, and so on."""
+
+
+class BuildError(DryRunError):
+    """The function that builds the network for a dry run raised an error, or returned something else."""
+
+
+class ShardError(DryRunError, ValueError):
+    """MindSpore's parallel front end refuses a strategy.
+
+    Attributes:
+        cell (str): path of the Cell; empty if it is not known.
+        slot (str): argument of the Cell's `shard()`, or the attribute that holds the operator.
+        operator (str): type of the operator.
+        strategy (tuple): what was set, or None.
+        reason (str): what the front end says.
+    """
+
+    def __init__(self, message, cell="", slot="", operator="", strategy=None, reason=""):
+        super().__init__(message)
+        self.cell, self.slot, self.operator, self.strategy, self.reason = cell, slot, operator, strategy, reason

@@ -79,15 +79,15 @@ class AdapterLayer(ResidualAdapter):
 
     @property
     def operators(self):
-        """The operator behind each slot of `shard()`."""
+        """The operator behind each slot of `shard()`, and the axes of its inputs; see `mindpet.utils.sharding`."""
         down, non_linearity, up = self.mindpet_delta_adapter_block
         return {
-            "strategy_matmul_down_sampler": down.matmul,
-            "strategy_bias_down_sampler": down.bias_add,
-            "strategy_non_linearity": non_linearity,
-            "strategy_matmul_up_sampler": up.matmul,
-            "strategy_bias_up_sampler": up.bias_add,
-            "strategy_residual_add": self.residual_add,
+            "strategy_matmul_down_sampler": (down.matmul, "no,ro"),
+            "strategy_bias_down_sampler": (down.bias_add, "nr,r"),
+            "strategy_non_linearity": (non_linearity, "nr"),
+            "strategy_matmul_up_sampler": (up.matmul, "nr,or"),
+            "strategy_bias_up_sampler": (up.bias_add, "no,o"),
+            "strategy_residual_add": (self.residual_add, "no,no"),
         }
 
     def shard(
@@ -195,11 +195,11 @@ class AdapterDense(DeltaDense):
 
     @property
     def operators(self):
-        """The operator behind each slot of `shard()`."""
+        """The operator behind each slot of `shard()`, and the axes of its inputs; see `mindpet.utils.sharding`."""
         return {
-            "strategy_matmul_org": self.matmul,
-            "strategy_bias_org": self.bias_add if self.has_bias else None,
-            "strategy_activation_org": self.activation,
+            "strategy_matmul_org": (self.matmul, "ni,oi"),
+            "strategy_bias_org": (self.bias_add if self.has_bias else None, "no,o"),
+            "strategy_activation_org": (self.activation, "no"),
             **self.mindpet_delta_adapter.operators,
         }
 

@@ -118,16 +118,16 @@ class LoRADense(DeltaDense):
 
     @property
     def operators(self):
-        """The operator behind each slot of `shard()`."""
+        """The operator behind each slot of `shard()`, and the axes of its inputs; see `mindpet.utils.sharding`."""
         return {
-            "strategy_org_dense_matmul": self.matmul,
-            "strategy_org_bias_add": self.bias_add if self.has_bias else None,
-            "strategy_lora_dropout": self.lora_dropout.dropout,
-            "strategy_lora_a_matmul": self.lora_a_matmul,
-            "strategy_lora_b_matmul": self.lora_b_matmul,
-            "strategy_lora_mul": self.mul,
-            "strategy_lora_add": self.add,
-            "strategy_activation": self.activation,
+            "strategy_org_dense_matmul": (self.matmul, "ni,oi"),
+            "strategy_org_bias_add": (self.bias_add if self.has_bias else None, "no,o"),
+            "strategy_lora_dropout": (self.lora_dropout.dropout, "ni"),
+            "strategy_lora_a_matmul": (self.lora_a_matmul, "ni,ri"),
+            "strategy_lora_b_matmul": (self.lora_b_matmul, "nr,or"),
+            "strategy_lora_mul": (self.mul, "no,"),
+            "strategy_lora_add": (self.add, "no,no"),
+            "strategy_activation": (self.activation, "no"),
         }
 
     def shard(

@@ -113,18 +113,18 @@ class LowRankAdapterLayer(ResidualAdapter):
 
     @property
     def operators(self):
-        """The operator behind each slot of `shard()`."""
+        """The operator behind each slot of `shard()`, and the axes of its inputs; see `mindpet.utils.sharding`."""
         down = self.mindpet_delta_low_rank_adapter_down_sampler
         up = self.mindpet_delta_low_rank_adapter_up_sampler
         return {
-            "strategy_matmul_down_sampler_weight": down.matmul_weight,
-            "strategy_matmul_down_sampler_input": down.matmul_input,
-            "strategy_bias_down_sampler": down.bias_add,
-            "strategy_non_linearity": self.mindpet_delta_low_rank_adapter_non_linear,
-            "strategy_matmul_up_sampler_weight": up.matmul_weight,
-            "strategy_matmul_up_sampler_input": up.matmul_input,
-            "strategy_bias_up_sampler": up.bias_add,
-            "strategy_residual_add": self.residual_add,
+            "strategy_matmul_down_sampler_weight": (down.matmul_weight, "ok,kr"),
+            "strategy_matmul_down_sampler_input": (down.matmul_input, "no,or"),
+            "strategy_bias_down_sampler": (down.bias_add, "nr,r"),
+            "strategy_non_linearity": (self.mindpet_delta_low_rank_adapter_non_linear, "nr"),
+            "strategy_matmul_up_sampler_weight": (up.matmul_weight, "rk,ko"),
+            "strategy_matmul_up_sampler_input": (up.matmul_input, "nr,ro"),
+            "strategy_bias_up_sampler": (up.bias_add, "no,o"),
+            "strategy_residual_add": (self.residual_add, "no,no"),
         }
 
     def shard(
@@ -246,11 +246,11 @@ class LowRankAdapterDense(DeltaDense):
 
     @property
     def operators(self):
-        """The operator behind each slot of `shard()`."""
+        """The operator behind each slot of `shard()`, and the axes of its inputs; see `mindpet.utils.sharding`."""
         return {
-            "strategy_matmul_org": self.matmul,
-            "strategy_bias_org": self.bias_add if self.has_bias else None,
-            "strategy_activation_org": self.activation,
+            "strategy_matmul_org": (self.matmul, "ni,oi"),
+            "strategy_bias_org": (self.bias_add if self.has_bias else None, "no,o"),
+            "strategy_activation_org": (self.activation, "no"),
             **self.mindpet_delta_low_rank_adapter.operators,
         }
 

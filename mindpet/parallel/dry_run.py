@@ -1,0 +1,222 @@
+"""Compiling a network for many ranks on a machine that has none of them."""
+
+import functools
+import importlib.util
+import os
+import pathlib
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+
+from mindpet.errors import BuildError, DryRunError
+from mindpet.parallel.report import Report
+from mindpet.parallel.stubs import stub_folder
+from mindpet.utils.validate import Checker, is_int
+
+IN_CHILD = "MINDPET_DRY_RUN"  # environment variable of the child
+CHILD = "import sys; sys.path[:] = {path!r}; from mindpet.parallel.child import main; main({folder!r})"
+
+
+@dataclass
+class Request:
+    """What the child is asked for."""
+
+    builds: list
+    main_path: str
+    target: str
+    device_num: int
+    rank: int
+    train: bool
+    settings: dict
+
+
+def dry_run(build, device_num, rank=0, train=True, timeout=600, **settings):
+    """Compile a network in semi-auto parallel for `device_num` ranks, without an accelerator, and report the plan.
+
+    MindSpore's own parallel front end runs in a child process: it checks every strategy, cuts the parameters, and
+    inserts the collectives. Nothing is executed. On a machine with CANN it compiles for Ascend; elsewhere for the GPU
+    target with stub libraries, which needs Linux on x86-64, `gcc` and `nm`. A script must call it under
+    `if __name__ == "__main__":`, for the child imports the script.
+
+    Args:
+        build (Union[callable, str]): returns `(network, inputs)` or `(network, inputs, optimizer)`; `inputs` is a
+            Tensor or a tuple of Tensors, in training the network returns the loss. It is called in the child, after
+            the parallel context is set. A function at the top level of a module or script, a `functools.partial` of
+            one, or 'FILE.py:name'. The optimizer is by default `nn.Adam` of the trainable parameters; a network that
+            is a `TrainOneStepCell` is compiled as it is.
+        device_num (int): number of ranks.
+        rank (int): the rank whose plan it is. Default: 0.
+        train (bool): a training step, else a forward pass in evaluation mode. Default: True.
+        timeout (float): seconds until the child is killed. Default: 600.
+        settings: further arguments of `mindspore.set_auto_parallel_context`, for instance `pipeline_stages=2`,
+            `enable_parallel_optimizer=True`, or `dataset_strategy="data_parallel"`; that is "full_batch" by default.
+
+    Returns:
+        Report.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong.
+        BuildError: `build` raised an error, cannot be found, or returned something else.
+        ShardError: the front end refuses a strategy; names the Cell, the slot, the operator and the reason.
+        DryRunError: the machine cannot do it; the child died or took too long; the network does not compile.
+    """
+    result = dry_run_many([build], device_num, rank, train, timeout, **settings)[0]
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def dry_run_many(builds, device_num, rank=0, train=True, timeout=600, **settings):
+    """`dry_run` for several networks, one after the other in one child process, which saves its start.
+
+    Args:
+        builds (list): of what `dry_run` takes as `build`.
+        device_num, rank, train, timeout, settings: as in `dry_run`; the timeout is for all together.
+
+    Returns:
+        list, a Report for each build, or the exception that `dry_run` would raise for it.
+
+    Raises:
+        TypeError, ValueError, DryRunError: as in `dry_run`, where it does not concern a single build.
+    """
+    check = Checker("dry_run")
+    check.positive_int(device_num=device_num)
+    in_range = is_int(rank) and is_int(device_num) and 0 <= rank < device_num
+    check.require(in_range, ValueError, "rank", rank, f"an int from 0 to device_num - 1, with device_num={device_num}")
+    check.boolean(train=train)
+    check.require(isinstance(timeout, (int, float)) and timeout > 0, ValueError, "timeout", timeout, "above 0")
+    check.done()
+    if os.environ.get(IN_CHILD):
+        raise DryRunError(
+            "dry_run: called while its own child process imports the script; put the call under "
+            "`if __name__ == '__main__':`."
+        )
+    pickled = [_pickle(build) for build in builds]
+    uses_main = any(b"__main__" in build for build in pickled)
+    target, environment = _environment(device_num, rank)
+    request = Request(pickled, _main_path() if uses_main else "", target, device_num, rank, train, settings)
+    with tempfile.TemporaryDirectory(prefix="mindpet-dry-run-") as folder:
+        return _run_child(pathlib.Path(folder), request, environment, timeout)
+
+
+def load_function(reference):
+    """The function behind 'FILE.py:name'.
+
+    Raises:
+        BuildError: the file or the function does not exist, or the file raises an error.
+    """
+    file, _, name = reference.rpartition(":")
+    path = pathlib.Path(file).resolve()
+    sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return getattr(module, name)
+
+
+def _call(reference):
+    return load_function(reference)()
+
+
+def _pickle(build):
+    """`build` as the child can load it."""
+    if isinstance(build, str):
+        file, _, name = build.rpartition(":")
+        if not name.isidentifier() or not os.path.isfile(file):
+            raise BuildError(f"dry_run: 'build' must be a function or 'FILE.py:name' of a file, but got {build!r}.")
+        build = functools.partial(_call, f"{os.path.abspath(file)}:{name}")
+    if not callable(build):
+        raise TypeError(f"dry_run: 'build' must be a function or a str, but got {build!r} ({type(build).__name__}).")
+    try:
+        return pickle.dumps(build)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise BuildError(
+            f"dry_run: 'build' must be at the top level of a module or script, so that the child process can import "
+            f"it, but {build!r} is not: {error}"
+        ) from error
+
+
+def _main_path():
+    path = getattr(sys.modules["__main__"], "__file__", None)
+    if path is None:
+        raise BuildError("dry_run: 'build' is defined in an interactive session; put it into a file.")
+    return os.path.abspath(path)
+
+
+def _environment(device_num, rank):
+    """The target, and the environment that the child must be started with."""
+    environment = {
+        **os.environ,
+        IN_CHILD: "1",
+        "RANK_SIZE": str(device_num),
+        "RANK_ID": str(rank),
+        "MS_SIMULATION_LEVEL": "0",  # communication groups without peers
+        "GLOG_v": "3",
+        "GLOG_logtostderr": "1",
+    }
+    if os.environ.get("ASCEND_HOME_PATH"):
+        return "Ascend", environment
+    stubs = str(stub_folder())
+    environment.update(
+        CUDA_HOME=stubs,
+        PATH=f"{stubs}/bin:{os.environ.get('PATH', '')}",
+        LD_LIBRARY_PATH=f"{stubs}/lib64",
+        OMPI_COMMAND="x",  # the GPU target asks for a launcher
+        PMIX_RANK=str(rank),
+    )
+    return "GPU", environment
+
+
+def _run_child(folder, request, environment, timeout):
+    """Run the child to its end, or kill it; returns its results."""
+    (folder / "request").write_bytes(pickle.dumps(request))
+    environment.update(
+        MS_OM_PATH=str(folder),  # where MindSpore puts its notes on graphs that do not compile
+        MS_DEV_SAVE_GRAPHS="1",
+        MS_DEV_SAVE_GRAPHS_PATH=str(folder / "graphs"),
+        MS_DEV_DUMP_IR_PASSES="step_parallel_begin,validate",
+    )
+    command = [sys.executable, "-c", CHILD.format(path=sys.path, folder=str(folder))]
+    with open(folder / "log", "wb") as log:
+        child = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            code = child.wait(timeout)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            _kill(child)
+    results = _read_results(folder / "results")
+    if len(results) < len(request.builds):
+        what = f"took longer than {timeout} s" if code is None else f"ended with exit code {code}"
+        tail = (folder / "log").read_text(encoding="utf-8", errors="replace")[-3000:]
+        raise DryRunError(f"dry_run: the child process {what}. The end of its output:\n{tail}")
+    return results
+
+
+def _kill(child):
+    """Kill the child and what it has started."""
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    child.wait()
+
+
+def _read_results(path):
+    """What the child has finished."""
+    results = []
+    if path.exists():
+        with open(path, "rb") as file:
+            try:
+                while True:
+                    results.append(pickle.load(file))
+            except EOFError:
+                return results
+    return results

@@ -1,0 +1,147 @@
+"""Reading the graphs that MindSpore's front end writes as text (`save_graphs`)."""
+
+import collections
+import math
+import re
+from dataclasses import dataclass, field
+
+BYTES = {
+    "Bool": 1,
+    "Int8": 1,
+    "UInt8": 1,
+    "Int16": 2,
+    "UInt16": 2,
+    "Float16": 2,
+    "BFloat16": 2,
+    "Int32": 4,
+    "UInt32": 4,
+    "Float32": 4,
+    "Int64": 8,
+    "UInt64": 8,
+    "Float64": 8,
+}
+_NODE = re.compile(r"  %(\d+)\(.*?\) = (?:PrimFunc_)?([^\s(\[]+)(.*)")
+_INSTANCE = re.compile(r"\{instance name: ([^}]*)\}")
+_OPERANDS = re.compile(r"^\((.*?)\)(?: \{| primitive_attrs| cnode_|$)")
+_SCOPE = re.compile(r"# (?:Fullname with scope|Scope): \((.*)\)")
+_CALL = re.compile(r" = call @([^\s(]+)\(| = %\d+\[@@?([^\]]+)\]\(")
+_TENSOR = re.compile(r"Tensor\[(\w+)\]>?, \(([\d, ]*)\)")
+
+
+@dataclass
+class Node:
+    """A line of a graph: an operator and what is known of it.
+
+    Attributes:
+        graph (str): name of the graph that it is in.
+        number (str): of its result in this graph.
+        operator (str): its type, for instance 'MatMul'.
+        text (str): the whole line, with operands and attributes.
+        types (str): types and shapes of operands and results.
+        scope (str): the Cells that it stands in, and its own name where the dump tells it.
+        code (list of str): places in the source, from the outermost call inwards.
+    """
+
+    graph: str
+    number: str
+    operator: str
+    text: str
+    types: str = ""
+    scope: str = ""
+    code: list = field(default_factory=list)
+
+    @property
+    def instance(self):
+        """The instance name, for a primitive that is an attribute of a Cell the name of that attribute."""
+        found = _INSTANCE.search(self.text)
+        return found.group(1) if found else ""
+
+    @property
+    def operands(self):
+        """The numbers of the results that it takes."""
+        return re.findall(r"%(\d+)\b", self.text.split(" = ", 1)[1].split(" {instance name", 1)[0])
+
+    def attribute(self, name):
+        """The text of an attribute, or None."""
+        found = re.search(rf'\b{name}: (?:"([^"]*)"|(\(.*?\))[,}}]|([^,}}]*))', self.text)
+        return next((part for part in found.groups() if part is not None), None) if found else None
+
+    @property
+    def strategy(self):
+        """The strategy that the front end uses, a tuple of tuples, or None: it stands in the last braces."""
+        found = re.search(r"\{in_strategy: \(([^{}]*)\)\}$", self.text)
+        return parse_layouts(found.group(1)) if found else None
+
+    @property
+    def asked_strategy(self):
+        """The strategy that was set by `shard`, a tuple of tuples, or None."""
+        found = re.search(r"primitive_attrs: \{[^{}]*?\bin_strategy: \((\([^{}]*?\))\)[,}]", self.text)
+        return parse_layouts(found.group(1)) if found else None
+
+    @property
+    def tensors(self):
+        """(dtype, shape) of every operand and result that is a tensor."""
+        return [
+            (dtype, tuple(int(size) for size in shape.split(",") if size.strip()))
+            for dtype, shape in _TENSOR.findall(self.types)
+        ]
+
+    @property
+    def largest(self):
+        """dtype, shape and bytes of the largest tensor that goes in or comes out."""
+        sizes = [(BYTES.get(dtype, 0) * math.prod(shape), dtype, shape) for dtype, shape in self.tensors]
+        size, dtype, shape = max(sizes, key=lambda item: item[0])
+        return dtype, shape, size
+
+
+def parse_layouts(text):
+    """`'(2, 4), (4)'` as `((2, 4), (4,))`."""
+    return tuple(
+        tuple(int(count) for count in layout.split(",") if count.strip()) for layout in re.findall(r"\(([\d, ]*)\)", text)
+    )
+
+
+def read_nodes(path):
+    """The nodes of all graphs in a dump."""
+    graph, node = "", None
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if line.startswith("subgraph @"):
+                graph = line[len("subgraph @") :].split("(", 1)[0]
+            elif line.startswith("  %"):
+                if node:
+                    yield node
+                found = _NODE.match(line)
+                node = Node(graph, found.group(1), found.group(2), line.rstrip()) if found else None
+            elif node and line.startswith("      : "):
+                node.types = line.strip()
+            elif node and line.startswith("      # In file "):
+                node.code.append(line[len("      # In file ") :].rstrip())
+            elif node and _SCOPE.search(line):
+                node.scope = _SCOPE.search(line).group(1)
+    if node:
+        yield node
+
+
+def count_runs(nodes, entry):
+    """How often each graph runs in a step: graph -> count. A block that is compiled once can be called many times."""
+    calls = collections.defaultdict(collections.Counter)
+    for node in nodes:
+        found = _CALL.search(node.text)
+        if found:
+            calls[node.graph][found.group(1) or found.group(2)] += 1
+    runs = collections.Counter()
+
+    def run(graph, times):
+        runs[graph] += times
+        for callee, count in calls[graph].items():
+            run(callee, times * count)
+
+    run(entry, 1)
+    return runs
+
+
+def read_entry(path):
+    """The name of the graph where a dump begins."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return next(line for line in file if line.startswith("# IR entry: @")).split("@", 1)[1].strip()

@@ -1,0 +1,217 @@
+"""What a dry run found."""
+
+import collections
+import json
+from dataclasses import asdict, dataclass
+
+
+@dataclass
+class ParameterPlan:
+    """A parameter on one rank.
+
+    Attributes:
+        name (str): of the parameter.
+        role (str): 'trainable', 'frozen' or 'optimizer' (state of the optimizer).
+        dtype (str): its type.
+        shape (tuple): full shape.
+        slice (tuple): shape on this rank.
+        device_matrix (tuple): how the ranks are arranged; empty if the parameter has no layout, so is whole.
+        tensor_map (tuple): for each axis of the shape the axis of the device matrix that cuts it, counted from the
+            right, or -1.
+        optimizer_shards (int): into how many parts `enable_parallel_optimizer` cuts the slice further. 1: none.
+        bytes (int): on this rank.
+    """
+
+    name: str
+    role: str
+    dtype: str
+    shape: tuple
+    slice: tuple
+    device_matrix: tuple
+    tensor_map: tuple
+    optimizer_shards: int
+    bytes: int
+
+
+@dataclass
+class OperatorPlan:
+    """A forward operator that has a strategy.
+
+    Attributes:
+        cell (str): path of its Cell.
+        slot (str): the argument of this Cell's `shard()`, for other Cells the attribute; empty if it has no name.
+        operator (str): its type.
+        strategy (tuple): one tuple of ints for each input.
+        is_set (bool): whether `shard` set it; else MindSpore derived it.
+        count (int): how often it runs in a step.
+    """
+
+    cell: str
+    slot: str
+    operator: str
+    strategy: tuple
+    is_set: bool
+    count: int
+
+
+@dataclass
+class CollectivePlan:
+    """A communication of this rank with others.
+
+    Attributes:
+        kind (str): 'AllReduce', 'AllGather', 'ReduceScatter', ...
+        phase (str): 'forward' or 'backward'; what follows the gradients, as an optimizer's AllGather, is backward.
+        cause (str): what it is for.
+        cell (str): path of the Cell where it happens.
+        ranks (tuple): the group.
+        dtype (str): of what is communicated.
+        shape (tuple): of the larger of what goes in and what comes out.
+        bytes (int): of that tensor, once.
+        count (int): how often it runs in a step.
+    """
+
+    kind: str
+    phase: str
+    cause: str
+    cell: str
+    ranks: tuple
+    dtype: str
+    shape: tuple
+    bytes: int
+    count: int
+
+    @property
+    def group_size(self):
+        """Number of ranks in the group."""
+        return len(self.ranks)
+
+    @property
+    def bytes_per_step(self):
+        """`bytes * count`."""
+        return self.bytes * self.count
+
+
+@dataclass
+class Report:
+    """The plan of one rank. `print(report)` shows it as tables.
+
+    Attributes:
+        device_num (int): ranks.
+        rank (int): the rank that it was made for.
+        train (bool): a training step, or a forward pass.
+        mindspore (str): version.
+        target (str): 'GPU' (stub libraries) or 'Ascend'.
+        parameters (list of ParameterPlan): in the network's order, then the optimizer's.
+        operators (list of OperatorPlan): in the order of the graph.
+        collectives (list of CollectivePlan): in the order of the graph.
+    """
+
+    device_num: int
+    rank: int
+    train: bool
+    mindspore: str
+    target: str
+    parameters: list
+    operators: list
+    collectives: list
+
+    @property
+    def weight_bytes(self):
+        """Bytes of all weights on this rank."""
+        return sum(plan.bytes for plan in self.parameters if plan.role != "optimizer")
+
+    @property
+    def gradient_bytes(self):
+        """Bytes of the gradients on this rank, one for each trainable weight; 0 in a forward pass."""
+        return sum(plan.bytes for plan in self.parameters if plan.role == "trainable") if self.train else 0
+
+    @property
+    def optimizer_bytes(self):
+        """Bytes of the optimizer's state on this rank."""
+        return sum(plan.bytes for plan in self.parameters if plan.role == "optimizer")
+
+    @property
+    def communication_bytes(self):
+        """Bytes of all tensors that this rank communicates in a step."""
+        return sum(plan.bytes_per_step for plan in self.collectives)
+
+    def parameter(self, name):
+        """The plan of a parameter by its name; KeyError if there is none."""
+        return {plan.name: plan for plan in self.parameters}[name]
+
+    def to_json(self):
+        """The report as a JSON text, with the totals."""
+        totals = {
+            name: getattr(self, name)
+            for name in ("weight_bytes", "gradient_bytes", "optimizer_bytes", "communication_bytes")
+        }
+        return json.dumps({**asdict(self), "totals": totals}, indent=1)
+
+    @classmethod
+    def from_json(cls, text):
+        """The report that `to_json` wrote."""
+        content = json.loads(text)
+        content.pop("totals")
+        for name, kind in (
+            ("parameters", ParameterPlan),
+            ("operators", OperatorPlan),
+            ("collectives", CollectivePlan),
+        ):
+            content[name] = [
+                kind(**{key: _tuples(value) for key, value in plan.items()}) for plan in content[name]
+            ]
+        return cls(**content)
+
+    def __str__(self):
+        step = "training step" if self.train else "forward pass"
+        title = f"Rank {self.rank} of {self.device_num}, {step}, MindSpore {self.mindspore}"
+        weights = [plan for plan in self.parameters if plan.role != "optimizer"]
+        parts = [
+            title,
+            _table(
+                ("parameter", "", "dtype", "shape", "slice", "device matrix", "bytes"),
+                [
+                    (p.name, p.role, p.dtype, p.shape, p.slice, p.device_matrix or "-", f"{p.bytes:,}")
+                    for p in weights
+                ],
+            ),
+            _table(
+                ("cell", "slot", "operator", "strategy", "", "runs"),
+                [
+                    (o.cell, o.slot, o.operator, o.strategy, "set" if o.is_set else "derived", o.count)
+                    for o in self.operators
+                ],
+            ),
+            _table(("phase", "collective", "ranks", "dtype", "runs", "bytes a step", "cause"), self._traffic()),
+            f"weights {self.weight_bytes:,} bytes, gradients {self.gradient_bytes:,}, "
+            f"optimizer {self.optimizer_bytes:,}, communicated in a step {self.communication_bytes:,}",
+        ]
+        return "\n\n".join(part for part in parts if part)
+
+    def _traffic(self):
+        """The collectives, those alike in one row."""
+        rows = collections.defaultdict(lambda: [0, 0])
+        for plan in self.collectives:
+            row = rows[plan.phase, plan.kind, plan.group_size, plan.dtype, plan.cause]
+            row[0] += plan.count
+            row[1] += plan.bytes_per_step
+        return [(*key[:-1], count, f"{size:,}", key[-1]) for key, (count, size) in rows.items()]
+
+
+def _tuples(value):
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _table(header, rows):
+    """Columns as wide as they must be; numbers to the right."""
+    if not rows:
+        return ""
+    lines = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    right = [all(cell.replace(",", "").isdigit() for cell in column[1:]) for column in zip(*lines)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if number else cell.ljust(width) for cell, width, number in zip(line, widths, right)
+        ).rstrip()
+        for line in lines
+    )

@@ -1,0 +1,56 @@
+"""The strategies of a delta, derived from that of the layer it belongs to."""
+
+from mindspore import nn
+
+from mindpet.utils.sharding import check_strategy
+from mindpet.utils.validate import Checker
+
+
+def shard_like(cell, in_strategy=None):
+    """Set all strategies of a delta Cell so that they go with the strategy of the base layer's matmul.
+
+    One rule serves all methods: an axis of the delta that is an axis of the base layer is cut as often as there, and
+    the rank or bottleneck is never cut. So the first matrix of the delta inherits the cut of the axis that it
+    contracts, and the second that of the axis that it yields.
+
+    The plan communicates no more than the mathematics needs. For LoRA a column split (of the outputs) needs nothing in
+    the forward pass and a row split (of the inputs) one AllReduce of `(rows, rank)`, beside the base's own. For the
+    adapters, which follow the base layer, it is the reverse: a column split needs one AllReduce of `(rows, bottleneck)`
+    and a row split nothing.
+
+    Source: the rule is that of google/qwix for LoRA.
+
+    Args:
+        cell (Cell): LoRADense, AdapterDense, AdapterLayer, LowRankAdapterDense or LowRankAdapterLayer.
+        in_strategy (tuple): of the base matmul, `((rows, in), (out, in))`, as `mindspore.ops.MatMul(transpose_b=True)`
+            takes it. For a layer without a base of its own it is that of the layer before. Default: None, for what is
+            set on `cell.matmul`.
+
+    Returns:
+        Cell, `cell`.
+
+    Raises:
+        TypeError: `cell` is none of these Cells, `in_strategy` not a tuple of tuples of ints.
+        ValueError: `in_strategy` has the wrong number of inputs or axes, a count below 1, or two counts for the
+            inputs' axis; it is None and none is set; an activation cannot be sharded.
+    """
+    check = Checker("shard_like")
+    check.require(isinstance(cell, nn.Cell) and hasattr(cell, "operators"), TypeError, "cell", cell, "a delta Cell")
+    check.done()
+    if in_strategy is None:
+        in_strategy = getattr(getattr(cell, "matmul", None), "in_strategy", None)
+        check.require(in_strategy, ValueError, "in_strategy", in_strategy, "given, since no base matmul has one")
+        check.done()
+    if check_strategy(check, "in_strategy", in_strategy, "ni,oi"):
+        same = in_strategy[0][1] == in_strategy[1][1]
+        check.require(same, ValueError, "in_strategy", in_strategy, "one in which both inputs cut the last axis alike")
+    check.done()
+    (rows, inputs), (outputs, _) = in_strategy
+    counts = {"n": rows, "i": inputs, "o": outputs}
+    return cell.shard(
+        **{
+            slot: tuple(tuple(counts.get(axis, 1) for axis in names) for names in axes.split(","))
+            for slot, (operator, axes) in cell.operators.items()
+            if operator is not None
+        }
+    )
