@@ -117,11 +117,11 @@ class LowRankAdapterLayer(ResidualAdapter):
         down = self.mindpet_delta_low_rank_adapter_down_sampler
         up = self.mindpet_delta_low_rank_adapter_up_sampler
         return {
-            "strategy_matmul_down_sampler_weight": (down.matmul_weight, "ok,kr"),
+            "strategy_matmul_down_sampler_weight": (down.matmul_weight, "fk,kr"),
             "strategy_matmul_down_sampler_input": (down.matmul_input, "no,or"),
             "strategy_bias_down_sampler": (down.bias_add, "nr,r"),
             "strategy_non_linearity": (self.mindpet_delta_low_rank_adapter_non_linear, "nr"),
-            "strategy_matmul_up_sampler_weight": (up.matmul_weight, "rk,ko"),
+            "strategy_matmul_up_sampler_weight": (up.matmul_weight, "rk,kf"),
             "strategy_matmul_up_sampler_input": (up.matmul_input, "nr,ro"),
             "strategy_bias_up_sampler": (up.bias_add, "no,o"),
             "strategy_residual_add": (self.residual_add, "no,no"),

@@ -15,27 +15,17 @@ import traceback
 import mindspore as ms
 from mindspore import Tensor, nn
 from mindspore.communication import init
+from mindspore.parallel import _utils as parallel_utils
 
 from mindpet.errors import BuildError, DryRunError, MindPetError, ShardError
-from mindpet.parallel.graph_dump import BYTES, count_runs, read_entry, read_nodes
+from mindpet.parallel.graph_dump import BYTES, count_runs, read_header, read_nodes
 from mindpet.parallel.report import CollectivePlan, OperatorPlan, ParameterPlan, Report
 
 COLLECTIVES = (
     "AllGather", "AllReduce", "AlltoAll", "AlltoAllV", "Broadcast", "NeighborExchangeV2", "Receive", "ReduceScatter",
     "Send",
 )  # fmt: skip
-# The beginning of a collective's instance name -> what it is for. The first that fits.
-CAUSES = {
-    "gradforward_op": "gradient of the sum over {operator}",
-    "forward_op": "sum over {operator}",
-    "grad_redistribution": "gradient of a change of layout in {cell}",
-    "gradredistribution": "gradient of a change of layout in {cell}",
-    "redistribution": "change of layout in {cell}",
-    "grad_mirror": "gradient of {parameter}",
-    "mirror": "gradient of {parameter}",
-    "grad_parallel_optimizer": "gradient of {parameter}, cut by the parallel optimizer",
-    "parallel_optimizer": "parts of {parameter}, cut by the parallel optimizer",
-}
+NAME = "mindpet_name"  # attribute that carries the name of a primitive into the graph
 _FAILED = re.compile(r"operator (\w+) init failed")
 _REASON = re.compile(r"^\[(?:ERROR|CRITICAL)\] PARALLEL\(.*?\)?:.*?\] \w+\] (?:\w+Info\d+ ?: )?(.*)$", re.MULTILINE)
 
@@ -51,6 +41,8 @@ def main(folder):
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_device(request.target)
     init()
+    # After a compilation MindSpore fills and cuts the parameters, which a plan does not need.
+    parallel_utils._slice_parameter = parallel_utils._init_optimizer_state = lambda *_: None
     with open(folder / "results", "wb") as results:
         for pickled in request.builds:
             try:
@@ -90,28 +82,32 @@ def _dry_run(pickled, request, folder):
         }
     )
     network, inputs, step = _build(pickled, request.train)
-    operators = _named_operators(step)
+    names = _Names(network, step)
     log_start = _log_size(folder)
     try:
         step.compile(*inputs)
     except Exception as error:  # MindSpore's front end raises several types
         log = (folder / "log").read_bytes()[log_start:].decode(errors="replace")
-        raise _front_end_error(error, log, dump, operators) from error
-    weights = list(network.get_parameters())
-    known = {id(param) for param in weights}
-    entry_dump = _dump_file(dump, "*_validate_*.ir")
-    nodes = list(read_nodes(entry_dump))
-    runs = count_runs(nodes, read_entry(entry_dump))
+        raise _front_end_error(error, log, dump, names) from error
+    final = _dump_file(dump, "*_validate_*.ir")
+    entry, shapes = read_header(final)
+    nodes = list(read_nodes(final))
+    runs = count_runs(nodes, entry)
+    weights = [param.name for param in network.get_parameters()]
+    params = {param.name: param for param in (*network.get_parameters(), *step.get_parameters())}
     return Report(
         request.device_num,
         request.rank,
         request.train,
         ms.__version__,
         request.target,
-        [_parameter_plan(param, step, "frozen") for param in weights]
-        + [_parameter_plan(param, step, "optimizer") for param in step.get_parameters() if id(param) not in known],
-        _operator_plans(nodes, runs, operators),
-        _collective_plans(nodes, runs, operators),
+        [
+            _parameter_plan(param, name in weights, step.parameter_layout_dict.get(name), shapes[name])
+            for name, param in params.items()
+            if name in shapes  # a pipeline stage does not have all
+        ],
+        _operator_plans(nodes, runs, names),
+        _collective_plans(nodes, runs, names),
     )
 
 
@@ -151,22 +147,47 @@ def _dump_file(folder, pattern):
     return max(folder.rglob(pattern), key=lambda path: path.stat().st_mtime_ns)
 
 
-def _named_operators(step):
-    """(path of the Cell, attribute) -> (path, slot, primitive), the path and slot being those of a `shard()`.
+class _Names:
+    """What the nodes of a graph are called in the user's network.
 
-    The paths begin at the network, without the training Cell around it.
+    Args:
+        network (Cell): the user's.
+        step (Cell): what is compiled: the network, or a training Cell around it.
     """
-    slots, named = {}, {}
-    for path, cell in step.cells_and_names():
-        if hasattr(cell, "operators"):
-            for slot, (operator, _) in cell.operators.items():
+
+    def __init__(self, network, step):
+        self.root = next(path for path, cell in step.cells_and_names() if cell is network)
+        self.slots = {}  # id of a primitive -> (path of the Cell, slot of its shard())
+        self.primitives = {}  # (path of a Cell, attribute) -> primitive
+        for path, cell in step.cells_and_names():
+            for slot, (operator, _) in getattr(cell, "operators", {}).items():
                 for primitive in _primitives(operator):
-                    slots.setdefault(id(primitive), (path, slot))
-        for attribute, primitive in cell._primitives.items():
-            if primitive is not None:
-                where = slots.get(id(primitive), (path, attribute))
-                named[path, attribute] = (_user_path(where[0]), where[1], primitive)
-    return named
+                    self.slots.setdefault(id(primitive), (path, slot))
+            for attribute, primitive in cell._primitives.items():
+                if primitive is not None:
+                    # MindSpore merges primitives that are alike, and names them as the last; this keeps them apart.
+                    primitive.add_prim_attr(NAME, attribute)
+                    self.primitives[path, attribute] = primitive
+
+    def cell(self, node):
+        """The path of the Cell that a node stands in."""
+        return self._in_network(_cell_path(node.scope))
+
+    def locate(self, node):
+        """(path of the Cell, slot or attribute, primitive) of a node; the last two '' and None if not known."""
+        path, name = _cell_path(node.scope), node.attribute(NAME)
+        if (path, name) not in self.primitives:
+            # An operator that the front end has replaced has lost its name: it is the Cell's only one of its type.
+            same = [key for key, found in self.primitives.items() if key[0] == path and found.name == node.operator]
+            if len(same) != 1:
+                return self._in_network(path), "", None
+            path, name = same[0]
+        primitive = self.primitives[path, name]
+        path, name = self.slots.get(id(primitive), (path, name))
+        return self._in_network(path), name, primitive
+
+    def _in_network(self, path):
+        return path[len(self.root) :].lstrip(".") if path.startswith(self.root) else path
 
 
 def _primitives(operator):
@@ -182,34 +203,15 @@ def _cell_path(scope):
     return ".".join(part[0] for part in parts if not re.fullmatch(r"op\d+", part[1]))
 
 
-def _user_path(path):
-    """A path from the user's network on."""
-    return path[len("network") :].lstrip(".") if path.split(".")[0] == "network" else path
-
-
-def _locate(node, operators):
-    """(path, slot, primitive or None) of a node."""
-    path = _cell_path(node.scope)
-    if (path, node.instance) in operators:
-        return operators[path, node.instance]
-    # An operator that the front end has replaced has lost its name: it is the Cell's only one of its type.
-    same = [found for (cell, _), found in operators.items() if cell == path and found[2].name == node.operator]
-    return same[0] if len(same) == 1 else (_user_path(path), "", None)
-
-
-def _parameter_plan(param, step, role):
-    """`role` is 'optimizer', or 'frozen' for a weight that may be trainable."""
-    layout = step.parameter_layout_dict.get(param.name, ((), (), param.shape, 0, True, "", param.shape, param.shape))
-    matrix, tensor_map, cut, _, _, optimizer_group, shape, shard = (*layout, layout[2])[:8]
-    part = shard if optimizer_group else cut
-    if role == "frozen" and param.requires_grad:
-        role = "trainable"
+def _parameter_plan(param, is_weight, layout, part):
+    """`part` is the shape on this rank, `layout` MindSpore's or None for a parameter that is whole on each."""
+    matrix, tensor_map, cut, _, _, _, shape = layout[:7] if layout else ((), (), part, 0, True, "", part)
     return ParameterPlan(
         param.name,
-        role,
+        ("trainable" if param.requires_grad else "frozen") if is_weight else "optimizer",
         str(param.dtype),
         tuple(shape),
-        tuple(part),
+        part,
         tuple(matrix),
         tuple(tensor_map),
         math.prod(cut) // math.prod(part),
@@ -217,12 +219,12 @@ def _parameter_plan(param, step, role):
     )
 
 
-def _operator_plans(nodes, runs, operators):
+def _operator_plans(nodes, runs, names):
     plans = {}
     for node in nodes:
         if node.strategy is None or node.operator.startswith("_") or node.scope.startswith("Gradients"):
             continue
-        cell, slot, primitive = _locate(node, operators)
+        cell, slot, primitive = names.locate(node)
         is_set = node.asked_strategy is not None or getattr(primitive, "in_strategy", None) is not None
         plan = OperatorPlan(cell, slot, node.operator, node.strategy, is_set, 0)
         key = (cell, slot, node.operator, node.strategy)
@@ -230,38 +232,43 @@ def _operator_plans(nodes, runs, operators):
     return list(plans.values())
 
 
-def _collective_plans(nodes, runs, operators):
-    by_number = {(node.graph, node.number): node for node in nodes}
+def _collective_plans(nodes, runs, names):
+    results = {(node.graph, node.number): node for node in nodes}
+    found = [node for node in nodes if node.operator in COLLECTIVES]
+    forward = {}  # id of a node -> (cause, path of the Cell)
+    for node in found:
+        if not node.attribute("forward_unique_id"):
+            source = results.get((node.graph, next(iter(node.operands), None)))
+            forward[id(node)] = _forward_cause(node, source, names)
+    numbered = {node.attribute("unique_id"): forward[id(node)] for node in found if id(node) in forward}
     plans = []
-    for node in nodes:
-        if node.operator not in COLLECTIVES:
-            continue
-        cell = _user_path(_cell_path(node.scope))
-        summed = by_number.get((node.graph, next(iter(node.operands), None)))
-        path, slot, _ = _locate(summed, operators) if summed else (cell, "", None)
-        cause = next((text for start, text in CAUSES.items() if node.instance.startswith(start)), node.instance)
-        cause = cause.format(
-            cell=cell or "the network",
-            operator=".".join(part for part in (path, slot or (summed.operator if summed else "")) if part),
-            parameter=node.attribute("mirror_user_id") or node.attribute("parameter") or "a parameter",
-        )
+    for node in found:
+        parameter = node.attribute("mirror_user_id")
+        if id(node) in forward:
+            phase, (cause, cell) = "forward", forward[id(node)]
+        else:
+            phase, (cause, cell) = "backward", numbered.get(node.attribute("forward_unique_id"), ("", names.cell(node)))
+            cause = f"gradient of {parameter or 'the ' + (cause or node.instance)}"
         ranks = node.attribute("group_rank_ids") or node.attribute("rank_list") or ""
-        phase = "backward" if node.scope.startswith("Gradients") else "forward"
-        plans.append(
-            CollectivePlan(
-                node.operator,
-                phase,
-                cause,
-                cell,
-                tuple(int(rank) for rank in re.findall(r"\d+", ranks)),
-                *node.largest,
-                runs[node.graph],
-            )
-        )
+        ranks = tuple(int(rank) for rank in re.findall(r"\d+", ranks))
+        plans.append(CollectivePlan(node.operator, phase, cause, cell, ranks, *node.largest, runs[node.graph]))
     return plans
 
 
-def _front_end_error(error, log, dump, operators):
+def _forward_cause(node, source, names):
+    """(cause, path of the Cell) of a collective in the forward pass; `source` is the node whose result it takes."""
+    cell = names.cell(node)
+    if node.instance.startswith("redistribution"):
+        return f"change of layout in {cell or 'the network'}", cell
+    if node.instance.startswith("parallel_optimizer"):
+        return f"parts of {node.attribute('mirror_user_id')} (parallel optimizer)", cell
+    if source is None or source.strategy is None:
+        return f"sum in {cell or 'the network'}", cell
+    path, slot, _ = names.locate(source)
+    return f"sum over {'.'.join(part for part in (path, slot or source.operator) if part)}", path
+
+
+def _front_end_error(error, log, dump, names):
     """What the parallel front end refused, or what else went wrong while compiling."""
     reasons = _REASON.findall(log)
     failed = _FAILED.search(str(error))
@@ -276,7 +283,7 @@ def _front_end_error(error, log, dump, operators):
         node for node in read_nodes(_dump_file(dump, "step_parallel_begin_*.ir")) if node.operator == failed.group(1)
     ]
     node = max(nodes, key=lambda node: (node.code == code, _is_about(reasons[0], node.asked_strategy)))
-    cell, slot, primitive = _locate(node, operators)
+    cell, slot, primitive = names.locate(node)
     strategy = node.asked_strategy or getattr(primitive, "in_strategy", None)
     return ShardError(
         f"dry_run: the parallel front end refuses '{slot}' of '{cell}' ({node.operator}), strategy {strategy}: "

@@ -25,6 +25,7 @@ _INSTANCE = re.compile(r"\{instance name: ([^}]*)\}")
 _OPERANDS = re.compile(r"^\((.*?)\)(?: \{| primitive_attrs| cnode_|$)")
 _SCOPE = re.compile(r"# (?:Fullname with scope|Scope): \((.*)\)")
 _CALL = re.compile(r" = call @([^\s(]+)\(| = %\d+\[@@?([^\]]+)\]\(")
+_PARAMETER = re.compile(r"%para\d+_.*?: <Ref\[Tensor\[\w+\]\], \(([\d, ]*)\), ref_key=([^,>]+)")
 _TENSOR = re.compile(r"Tensor\[(\w+)\]>?, \(([\d, ]*)\)")
 
 
@@ -82,7 +83,7 @@ class Node:
     def tensors(self):
         """(dtype, shape) of every operand and result that is a tensor."""
         return [
-            (dtype, tuple(int(size) for size in shape.split(",") if size.strip()))
+            (dtype, _ints(shape))
             for dtype, shape in _TENSOR.findall(self.types)
         ]
 
@@ -96,9 +97,11 @@ class Node:
 
 def parse_layouts(text):
     """`'(2, 4), (4)'` as `((2, 4), (4,))`."""
-    return tuple(
-        tuple(int(count) for count in layout.split(",") if count.strip()) for layout in re.findall(r"\(([\d, ]*)\)", text)
-    )
+    return tuple(_ints(layout) for layout in re.findall(r"\(([\d, ]*)\)", text))
+
+
+def _ints(text):
+    return tuple(int(number) for number in text.split(",") if number.strip())
 
 
 def read_nodes(path):
@@ -141,7 +144,16 @@ def count_runs(nodes, entry):
     return runs
 
 
-def read_entry(path):
-    """The name of the graph where a dump begins."""
+def read_header(path):
+    """The name of the graph where a dump begins, and the shape on this rank of each of its parameters by name."""
+    entry, shapes = "", {}
     with open(path, encoding="utf-8", errors="replace") as file:
-        return next(line for line in file if line.startswith("# IR entry: @")).split("@", 1)[1].strip()
+        for line in file:
+            if line.startswith("# IR entry: @"):
+                entry = line.split("@", 1)[1].strip()
+            elif line.startswith("subgraph @"):
+                break
+            found = _PARAMETER.match(line)
+            if found:
+                shapes[found.group(2)] = _ints(found.group(1))
+    return entry, shapes
