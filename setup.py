@@ -23,6 +23,7 @@ setup(
         "test": ["pytest", "ruff"],
         "interop": ["torch==2.13.0", "transformers", "peft"],
     },
+    entry_points={"console_scripts": ["mindpet=mindpet.cli:main"]},
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",

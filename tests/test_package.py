@@ -32,6 +32,12 @@ ORDER = [
     "graph.callback",
     "graph.FILE",
     "graph",
+    "parallel.graph_dump",
+    "parallel.report",
+    "parallel.stubs",
+    "parallel.FILE",
+    "parallel",
+    "cli",
 ]
 METHOD_FILES = {path.stem for path in (ROOT / "delta").glob("*.py")} - {"__init__", "_base", "registry"}
 
@@ -41,8 +47,8 @@ def place(module):
     parts = module.split(".")[1:]
     if parts[0] == "delta" and parts[1:2] and parts[1] in METHOD_FILES:
         parts = ["delta", "METHOD"]
-    if parts[0] == "graph" and parts[1:2] and parts[1] not in ("parameters", "callback"):
-        parts = ["graph", "FILE"]
+    if parts[1:2] and ".".join(parts) not in ORDER and parts[0] in ("graph", "parallel"):
+        parts = [parts[0], "FILE"]
     return ORDER.index(".".join(parts))
 
 
@@ -97,6 +103,7 @@ def test_a_method_file_knows_no_registry(path):
         ),
         ("mindpet.graph.freeze_utils", "freeze_modules freeze_delta freeze_from_config"),
         ("mindpet.graph.ckpt_util", "TrainableParamsCheckPoint"),
+        ("mindpet.parallel", "dry_run dry_run_many Report shard_like"),
         ("mindpet.layers.activation", "get_activation"),
         ("mindpet.utils.version_control", "get_dropout get_activation"),
         ("mindpet.utils.constants", "DELTA_LIST DEFAULT_FLAGS DEFAULT_MODES"),

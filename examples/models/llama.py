@@ -7,6 +7,7 @@ Source: Touvron et al. 2023, "LLaMA: Open and Efficient Foundation Language Mode
 value heads: Ainslie et al. 2023, arXiv:2305.13245.
 """
 
+import functools
 import json
 import math
 import pathlib
@@ -40,6 +41,7 @@ class LlamaConfig:
         compute_dtype (mindspore.dtype): type of the linear layers' computation.
         data_parallel (int): slices of the batch.
         model_parallel (int): slices of the heads, of the feed-forward features and of the vocabulary.
+        pipeline_stages (int): groups of layers, each on ranks of its own.
     """
 
     vocab_size: int = 32000
@@ -61,6 +63,7 @@ class LlamaConfig:
     compute_dtype: object = ms.float32
     data_parallel: int = 1
     model_parallel: int = 1
+    pipeline_stages: int = 1
 
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
@@ -84,7 +87,7 @@ class LlamaConfig:
     @property
     def is_sharded(self):
         """Whether there are strategies to set."""
-        return self.data_parallel * self.model_parallel > 1
+        return self.data_parallel * self.model_parallel * self.pipeline_stages > 1
 
     @classmethod
     def from_folder(cls, folder, **overrides):
@@ -108,6 +111,20 @@ class LlamaConfig:
                 raise ValueError(f"{path}: '{key}' must be {value!r}, but is {content[key]!r}")
         known = {field.name for field in fields(cls)}
         return cls(**{**{key: value for key, value in content.items() if key in known}, **overrides})
+
+
+def shared(init):
+    """`lazy_inline` where it can be: such a Cell is compiled once however often it occurs.
+
+    A CPU cannot run it, and with pipeline stages MindSpore 2.7 and 2.10 compile it wrongly.
+    """
+    lazy = lazy_inline(init)
+
+    @functools.wraps(init)
+    def either(self, config):
+        (lazy if config.is_sharded and config.pipeline_stages == 1 else init)(self, config)
+
+    return either
 
 
 def linear(config, name, in_channels, out_channels, has_bias=False):
@@ -134,7 +151,10 @@ def shard_linear(layer, rows, inputs, outputs):
 
 
 class RMSNorm(nn.Cell):
-    """`weight * x / sqrt(mean(x^2) + eps)` over the last axis, in float32, Zhang and Sennrich 2019, arXiv:1910.07467."""
+    """`weight * x / sqrt(mean(x^2) + eps)` over the last axis, in float32.
+
+    Source: Zhang and Sennrich 2019, arXiv:1910.07467, equation 4.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -294,6 +314,7 @@ class MLP(nn.Cell):
 class DecoderLayer(nn.Cell):
     """A transformer layer: `(batch, seq, hidden) -> (batch, seq, hidden)`."""
 
+    @shared
     def __init__(self, config):
         super().__init__()
         self.input_layernorm = RMSNorm(config)
@@ -312,14 +333,6 @@ class DecoderLayer(nn.Cell):
     def construct(self, hidden, cos, sin, mask):
         hidden = self.add_attention(hidden, self.self_attn(self.input_layernorm(hidden), cos, sin, mask))
         return self.add_mlp(hidden, self.mlp(self.post_attention_layernorm(hidden)))
-
-
-class SharedDecoderLayer(DecoderLayer):
-    """A DecoderLayer that is compiled once for all layers, which a CPU cannot run."""
-
-    @lazy_inline
-    def __init__(self, config):
-        super().__init__(config)
 
 
 class Embedding(nn.Cell):
@@ -354,8 +367,7 @@ class LlamaModel(nn.Cell):
         super().__init__()
         self.config = config
         self.embed_tokens = Embedding(config)
-        layer = SharedDecoderLayer if config.is_sharded else DecoderLayer
-        self.layers = nn.CellList([layer(config) for _ in range(config.num_hidden_layers)])
+        self.layers = nn.CellList([DecoderLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config)
         if config.is_sharded:
             self.norm.shard(config.data_parallel)
@@ -411,24 +423,22 @@ class LlamaForCausalLM(nn.Cell):
         return ops.cast(self.lm_head(self.model(input_ids)), ms.float32)
 
 
-class CausalLoss(nn.Cell):
-    """Mean cross entropy of the next tokens; logits may be cut along the vocabulary.
+class CrossEntropy(nn.Cell):
+    """Mean cross entropy of the tokens that are asked for; the logits may be cut along the vocabulary.
 
     Args:
-        network (LlamaForCausalLM): gives the logits.
         config (LlamaConfig): of the network.
 
     Inputs:
-        input_ids: `(batch, seq)`, int32.
-        labels: `(batch, seq)`, int32: the token after each, or a negative number where none is asked for.
+        logits: `(batch, seq, vocab)`, float32.
+        labels: `(batch, seq)`, int32; a negative number where nothing is asked for.
 
     Outputs:
         loss, float32.
     """
 
-    def __init__(self, network, config):
-        super().__init__(auto_prefix=False)
-        self.network = network
+    def __init__(self, config):
+        super().__init__()
         self.vocab_size = config.vocab_size
         self.max = ops.ReduceMax(keep_dims=True)
         self.shift = ops.Sub()
@@ -447,8 +457,7 @@ class CausalLoss(nn.Cell):
         if config.is_sharded:
             self.shard(config.data_parallel, config.model_parallel)
 
-    def construct(self, input_ids, labels):
-        logits = self.network(input_ids)
+    def construct(self, logits, labels):
         logits = ops.reshape(logits, (-1, self.vocab_size))
         labels = ops.reshape(labels, (-1,))
         shifted = self.shift(logits, ops.stop_gradient(self.max(logits, 1)))
@@ -471,6 +480,34 @@ class CausalLoss(nn.Cell):
         self.asked.shard(((data_parallel,), ()))
         for primitive in (self.total, self.count):
             primitive.shard((rows,))
+
+
+class CausalLoss(nn.Cell):
+    """A network with its loss; parameters keep the network's names.
+
+    Args:
+        config (LlamaConfig): of the network.
+
+    Inputs:
+        input_ids, labels: `(batch, seq)`, int32; the label of a token is the next token, or negative.
+
+    Outputs:
+        loss, float32.
+    """
+
+    def __init__(self, config):
+        super().__init__(auto_prefix=False)
+        self.network = LlamaForCausalLM(config)
+        self.loss = CrossEntropy(config)
+        if config.pipeline_stages > 1:
+            self.network.model.embed_tokens.pipeline_stage = 0
+            for index, layer in enumerate(self.network.model.layers):
+                layer.pipeline_stage = index * config.pipeline_stages // config.num_hidden_layers
+            for cell in (self.network.model.norm, self.network.lm_head, self.loss):
+                cell.pipeline_stage = config.pipeline_stages - 1
+
+    def construct(self, input_ids, labels):
+        return self.loss(self.network(input_ids), labels)
 
 
 def load_folder(model, folder):

@@ -14,6 +14,7 @@ import traceback
 
 import mindspore as ms
 from mindspore import Tensor, nn
+from mindspore.amp import build_train_network
 from mindspore.communication import init
 from mindspore.parallel import _utils as parallel_utils
 
@@ -107,7 +108,7 @@ def _dry_run(pickled, request, folder):
             if name in shapes  # a pipeline stage does not have all
         ],
         _operator_plans(nodes, runs, names),
-        _collective_plans(nodes, runs, names),
+        _collective_plans(nodes, runs, names, request.rank),
     )
 
 
@@ -115,6 +116,8 @@ def _build(pickled, train):
     """The network, its inputs, and the Cell to compile: in training the network with its optimizer."""
     try:
         made = pickle.loads(pickled)()
+    except MindPetError:
+        raise
     except Exception as error:
         raise BuildError(f"dry_run: build() raised an error.\n{traceback.format_exc()}") from error
     network, inputs, optimizer = (*made, None)[:3] if isinstance(made, tuple) and len(made) in (2, 3) else (made, (), 0)
@@ -133,7 +136,7 @@ def _build(pickled, train):
     if isinstance(network, nn.TrainOneStepCell):
         return network.network, inputs, network.set_train()
     optimizer = optimizer or nn.Adam(network.trainable_params())
-    return network, inputs, nn.TrainOneStepCell(network, optimizer).set_train()
+    return network, inputs, build_train_network(network, optimizer, level="O0")  # as Model does
 
 
 def _log_size(folder):
@@ -232,7 +235,7 @@ def _operator_plans(nodes, runs, names):
     return list(plans.values())
 
 
-def _collective_plans(nodes, runs, names):
+def _collective_plans(nodes, runs, names, rank):
     results = {(node.graph, node.number): node for node in nodes}
     found = [node for node in nodes if node.operator in COLLECTIVES]
     forward = {}  # id of a node -> (cause, path of the Cell)
@@ -249,15 +252,27 @@ def _collective_plans(nodes, runs, names):
         else:
             phase, (cause, cell) = "backward", numbered.get(node.attribute("forward_unique_id"), ("", names.cell(node)))
             cause = f"gradient of {parameter or 'the ' + (cause or node.instance)}"
-        ranks = node.attribute("group_rank_ids") or node.attribute("rank_list") or ""
-        ranks = tuple(int(rank) for rank in re.findall(r"\d+", ranks))
+        ranks = _integers(node.attribute("group_rank_ids") or node.attribute("rank_list"))
+        if node.operator in ("Send", "Receive"):
+            ranks = tuple(sorted((rank, _peer(node))))
         plans.append(CollectivePlan(node.operator, phase, cause, cell, ranks, *node.largest, runs[node.graph]))
     return plans
+
+
+def _integers(text):
+    return tuple(int(number) for number in re.findall(r"\d+", text or ""))
+
+
+def _peer(node):
+    """The rank that a Send or Receive is for; the attribute is written as `I64(4)`."""
+    return _integers(node.attribute("dest_rank") or node.attribute("src_rank"))[-1]
 
 
 def _forward_cause(node, source, names):
     """(cause, path of the Cell) of a collective in the forward pass; `source` is the node whose result it takes."""
     cell = names.cell(node)
+    if node.operator in ("Send", "Receive"):
+        return f"activations {'to' if node.operator == 'Send' else 'from'} rank {_peer(node)}", cell
     if node.instance.startswith("redistribution"):
         return f"change of layout in {cell or 'the network'}", cell
     if node.instance.startswith("parallel_optimizer"):

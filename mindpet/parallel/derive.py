@@ -9,10 +9,10 @@ from mindpet.utils.validate import Checker
 def shard_like(cell, in_strategy=None):
     """Set all strategies of a delta Cell so that they go with the strategy of the base layer's matmul.
 
-    One rule serves all methods: an axis of the delta that is an axis of the base layer is cut as often as there, and
-    the rank or bottleneck is never cut, nor are the factors of the low-rank adapter's matrices, which are small: cutting
-    their product costs more communication than it saves. So the first matrix of the delta inherits the cut of the axis that it
-    contracts, and the second that of the axis that it yields.
+    One rule serves all methods: an axis of the delta that is an axis of the base layer is cut as often as there; the
+    rank or bottleneck is never cut. So the first matrix of the delta inherits the cut of the axis that it contracts,
+    and the second that of the axis that it yields. The factors of the low-rank adapter's matrices stay whole: they are
+    small, and cutting their product costs more communication than it saves.
 
     The plan communicates no more than the mathematics needs. For LoRA a column split (of the outputs) needs nothing in
     the forward pass and a row split (of the inputs) one AllReduce of `(rows, rank)`, beside the base's own. For the

@@ -82,10 +82,7 @@ class Node:
     @property
     def tensors(self):
         """(dtype, shape) of every operand and result that is a tensor."""
-        return [
-            (dtype, _ints(shape))
-            for dtype, shape in _TENSOR.findall(self.types)
-        ]
+        return [(dtype, _ints(shape)) for dtype, shape in _TENSOR.findall(self.types)]
 
     @property
     def largest(self):

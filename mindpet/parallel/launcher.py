@@ -5,7 +5,6 @@ import importlib.util
 import os
 import pathlib
 import pickle
-import re
 import signal
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import tempfile
 from dataclasses import dataclass
 
 from mindpet.errors import BuildError, DryRunError
-from mindpet.parallel.report import Report
 from mindpet.parallel.stubs import stub_folder
 from mindpet.utils.validate import Checker, is_int
 
@@ -116,6 +114,8 @@ def load_function(reference):
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        raise BuildError(f"dry_run: {path} has no function {name!r}.")
     return getattr(module, name)
 
 
@@ -128,7 +128,7 @@ def _pickle(build):
     if isinstance(build, str):
         file, _, name = build.rpartition(":")
         if not name.isidentifier() or not os.path.isfile(file):
-            raise BuildError(f"dry_run: 'build' must be a function or 'FILE.py:name' of a file, but got {build!r}.")
+            raise ValueError(f"dry_run: 'build' must be a function or 'FILE.py:name' of a file, but got {build!r}.")
         build = functools.partial(_call, f"{os.path.abspath(file)}:{name}")
     if not callable(build):
         raise TypeError(f"dry_run: 'build' must be a function or a str, but got {build!r} ({type(build).__name__}).")

@@ -2,7 +2,10 @@
 
 import collections
 import json
+import re
 from dataclasses import asdict, dataclass
+
+_LAYER = re.compile(r"\b(?<=\.)\d+(?=\.)|^\d+(?=\.)")  # the number of a layer in a path
 
 
 @dataclass
@@ -11,7 +14,7 @@ class ParameterPlan:
 
     Attributes:
         name (str): of the parameter.
-        role (str): 'trainable', 'frozen' or 'optimizer' (state of the optimizer).
+        role (str): 'trainable', 'frozen', or 'optimizer' for what training adds (moments, accumulated gradients).
         dtype (str): its type.
         shape (tuple): full shape.
         slice (tuple): shape on this rank.
@@ -157,61 +160,63 @@ class Report:
             ("operators", OperatorPlan),
             ("collectives", CollectivePlan),
         ):
-            content[name] = [
-                kind(**{key: _tuples(value) for key, value in plan.items()}) for plan in content[name]
-            ]
+            content[name] = [kind(**{key: _tuples(value) for key, value in plan.items()}) for plan in content[name]]
         return cls(**content)
 
     def __str__(self):
+        """Tables. Rows that differ only in the number of a layer are one row, with `*` for the number."""
         step = "training step" if self.train else "forward pass"
-        title = f"Rank {self.rank} of {self.device_num}, {step}, MindSpore {self.mindspore}"
-        weights = [plan for plan in self.parameters if plan.role != "optimizer"]
         parts = [
-            title,
+            f"Rank {self.rank} of {self.device_num}, {step}, MindSpore {self.mindspore}",
             _table(
-                ("parameter", "", "dtype", "shape", "slice", "device matrix", "bytes"),
+                ("parameter", "", "dtype", "shape", "slice", "device matrix"),
+                ("count", "bytes"),
                 [
-                    (p.name, p.role, p.dtype, p.shape, p.slice, p.device_matrix or "-", f"{p.bytes:,}")
-                    for p in weights
+                    ((p.name, p.role, p.dtype, p.shape, p.slice, p.device_matrix or "-"), (1, p.bytes))
+                    for p in self.parameters
+                    if p.role != "optimizer"
                 ],
             ),
             _table(
-                ("cell", "slot", "operator", "strategy", "", "runs"),
+                ("cell", "slot", "operator", "strategy", ""),
+                ("runs a step",),
                 [
-                    (o.cell, o.slot, o.operator, o.strategy, "set" if o.is_set else "derived", o.count)
+                    ((o.cell, o.slot, o.operator, o.strategy, "set" if o.is_set else "derived"), (o.count,))
                     for o in self.operators
                 ],
             ),
-            _table(("phase", "collective", "ranks", "dtype", "runs", "bytes a step", "cause"), self._traffic()),
+            _table(
+                ("phase", "collective", "cause", "ranks", "dtype"),
+                ("runs a step", "bytes a step"),
+                [
+                    ((c.phase, c.kind, c.cause, len(c.ranks), c.dtype), (c.count, c.bytes_per_step))
+                    for c in self.collectives
+                ],
+            ),
             f"weights {self.weight_bytes:,} bytes, gradients {self.gradient_bytes:,}, "
             f"optimizer {self.optimizer_bytes:,}, communicated in a step {self.communication_bytes:,}",
         ]
         return "\n\n".join(part for part in parts if part)
-
-    def _traffic(self):
-        """The collectives, those alike in one row."""
-        rows = collections.defaultdict(lambda: [0, 0])
-        for plan in self.collectives:
-            row = rows[plan.phase, plan.kind, plan.group_size, plan.dtype, plan.cause]
-            row[0] += plan.count
-            row[1] += plan.bytes_per_step
-        return [(*key[:-1], count, f"{size:,}", key[-1]) for key, (count, size) in rows.items()]
 
 
 def _tuples(value):
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def _table(header, rows):
-    """Columns as wide as they must be; numbers to the right."""
-    if not rows:
-        return ""
-    lines = [[str(cell) for cell in row] for row in (header, *rows)]
+def _table(texts, numbers, rows):
+    """A table of rows (texts, numbers); those whose texts are alike are added up."""
+    groups = collections.defaultdict(list)
+    for row in rows:
+        groups[tuple(_LAYER.sub("*", str(text)) for text in row[0])].append(row)
+    lines = [[*texts, *numbers]] if rows else []
+    for alike, members in groups.items():
+        shown = map(str, members[0][0]) if len(members) == 1 else alike
+        lines.append([*shown, *(f"{sum(column):,}" for column in zip(*(numbers for _, numbers in members)))])
     widths = [max(map(len, column)) for column in zip(*lines)]
-    right = [all(cell.replace(",", "").isdigit() for cell in column[1:]) for column in zip(*lines)]
     return "\n".join(
         "  ".join(
-            cell.rjust(width) if number else cell.ljust(width) for cell, width, number in zip(line, widths, right)
+            cell.rjust(width) if index >= len(texts) else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(line, widths))
         ).rstrip()
         for line in lines
     )

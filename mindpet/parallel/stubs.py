@@ -134,7 +134,9 @@ def _build(plugin, folder):
         command = ["gcc", "-shared", "-fPIC", "-w", "-o", folder / "lib64" / library, source, f"-Wl,-soname,{library}"]
         if library != CUDA_DRIVER:  # symbols of all others carry the library's name as their version
             versions = folder / f"{library}.map"
-            versions.write_text(f"{library} {{ global: {' '.join(f'{name};' for name in sorted(symbols))} local: *; }};")
+            versions.write_text(
+                f"{library} {{ global: {' '.join(f'{name};' for name in sorted(symbols))} local: *; }};"
+            )
             command.append(f"-Wl,--version-script={versions}")
         subprocess.run(command, check=True, capture_output=True, text=True)
     # MindSpore compares the versions that these files tell.

@@ -22,8 +22,10 @@ def lora(**changes):
         (((1, True), (1, 1)), TypeError, "must be a tuple of tuples of int"),
         (((1, 0), (1, 1)), ValueError, "counts of at least 1"),
         (((1, -2), (1, 1)), ValueError, "counts of at least 1"),
-        ((), ValueError, "of at least one tuple"),
-        (((1, 1),), ValueError, "must be of two tuples, for Add"),
+        ((), ValueError, "of 2 tuple.*, one for each input, with 2 and 2 counts"),
+        (((1, 1),), ValueError, "of 2 tuple.*, one for each input, with 2 and 2 counts"),
+        (((1, 1), (1,)), ValueError, "with 2 and 2 counts"),
+        (((1, 1), (1, 1), (1, 1)), ValueError, "with 2 and 2 counts"),
     ],
 )
 def test_a_bad_strategy_names_its_slot_and_sets_nothing(strategy, error, match):
@@ -36,7 +38,7 @@ def test_a_bad_strategy_names_its_slot_and_sets_nothing(strategy, error, match):
 def test_repeated_entries_of_a_one_input_operator_mean_that_layout():
     cell = lora(activation="relu").shard(strategy_activation=((2, 4), (2, 4)), strategy_lora_dropout=((2, 1),))
     assert cell.activation.relu.in_strategy == ((2, 4),)
-    with pytest.raises(ValueError, match="'strategy_activation' must be of one tuple, or of equal ones"):
+    with pytest.raises(ValueError, match="'strategy_activation' must be of 1 tuple.*, with 2 counts"):
         cell.shard(strategy_activation=((2, 4), (4, 2)))
 
 
@@ -66,6 +68,14 @@ def test_all_bad_strategies_are_in_one_error():
         TypeError, match="(?s)'strategy_org_bias_add' must.*'strategy_lora_mul' must.*'strategy_lora_add'"
     ):
         lora().shard(strategy_org_bias_add=1, strategy_lora_mul=((1, 1),), strategy_lora_add=((0, 1), (1, 1)))
+
+
+@pytest.mark.parametrize(
+    "slot, strategy", [("strategy_lora_mul", ((2, 4), (2, 4))), ("strategy_lora_dropout", ((2,),))]
+)
+def test_the_number_of_axes_is_that_of_the_input(slot, strategy):
+    with pytest.raises(ValueError, match=f"'{slot}' must be of"):
+        lora().shard(**{slot: strategy})
 
 
 def test_none_leaves_a_slot_alone():
