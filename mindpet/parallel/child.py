@@ -293,11 +293,11 @@ def _front_end_error(error, log, dump, names):
             return ShardError(f"dry_run: the parallel front end refuses the network: {text}", reason=text)
         return DryRunError(f"dry_run: the network does not compile: {text}")
     # The places in the source and the strategy tell which operator it is; of blocks that are alike, take the first.
-    code = [line[len("In file ") :] for line in str(error).splitlines() if line.startswith("In file ")][::-1]
+    code = {line[len("In file ") :] for line in str(error).splitlines() if line.startswith("In file ")}
     nodes = [
         node for node in read_nodes(_dump_file(dump, "step_parallel_begin_*.ir")) if node.operator == failed.group(1)
     ]
-    node = max(nodes, key=lambda node: (node.code == code, _is_about(reasons[0], node.asked_strategy)))
+    node = max(nodes, key=lambda node: (code <= set(node.code), _is_about(reasons[0], node.asked_strategy)))
     cell, slot, primitive = names.locate(node)
     strategy = node.asked_strategy or getattr(primitive, "in_strategy", None)
     return ShardError(
@@ -315,5 +315,5 @@ def _is_about(reason, strategy):
     """Whether a message of the front end quotes the strategy, as tuples or as lists."""
     if strategy is None:
         return False
-    quoted = str(strategy).replace(",)", ")") in reason
-    return quoted or all(str(list(layout)) in reason for layout in strategy)
+    quotes = str(strategy), str(strategy).replace(",)", ")")
+    return any(quote in reason for quote in quotes) or all(str(list(layout)) in reason for layout in strategy)

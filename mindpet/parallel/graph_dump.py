@@ -116,7 +116,7 @@ def read_nodes(path):
             elif node and line.startswith("      : "):
                 node.types = line.strip()
             elif node and line.startswith("      # In file "):
-                node.code.append(line[len("      # In file ") :].rstrip())
+                node.code.append(line[len("      # In file ") :].rstrip().split("<~~")[0])
             elif node and _SCOPE.search(line):
                 node.scope = _SCOPE.search(line).group(1)
     if node:

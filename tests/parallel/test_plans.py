@@ -1,0 +1,149 @@
+"""Every Cell and every split, compiled by MindSpore's parallel front end."""
+
+import functools
+import itertools
+
+import pytest
+from sharded import (
+    CELLS,
+    DENSE,
+    SIZES,
+    build_with,
+    case,
+    collectives,
+    expected_collectives,
+    expected_slices,
+    splits,
+    strategy,
+)
+
+from mindpet.errors import ShardError
+from mindpet.layers.activation import activation_operators
+from mindpet.parallel import Report, dry_run, dry_run_many, shard_like
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("ranks", [8, 64])
+def test_every_cell_and_every_split(ranks, train):
+    cases = list(itertools.product(CELLS, splits(ranks).values()))
+    reports = dry_run_many([case(*arguments) for arguments in cases], ranks, train=train)
+    for (name, counts), report in zip(cases, reports):
+        check(name, counts, report, ranks)
+
+
+def check(name, counts, report, ranks, rows=1, **arguments):
+    """Strategies are what was set, slices and collectives what was worked out."""
+    assert isinstance(report, Report), report
+    assert all(plan.is_set for plan in report.operators)
+    cell = shard_like(CELLS[name](**arguments), strategy(**counts))
+    assert operators(report) == set_operators(cell), (name, counts)
+    weights = {plan.name: plan.slice for plan in report.parameters if plan.role != "optimizer"}
+    assert weights == expected_slices(name, report, counts), (name, counts)
+    assert collectives(report) == expected_collectives(name, report, counts, ranks, rows), (name, counts)
+
+
+def operators(report):
+    """(slot, type, strategy) of the operators in the Cell."""
+    return sorted((plan.slot, plan.operator, plan.strategy) for plan in report.operators if plan.cell == "cell")
+
+
+def set_operators(cell, dropout=False):
+    """(slot, type, strategy) of the primitives of a Cell that have a strategy; without dropout there is no Dropout."""
+    return sorted(
+        (slot, primitive.name, primitive.in_strategy)
+        for slot, (operator, _) in cell.operators.items()
+        if operator is not None and (dropout or slot != "strategy_lora_dropout")
+        for primitive, _ in activation_operators(operator)
+    )
+
+
+VARIANTS = [
+    {"three_axes": True},
+    {"has_bias": False},
+    {"activation": None},
+    {"activation": "leakyrelu", "has_bias": False, "three_axes": True},
+]
+MIXED = [{"n": 4, "o": 2}, {"n": 2, "i": 4}, {"n": 2, "o": 2}, {"i": 2}]
+
+
+def test_variants_of_the_layers():
+    cases = list(itertools.product(DENSE, MIXED, VARIANTS))
+    reports = dry_run_many([case(name, counts, **variant) for name, counts, variant in cases], 8)
+    for (name, counts, variant), report in zip(cases, reports):
+        arguments = {key: value for key, value in variant.items() if key != "three_axes"}
+        check(name, counts, report, 8, rows=2 if "three_axes" in variant else 1, **arguments)
+
+
+def test_dropout_is_cut_like_the_rows_that_enter():
+    counts = [{"n": 2, "o": 4}, {"n": 2, "i": 4}]
+    for count, report in zip(counts, dry_run_many([case("lora", c, lora_dropout=0.5) for c in counts], 8)):
+        (dropout,) = [plan for plan in report.operators if plan.operator == "Dropout"]
+        assert dropout.slot == "strategy_lora_dropout" and dropout.is_set
+        assert dropout.strategy == ((2, count.get("i", 1)),)
+        assert operators(report) == set_operators(shard_like(CELLS["lora"](), strategy(**count)), dropout=True)
+        assert collectives(report) == expected_collectives("lora", report, count, 8)
+
+
+def test_all_three_axes_cut_costs_the_base_a_change_of_layout_and_the_delta_nothing():
+    counts = {"n": 2, "i": 2, "o": 2}
+    for name, report in zip(DENSE, dry_run_many([case(name, counts) for name in DENSE], 8, train=False)):
+        gather = ("forward", "AllGather", 2, 4 * SIZES["n"] // 2 * SIZES["o"])
+        assert collectives(report) == sorted([*expected_collectives(name, report, counts, 8), gather])
+
+
+REFERENCE = {
+    "lora": {
+        "strategy_org_dense_matmul": ((2, 1), (4, 1)),
+        "strategy_org_bias_add": ((2, 4), (4,)),
+        "strategy_lora_dropout": ((2, 1),),
+        "strategy_lora_a_matmul": ((2, 1), (1, 1)),
+        "strategy_lora_b_matmul": ((2, 1), (4, 1)),
+        "strategy_lora_mul": ((2, 4), ()),
+        "strategy_lora_add": ((2, 4), (2, 4)),
+        "strategy_activation": ((2, 4), (2, 4)),
+    },
+    "adapter_layer": {
+        "strategy_matmul_down_sampler": ((2, 1), (1, 1)),
+        "strategy_bias_down_sampler": ((2, 1), (1,)),
+        "strategy_non_linearity": ((2, 1),),
+        "strategy_matmul_up_sampler": ((2, 1), (1, 1)),
+        "strategy_bias_up_sampler": ((2, 1), (1,)),
+        "strategy_residual_add": ((2, 1), (2, 1)),
+    },
+    "low_rank_adapter_layer": {
+        "strategy_matmul_down_sampler_weight": ((1, 1), (1, 1)),
+        "strategy_matmul_down_sampler_input": ((2, 1), (1, 1)),
+        "strategy_bias_down_sampler": ((2, 1), (1,)),
+        "strategy_non_linearity": ((2, 1),),
+        "strategy_matmul_up_sampler_weight": ((1, 1), (1, 1)),
+        "strategy_matmul_up_sampler_input": ((2, 1), (1, 1)),
+        "strategy_bias_up_sampler": ((2, 1), (1,)),
+        "strategy_residual_add": ((2, 1), (2, 1)),
+    },
+}
+ORIGINAL = {
+    "strategy_matmul_org": ((2, 4), (1, 4)),
+    "strategy_bias_org": ((2, 1), (1,)),
+    "strategy_activation_org": ((2, 1),),
+}
+REFERENCE["adapter"] = {**ORIGINAL, **REFERENCE["adapter_layer"]}
+REFERENCE["low_rank_adapter"] = {**ORIGINAL, **REFERENCE["low_rank_adapter_layer"]}
+
+
+def test_the_examples_of_the_api_reference():
+    builds = [
+        functools.partial(build_with, name, strategies, **({"lora_dropout": 0.1} if name == "lora" else {}))
+        for name, strategies in REFERENCE.items()
+    ]
+    for (name, strategies), report in zip(REFERENCE.items(), dry_run_many(builds, 8)):
+        assert isinstance(report, Report), report
+        assert operators(report) == set_operators(CELLS[name]().shard(**strategies), dropout=True)
+
+
+def test_an_error_names_cell_slot_operator_strategy_and_reason():
+    with pytest.raises(ShardError) as caught:
+        dry_run(functools.partial(build_with, "lora", {"strategy_lora_b_matmul": ((2, 1), (3, 1))}), 8)
+    error = caught.value
+    assert (error.cell, error.slot, error.operator) == ("cell", "strategy_lora_b_matmul", "MatMul")
+    assert error.strategy == ((2, 1), (3, 1)) and "128 at dim index 0 cannot be divisible by" in error.reason
+    assert "'strategy_lora_b_matmul' of 'cell' (MatMul), strategy ((2, 1), (3, 1)): " in str(error)
