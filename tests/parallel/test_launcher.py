@@ -1,0 +1,233 @@
+"""What can go wrong around a dry run: each is a clear error, and no process is left behind."""
+
+import functools
+import os
+import pathlib
+import platform
+import signal
+import subprocess
+import sys
+import time
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, nn
+from sharded import build, build_with
+
+from mindpet.errors import BuildError, DryRunError
+from mindpet.parallel import dry_run, dry_run_many, launcher
+
+ROOT = pathlib.Path(__file__).parents[2]
+GOOD = functools.partial(build, "lora", {"o": 8})
+
+
+def raises():
+    raise KeyError("no such layer")
+
+
+def returns_nothing():
+    return None
+
+
+def returns_no_tensor():
+    return nn.Dense(4, 4), np.ones((8, 4))
+
+
+def does_not_compile():
+    return nn.Dense(4, 4), Tensor(np.ones((8, 5), np.float32))
+
+
+def dies():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def starts_a_process_and_hangs(file):
+    child = subprocess.Popen(["sleep", "600"])
+    pathlib.Path(file).write_text(f"{os.getpid()} {child.pid}")
+    time.sleep(600)
+
+
+def own_optimizer():
+    network, x = GOOD()
+    return network, x, nn.SGD(network.trainable_params(), momentum=0.9)
+
+
+def own_train_step():
+    network, x = GOOD()
+    return nn.TrainOneStepCell(network, nn.SGD(network.trainable_params(), momentum=0.9)), x
+
+
+def alive(pid):
+    """Whether a process exists and is no zombie."""
+    status = pathlib.Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def wait_until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_every_build_has_its_own_result():
+    results = dry_run_many([raises, returns_nothing, returns_no_tensor, does_not_compile, GOOD], 8)
+    assert [type(result).__name__ for result in results] == [*3 * ["BuildError"], "DryRunError", "Report"]
+    assert "KeyError: 'no such layer'" in str(results[0]) and "in raises" in str(results[0])
+    assert "must return (network, inputs)" in str(results[1]) and "None" in str(results[1])
+    assert "must return (network, inputs)" in str(results[2])
+    assert "does not compile" in str(results[3]) and "MatMul" in str(results[3])
+
+
+def test_a_child_that_dies():
+    with pytest.raises(DryRunError, match="the child process ended with exit code -9"):
+        dry_run(dies, 8)
+
+
+def test_a_child_that_hangs_is_killed_with_all_it_started(tmp_path):
+    with pytest.raises(DryRunError, match="the child process took longer than 15 s"):
+        dry_run(functools.partial(starts_a_process_and_hangs, tmp_path / "pids"), 8, timeout=15)
+    pids = (tmp_path / "pids").read_text().split()
+    assert wait_until(lambda: not any(alive(pid) for pid in pids))
+
+
+def test_a_killed_parent_leaves_no_child(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import functools\n"
+        "from parallel_helpers import starts_a_process_and_hangs\n"
+        "from mindpet.parallel import dry_run\n"
+        "if __name__ == '__main__':\n"
+        f"    dry_run(functools.partial(starts_a_process_and_hangs, {str(tmp_path / 'pids')!r}), 8)\n"
+    )
+    (tmp_path / "parallel_helpers.py").write_text(pathlib.Path(__file__).read_text())
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    parent = subprocess.Popen([sys.executable, script], env={**os.environ, "PYTHONPATH": path})
+    assert wait_until(lambda: (tmp_path / "pids").exists() and (tmp_path / "pids").read_text().count(" "))
+    parent.kill()
+    parent.wait()
+    child, grandchild = (tmp_path / "pids").read_text().split()
+    try:
+        assert wait_until(lambda: not alive(child))
+    finally:
+        os.kill(int(grandchild), signal.SIGKILL)
+
+
+def test_the_default_optimizer_is_adam_and_others_are_taken():
+    adam, sgd, step = dry_run_many([GOOD, own_optimizer, own_train_step], 8)
+    weights = sum(plan.bytes for plan in adam.parameters if plan.role == "trainable")
+    assert adam.optimizer_bytes == 2 * weights + 16  # two moments, two powers of beta, learning rate, step
+    assert sgd.parameters == step.parameters
+    assert {plan.name.split(".")[0] for plan in sgd.parameters if plan.role == "optimizer"} >= {"accum", "stat"}
+
+
+def test_settings_reach_the_parallel_context():
+    report = dry_run(
+        functools.partial(build, "lora", {"n": 8}),
+        8,
+        enable_parallel_optimizer=True,
+        parallel_optimizer_config={"parallel_optimizer_threshold": 0},
+    )
+    a = report.parameter("cell.mindpet_delta_lora_a")
+    assert (a.shape, a.slice, a.optimizer_shards) == ((4, 64), (4, 64), 1)  # 4 rows cannot be cut into 8
+    b = report.parameter("cell.mindpet_delta_lora_b")
+    assert (b.shape, b.slice, b.optimizer_shards) == ((128, 4), (16, 4), 8)
+    assert report.parameter("moment1.cell.mindpet_delta_lora_b").slice == (16, 4)
+    causes = {plan.cause: (plan.kind, plan.phase) for plan in report.collectives}
+    assert causes["parts of cell.mindpet_delta_lora_b (parallel optimizer)"] == ("AllGather", "forward")
+    assert causes["gradient of cell.mindpet_delta_lora_b"] == ("ReduceScatter", "backward")
+
+
+def test_no_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(DryRunError, match=r"built with gcc and nm; not found: \['gcc', 'nm'\]"):
+        dry_run(GOOD, 8)
+
+
+def test_a_compiler_that_fails(monkeypatch, tmp_path):
+    for tool, code in (("gcc", "echo broken >&2; exit 1"), ("nm", 'exec /usr/bin/nm "$@"')):
+        (tmp_path / tool).write_text(f"#!/bin/sh\n{code}\n")
+        (tmp_path / tool).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(DryRunError, match="gcc failed for a stub library:\nbroken"):
+        dry_run(GOOD, 8)
+    assert not list((tmp_path / "cache/mindpet").iterdir())
+
+
+@pytest.mark.parametrize("system, machine", [("Darwin", "arm64"), ("Linux", "aarch64"), ("Windows", "AMD64")])
+def test_another_platform(system, machine, monkeypatch):
+    monkeypatch.setattr(platform, "system", lambda: system)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    with pytest.raises(DryRunError, match=f"without CANN it needs Linux on x86_64, but this is {system} on {machine}"):
+        dry_run(GOOD, 8)
+
+
+def test_a_machine_with_cann_compiles_for_ascend(monkeypatch):
+    monkeypatch.setenv("ASCEND_HOME_PATH", "/usr/local/Ascend/latest")
+    target, environment = launcher._environment(8, 3)
+    assert target == "Ascend" and "CUDA_HOME" not in environment
+    assert (environment["RANK_SIZE"], environment["RANK_ID"]) == ("8", "3")
+
+
+@pytest.mark.parametrize(
+    "change, error, match",
+    [
+        ({"device_num": 0}, ValueError, "'device_num' must be a positive int"),
+        ({"device_num": True}, TypeError, "'device_num' must be a positive int"),
+        ({"rank": 8}, ValueError, "'rank' must be an int from 0 to device_num - 1, with device_num=8, but got 8"),
+        ({"train": 1}, TypeError, "'train' must be a bool"),
+        ({"timeout": 0}, ValueError, "'timeout' must be above 0"),
+        ({"build": 3}, TypeError, "'build' must be a function or a str"),
+        ({"build": "nowhere.py:build"}, ValueError, "'build' must be a function or 'FILE.py:name' of a file"),
+        ({"build": lambda: None}, BuildError, "must be at the top level of a module or script"),
+    ],
+)
+def test_wrong_arguments(change, error, match):
+    with pytest.raises(error, match=match):
+        dry_run(**{"build": GOOD, "device_num": 8, **change})
+
+
+def run_script(text, folder):
+    (folder / "script.py").write_text(text)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, folder / "script.py"], env=environment, capture_output=True, text=True)
+
+
+SCRIPT = """
+import mindspore as ms
+import numpy as np
+from mindspore import nn
+from mindpet.parallel import dry_run
+
+def build():
+    return nn.Dense(4, 4), ms.Tensor(np.ones((8, 4), np.float32))
+"""
+
+
+def test_a_function_of_a_script(tmp_path):
+    done = run_script(SCRIPT + "if __name__ == '__main__':\n    print(dry_run(build, 8, train=False))\n", tmp_path)
+    assert done.returncode == 0 and "Rank 0 of 8, forward pass" in done.stdout, done.stderr
+
+
+def test_a_script_without_a_guard(tmp_path):
+    done = run_script(SCRIPT + "dry_run(build, 8)\n", tmp_path)
+    assert done.returncode == 1 and "put the call under `if __name__ == '__main__':`" in done.stderr
+
+
+def test_a_file_and_a_name(tmp_path):
+    (tmp_path / "mine.py").write_text(SCRIPT)
+    report = dry_run(f"{tmp_path}/mine.py:build", 8, rank=5, train=False)
+    assert (report.rank, report.device_num, report.mindspore) == (5, 8, ms.__version__)
+    with pytest.raises(BuildError, match="has no function 'biuld'"):
+        dry_run(f"{tmp_path}/mine.py:biuld", 8)
+
+
+def test_nothing_is_left_in_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dry_run_many(
+        [GOOD, does_not_compile, functools.partial(build_with, "lora", {"strategy_lora_add": ((3, 1), (3, 1))})], 8
+    )
+    assert not list(tmp_path.iterdir())
