@@ -99,7 +99,8 @@ def test_a_method_file_knows_no_registry(path):
         ("mindpet.delta.r_drop", "RDropLoss rdrop_repeat"),
         (
             "mindpet.graph",
-            "freeze_modules freeze_delta freeze_from_config TrainableParamsCheckPoint load_delta DeltaGuard summary",
+            "freeze_modules freeze_delta freeze_from_config TrainableParamsCheckPoint load_delta DeltaGuard "
+            "summary gather_delta slice_delta",
         ),
         ("mindpet.graph.freeze_utils", "freeze_modules freeze_delta freeze_from_config"),
         ("mindpet.graph.ckpt_util", "TrainableParamsCheckPoint"),

@@ -1,6 +1,7 @@
 """What is done to a network: freezing, saving and loading what trains, watching that it does."""
 
 from mindpet.graph.ckpt_util import TrainableParamsCheckPoint
+from mindpet.graph.distributed import gather_delta, slice_delta
 from mindpet.graph.freeze_utils import freeze_delta, freeze_from_config, freeze_modules
 from mindpet.graph.guard import DeltaGuard, summary
 from mindpet.graph.load import load_delta
@@ -11,6 +12,8 @@ __all__ = [
     "freeze_delta",
     "freeze_from_config",
     "freeze_modules",
+    "gather_delta",
     "load_delta",
+    "slice_delta",
     "summary",
 ]

@@ -9,12 +9,15 @@ import warnings
 
 import mindspore as ms
 from mindspore import nn
+from mindspore.communication import get_rank
 from mindspore.train import CheckpointConfig, ModelCheckpoint
 from mindspore.train.callback._checkpoint import CheckpointManager
 
 from mindpet.errors import AbsolutePathError, CheckpointError, LinkPathError
 from mindpet.graph.callback import TrainCallback, model_of
+from mindpet.graph.distributed import STRATEGY_FOLDER
 from mindpet.graph.parameters import trainable_parameters
+from mindpet.utils.sharding import PARALLEL_MODES
 from mindpet.utils.validate import Checker
 
 STAGING = ".incomplete"  # subfolder for files that are being written
@@ -25,6 +28,11 @@ class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
 
     State of the optimizer is not saved. All fields of `CheckpointConfig` hold. A file gets its final name when it is
     complete, and an old one is removed only after that: a process killed at any moment leaves the last complete file.
+
+    In data parallel, where all ranks hold the same, rank 0 saves. In semi-auto and auto parallel every rank saves its
+    slices in a folder `rank_N` of its own (`integrated_save` is taken as False), and MindSpore's strategy file goes to
+    the folder `strategy` beside it, unless the parallel context names another; `gather_delta` puts them together.
+    Make it after the parallel context is set.
 
     Args:
         directory (str): absolute path of the folder for the files; made if missing; not a symbolic link.
@@ -38,7 +46,8 @@ class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
         AbsolutePathError: `directory` is not absolute.
         LinkPathError: `directory` is a symbolic link.
         OSError: `directory` cannot be made or written to.
-        CheckpointError: before training starts, if nothing is trainable.
+        CheckpointError: before training starts, if nothing is trainable, or if the parallel mode is no longer that
+            in which it was made.
     """
 
     def __init__(self, directory, prefix="DELTA_CKP", config=None):
@@ -54,17 +63,29 @@ class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
             "a CheckpointConfig or None",
         )
         check.done()
-        _make_directory(directory)
         config = copy.copy(config) if config else CheckpointConfig()
+        _make_directory(directory)
+        self._parallel_mode = ms.get_auto_parallel_context("parallel_mode")
+        if self._parallel_mode in PARALLEL_MODES:
+            config._integrated_save = False
+            directory = _rank_directory(directory)
         self._user_network = config.saved_network
         # MindSpore's own exception_save writes the whole train network; __exit__ does it here.
         self._save_on_exception, config.exception_save = config.exception_save, False
         ModelCheckpoint.__init__(self, prefix, directory, config)
         self._manager = _AtomicManager(config.format, directory)
+        self._saves = True  # whether this rank does
         self._last = None  # of the last step: train network, model, epoch, step in the epoch, step
 
     def on_train_begin(self, run_context):
         """Refuse to start if there is nothing to save."""
+        parallel_mode = ms.get_auto_parallel_context("parallel_mode")
+        if parallel_mode != self._parallel_mode:
+            raise CheckpointError(
+                f"TrainableParamsCheckPoint: it was made in the parallel mode {self._parallel_mode!r}, but this is "
+                f"{parallel_mode!r}; make it after the parallel context is set."
+            )
+        self._saves = parallel_mode != ms.ParallelMode.DATA_PARALLEL or get_rank() == 0
         if not trainable_parameters(self._network(run_context.original_args())):
             raise CheckpointError(
                 "TrainableParamsCheckPoint: no parameter of the network is trainable, so there would "
@@ -73,6 +94,8 @@ class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
 
     def on_train_step_end(self, run_context):
         """Save if it is time to."""
+        if not self._saves:
+            return
         if self._config.async_save and not _writers():
             self._manager.publish()
         params = run_context.original_args()
@@ -83,8 +106,9 @@ class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
 
     def on_train_end(self, run_context):
         """Save the last checkpoint."""
-        self.end(run_context)
-        self._manager.publish()
+        if self._saves:
+            self.end(run_context)
+            self._manager.publish()
 
     def __exit__(self, *err):
         if err and err[0] is not None and self._last is not None:
@@ -216,6 +240,17 @@ def _writers():
 def _wait_for_writing():
     for writer in _writers():
         writer.join()
+
+
+def _rank_directory(directory):
+    """The folder of this rank; MindSpore is told where to write the strategy file when it compiles."""
+    rank = get_rank()
+    if not ms.get_auto_parallel_context("strategy_ckpt_save_file"):
+        file = os.path.join(directory, STRATEGY_FOLDER, f"rank_{rank}.ckpt")
+        ms.set_auto_parallel_context(strategy_ckpt_config={"save_file": file})
+    directory = os.path.join(directory, f"rank_{rank}")
+    os.makedirs(directory, exist_ok=True)
+    return directory
 
 
 def _make_directory(directory):

@@ -8,6 +8,7 @@ from mindspore import Parameter, Tensor, nn
 
 from mindpet.delta.registry import METHODS
 from mindpet.errors import CheckpointError
+from mindpet.graph.distributed import gather_delta
 from mindpet.graph.parameters import matches, model_parameters
 from mindpet.utils.validate import FLOAT_TYPES, Checker
 
@@ -56,11 +57,15 @@ def load_delta(network, *files, strict=True, dec_key=None, dec_mode="AES-GCM", c
     checkpoints (`tk_delta` for `mindpet_delta`, `mindpet_delta_lora_A` and `_B`) are understood; state of an optimizer
     and appended scalars are passed over. Values are cast to the type of the parameter.
 
+    The slices of a distributed run are gathered first, see `gather_delta`: evaluation after it is
+    `load_delta(network, (base_folder, base_strategy), delta_folder)`.
+
     Args:
         network (Cell): the model, its delta in place.
-        files (str): paths that end in '.ckpt' or '.safetensors'.
+        files (Union[str, tuple]): paths that end in '.ckpt' or '.safetensors'; folders with a folder `rank_N` for each
+            rank; or pairs of such a folder and its strategy file.
         strict (bool): whether missing and surplus keys are an error; else they are a warning. Default: True.
-        dec_key (bytes): key of encrypted files. Default: None.
+        dec_key (bytes): key of encrypted files; slices cannot be encrypted. Default: None.
         dec_mode (str): 'AES-GCM', 'AES-CBC' or 'SM4-CBC'. Default: 'AES-GCM'.
         crc_check (bool): whether to check the CRC that the files were saved with. Default: False.
 
@@ -75,7 +80,7 @@ def load_delta(network, *files, strict=True, dec_key=None, dec_mode="AES-GCM", c
     params = model_parameters(network)
     found = {}
     for file in files:
-        found.update(_read(os.fspath(file), dec_key, dec_mode, crc_check))
+        found.update(_read(file, dec_key, dec_mode, crc_check))
     names = {_canonical(name): name for name in params}
     values = {names[key]: value for key, value in found.items() if key in names}
     missing = _required(params, alone=len(files) == 1) - set(values)
@@ -103,14 +108,17 @@ def _check_load_arguments(network, files, strict):
     check = Checker("load_delta")
     check.require(isinstance(network, nn.Cell), TypeError, "network", network, "a Cell")
     check.require(files, ValueError, "files", files, "at least one path")
+    paths = []
     for file in files:
-        if check.require(isinstance(file, (str, os.PathLike)), TypeError, "files", file, "paths"):
-            check.require(
-                _format(file) in FORMATS, ValueError, "files", file, "paths that end in .ckpt or .safetensors"
-            )
+        pair = file if isinstance(file, tuple) and len(file) == 2 else (file,)
+        if check.require(all(isinstance(path, (str, os.PathLike)) for path in pair), TypeError, "files", file, "paths"):
+            known = len(pair) == 2 or os.path.isdir(file) or _format(file) in FORMATS
+            rule = "paths that end in .ckpt or .safetensors, or folders"
+            check.require(known, ValueError, "files", file, rule)
+            paths += pair
     check.boolean(strict=strict)
     check.done()
-    lost = [str(file) for file in files if not os.path.isfile(file)]
+    lost = [str(path) for path in paths if not os.path.exists(path)]
     if lost:
         raise FileNotFoundError(f"load_delta: no such file: {lost}.")
 
@@ -120,7 +128,11 @@ def _format(file):
 
 
 def _read(file, dec_key, dec_mode, crc_check):
-    """The parameters in a file by canonical key."""
+    """The parameters in a file, or in the slices of a folder, by canonical key."""
+    if isinstance(file, tuple) or os.path.isdir(file):
+        content = gather_delta(*file) if isinstance(file, tuple) else gather_delta(file)
+        return {_canonical(key): value for key, value in content.items()}
+    file = os.fspath(file)
     try:
         content = ms.load_checkpoint(
             file, dec_key=dec_key, dec_mode=dec_mode, crc_check=crc_check, format=_format(file)

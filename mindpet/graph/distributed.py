@@ -1,0 +1,196 @@
+"""Checkpoints of a network that is cut over ranks: put together, and cut for other ranks."""
+
+import math
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+
+import mindspore as ms
+from mindspore import Parameter, Tensor
+
+from mindpet.errors import CheckpointError
+from mindpet.utils.validate import Checker
+
+SUFFIXES = (".ckpt", ".safetensors")
+STRATEGY_FOLDER = "strategy"  # beside the folders of the ranks
+
+
+def gather_delta(folder, strategy=None, name=None):
+    """Put the slices of all ranks together.
+
+    Args:
+        folder (str): has a folder `rank_N` for each rank, as `TrainableParamsCheckPoint` writes them.
+        strategy (str): MindSpore's strategy file of the run, or for several pipeline stages a folder with the file of
+            each. Default: None, for the folder `strategy` in `folder`.
+        name (str): of the file in each rank's folder. Default: None, for the newest that all ranks have.
+
+    Returns:
+        dict of str -> Parameter, whole, as `mindspore.load_checkpoint` returns it.
+
+    Raises:
+        TypeError: an argument is not a path.
+        FileNotFoundError: the folder or the strategy does not exist.
+        CheckpointError: the folder of a rank, or its file, is missing, surplus, empty or damaged; all are listed.
+    """
+    folder, strategy = _paths("gather_delta", folder, strategy)
+    with tempfile.TemporaryDirectory(prefix="mindpet-gather-") as work:
+        strategy = _one_strategy(strategy, work)
+        files = _rank_files(folder, _count_ranks(strategy), name)
+        for rank, file in enumerate(files):
+            target = pathlib.Path(work, "slices", f"rank_{rank}", f"delta{file.suffix}")
+            target.parent.mkdir(parents=True)
+            target.symlink_to(file.resolve())
+        format = files[0].suffix[1:]
+        _transform(f"{work}/slices", f"{work}/whole", strategy, None, format, files)
+        (whole,) = pathlib.Path(work, "whole").rglob(f"*.{format}")
+        return ms.load_checkpoint(str(whole), format=format)
+
+
+def slice_delta(delta, strategy, folder):
+    """Cut a whole delta for the ranks of a run: the inverse of `gather_delta`.
+
+    Args:
+        delta (Union[dict, str]): name -> Tensor or Parameter, or a checkpoint file.
+        strategy (str): MindSpore's strategy file of the run, or for several pipeline stages a folder with the file of
+            each; `dry_run(..., strategy_ckpt_config={"save_file": ...})` writes one.
+        folder (str): gets a file `delta.ckpt` in a folder `rank_N` for each rank; must be new or empty.
+
+    Returns:
+        list of str, the files in order of the ranks.
+
+    Raises:
+        TypeError: an argument is not a path, `delta` neither a dict of Tensors nor a path.
+        FileNotFoundError: the file or the strategy does not exist.
+        FileExistsError: `folder` is not empty.
+        CheckpointError: a parameter is not in the strategy or cannot be cut by it; nothing is written.
+    """
+    whole = _read_whole(delta)
+    folder, strategy = pathlib.Path(folder), pathlib.Path(strategy)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"slice_delta: 'folder' must be new or empty, but {folder} is not.")
+    if not strategy.exists():
+        raise FileNotFoundError(f"slice_delta: no strategy {strategy}.")
+    with tempfile.TemporaryDirectory(prefix="mindpet-slice-") as work:
+        strategy = _one_strategy(strategy, work)
+        _check_cuts(whole, strategy)
+        source = pathlib.Path(work, "whole", "rank_0")
+        source.mkdir(parents=True)
+        ms.save_checkpoint([{"name": key, "data": value} for key, value in whole.items()], f"{source}/delta.ckpt")
+        _transform(f"{work}/whole", f"{work}/slices", None, strategy, "ckpt", [delta if isinstance(delta, str) else ""])
+        files = []
+        for rank in range(_count_ranks(strategy)):
+            target = folder / f"rank_{rank}" / "delta.ckpt"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(f"{work}/slices/rank_{rank}/delta{rank}.ckpt", target)
+            files.append(str(target))
+        return files
+
+
+def _paths(owner, folder, strategy):
+    check = Checker(owner)
+    check.require(isinstance(folder, (str, os.PathLike)), TypeError, "folder", folder, "a path")
+    check.require(
+        strategy is None or isinstance(strategy, (str, os.PathLike)), TypeError, "strategy", strategy, "a path"
+    )
+    check.done()
+    folder = pathlib.Path(folder)
+    strategy = pathlib.Path(strategy) if strategy else folder / STRATEGY_FOLDER
+    for path in (folder, strategy):
+        if not path.exists():
+            raise FileNotFoundError(f"{owner}: {path} does not exist.")
+    return folder, strategy
+
+
+def _one_strategy(strategy, work):
+    """A strategy as one file; those of several pipeline stages are merged."""
+    if strategy.is_file():
+        return str(strategy)
+    files = sorted(file for file in strategy.iterdir() if file.suffix in (".ckpt", ".json"))
+    if not files:
+        raise CheckpointError(f"{strategy} has no strategy file (.ckpt or .json).")
+    contents = {file.read_bytes() for file in files}
+    if len(contents) == 1:
+        return str(files[0])
+    merged = f"{work}/strategy{files[0].suffix}"
+    ms.merge_pipeline_strategys(str(strategy), merged)
+    return merged
+
+
+def _layouts(strategy):
+    """Parameter -> MindSpore's layout. With several pipeline stages the names begin with the number of the stage."""
+    try:
+        layouts = ms.build_searched_strategy(strategy)
+    except Exception as error:  # MindSpore and protobuf each raise their own for a damaged file
+        raise CheckpointError(f"{strategy} is not a strategy file: {error}") from error
+    if not layouts:
+        raise CheckpointError(f"{strategy} is a strategy file without parameters.")
+    return layouts
+
+
+def _count_ranks(strategy):
+    layouts = _layouts(strategy)
+    stages = {found.group(1) for found in (re.match(r"(\d+)-", name) for name in layouts) if found}
+    return math.prod(next(iter(layouts.values())).dev_matrix[0].dim) * max(len(stages), 1)
+
+
+def _rank_files(folder, ranks, name):
+    """The file of each rank, in order."""
+    folders = {path.name: path for path in folder.iterdir() if re.fullmatch(r"rank_\d+", path.name)}
+    wanted = [f"rank_{rank}" for rank in range(ranks)]
+    problems = [f"missing: {rank}" for rank in wanted if rank not in folders]
+    problems += [f"surplus: {rank}" for rank in sorted(set(folders) - set(wanted))]
+    found = {
+        rank: {file.name: file for file in folders[rank].iterdir() if file.suffix in SUFFIXES}
+        for rank in wanted
+        if rank in folders
+    }
+    name = name or _newest_everywhere(list(found.values()))
+    for rank, files in found.items():
+        if name not in files:
+            problems.append(f"missing: {rank}/{name or '*.ckpt'}")
+        elif not files[name].stat().st_size:
+            problems.append(f"empty: {rank}/{name}")
+    if problems:
+        raise CheckpointError(f"{folder} does not fit a strategy for {ranks} ranks:\n  " + "\n  ".join(problems))
+    return [found[rank][name] for rank in wanted]
+
+
+def _newest_everywhere(files):
+    """The name of the newest file that all ranks have; if there is none, of the newest of the first rank."""
+    common = set.intersection(*map(set, files)) if files else set()
+    first = files[0] if files else {}
+    return max(common or first, key=lambda name: first[name].stat().st_mtime_ns, default=None)
+
+
+def _transform(source, target, from_strategy, to_strategy, format, files):
+    """MindSpore's own transformation; what it cannot read is a CheckpointError."""
+    try:
+        ms.transform_checkpoints(source, target, "delta", from_strategy, to_strategy, output_format=format)
+    except Exception as error:  # MindSpore, protobuf and safetensors each raise their own for a damaged file
+        raise CheckpointError(f"cannot transform {[str(file) for file in files]}: {error}") from error
+
+
+def _read_whole(delta):
+    if isinstance(delta, (str, os.PathLike)):
+        if not os.path.isfile(delta):
+            raise FileNotFoundError(f"slice_delta: no such file: {delta}.")
+        delta = ms.load_checkpoint(str(delta), format=pathlib.Path(delta).suffix[1:])
+    if not isinstance(delta, dict) or not all(isinstance(value, (Tensor, Parameter)) for value in delta.values()):
+        raise TypeError(f"slice_delta: 'delta' must be a dict of Tensors or a path, but got {type(delta).__name__}.")
+    return delta
+
+
+def _check_cuts(whole, strategy):
+    """Whether the strategy has every parameter, and cuts its shape into equal parts."""
+    layouts = {re.sub(r"^\d+-", "", name): layout for name, layout in _layouts(strategy).items()}
+    problems = [f"{name}: not in the strategy" for name in whole if name not in layouts]
+    for name, value in whole.items():
+        if name in layouts:
+            matrix = layouts[name].dev_matrix[0].dim
+            counts = [matrix[-1 - axis] if axis >= 0 else 1 for axis in layouts[name].tensor_map[0].dim]
+            if len(counts) != value.ndim or any(size % count for size, count in zip(value.shape, counts)):
+                problems.append(f"{name}: {value.shape} cannot be cut into {tuple(counts)}")
+    if problems:
+        raise CheckpointError(f"slice_delta: the delta does not fit {strategy}:\n  " + "\n  ".join(problems))
