@@ -1,0 +1,241 @@
+"""Deltas that are cut over ranks: saved by the ranks, put together, cut for other ranks, loaded for evaluation."""
+
+import concurrent.futures
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, nn
+from sharded_delta import DELTA, LAYOUT, case, make
+
+from mindpet.errors import CheckpointError
+from mindpet.graph import TrainableParamsCheckPoint, freeze_delta, gather_delta, load_delta, slice_delta
+from mindpet.parallel import dry_run, launcher
+
+ROOT = pathlib.Path(__file__).parents[2]
+LAYOUTS = {
+    "data and column": (8, LAYOUT, {}),
+    "data and row": (8, {"n": 2, "i": 4}, {}),
+    "four ranks": (4, {"o": 4}, {}),
+    "parallel optimizer": (
+        8,
+        {"n": 4, "o": 2},
+        {"enable_parallel_optimizer": True, "parallel_optimizer_config": {"parallel_optimizer_threshold": 0}},
+    ),
+}
+TYPES = [ms.float32, ms.float16, ms.bfloat16]
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory):
+    """Name of a layout -> (number of ranks, report, strategy file), by the real front end."""
+    made = {}
+    for name, (ranks, counts, settings) in LAYOUTS.items():
+        file = str(tmp_path_factory.mktemp("strategy") / "strategy.ckpt")
+        report = dry_run(case(**counts), ranks, strategy_ckpt_config={"save_file": file}, **settings)
+        made[name] = ranks, report, file
+    return made
+
+
+def delta(dtype=ms.float32):
+    return {name: Tensor(value, dtype) for name, value in DELTA.items()}
+
+
+def bits(content):
+    return {
+        name: Tensor(value.data if hasattr(value, "init_mode") else value).get_bytes()
+        for name, value in content.items()
+    }
+
+
+def read(file):
+    return ms.load_checkpoint(str(file), format=pathlib.Path(file).suffix[1:])
+
+
+def cut(value, plan, rank):
+    """A rank's slice by the layout in a report."""
+    places = np.unravel_index(rank, plan.device_matrix)
+    for axis, cut_by in enumerate(plan.tensor_map):
+        if cut_by >= 0:
+            device_axis = len(plan.device_matrix) - 1 - cut_by
+            value = np.split(value, plan.device_matrix[device_axis], axis)[places[device_axis]]
+    return value
+
+
+@pytest.mark.parametrize("name", ["data and column", "data and row", "four ranks"])
+def test_slices_are_those_of_the_front_end(name, plans, tmp_path):
+    ranks, report, strategy = plans[name]
+    files = slice_delta(delta(), strategy, tmp_path / "slices")
+    assert files == [str(tmp_path / f"slices/rank_{rank}/delta.ckpt") for rank in range(ranks)]
+    for rank, file in enumerate(files):
+        content = read(file)
+        assert set(content) == set(DELTA)
+        for key, value in DELTA.items():
+            np.testing.assert_array_equal(content[key].asnumpy(), cut(value, report.parameter(key), rank))
+
+
+@pytest.mark.parametrize("name", list(LAYOUTS))
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_slices_put_together_are_the_delta_bit_for_bit(name, dtype, plans, tmp_path):
+    ranks, report, strategy = plans[name]
+    slice_delta(delta(dtype), strategy, tmp_path)
+    key = "cell.mindpet_delta_lora_b"
+    assert tuple(read(tmp_path / "rank_0/delta.ckpt")[key].shape) == report.parameter(key).slice
+    assert bits(gather_delta(tmp_path, strategy)) == bits(delta(dtype))
+
+
+def test_from_one_cluster_size_to_another(plans, tmp_path):
+    (_, _, eight), (_, _, four) = plans["data and column"], plans["four ranks"]
+    slice_delta(delta(), eight, tmp_path / "eight")
+    slice_delta(gather_delta(tmp_path / "eight", eight), four, tmp_path / "four")
+    assert bits(gather_delta(tmp_path / "four", four)) == bits(delta())
+
+
+def test_a_whole_file_can_be_cut(plans, tmp_path):
+    ms.save_checkpoint([{"name": k, "data": v} for k, v in delta().items()], str(tmp_path / "whole.ckpt"))
+    strategy = plans["four ranks"][2]
+    slice_delta(tmp_path / "whole.ckpt", strategy, tmp_path / "slices")
+    assert bits(gather_delta(tmp_path / "slices", strategy)) == bits(delta())
+
+
+@pytest.fixture
+def slices(plans, tmp_path):
+    """A folder of slices for four ranks, and its strategy."""
+    strategy = plans["four ranks"][2]
+    slice_delta(delta(), strategy, tmp_path / "slices")
+    return tmp_path / "slices", strategy
+
+
+def test_missing_surplus_and_empty_ranks_are_listed(slices):
+    folder, strategy = slices
+    shutil.rmtree(folder / "rank_1")
+    shutil.copytree(folder / "rank_0", folder / "rank_4")
+    os.chmod(folder / "rank_2/delta.ckpt", 0o600)
+    (folder / "rank_2/delta.ckpt").write_bytes(b"")
+    (folder / "rank_3/delta.ckpt").unlink()
+    with pytest.raises(CheckpointError) as caught:
+        gather_delta(folder, strategy)
+    assert str(caught.value) == (
+        f"{folder} does not fit a strategy for 4 ranks:\n  missing: rank_1\n  surplus: rank_4\n"
+        "  empty: rank_2/delta.ckpt\n  missing: rank_3/delta.ckpt"
+    )
+
+
+def test_a_damaged_rank(slices):
+    folder, strategy = slices
+    file = folder / "rank_2/delta.ckpt"
+    content = file.read_bytes()
+    os.chmod(file, 0o600)
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match="cannot transform .*rank_2/delta.ckpt"):
+        gather_delta(folder, strategy)
+
+
+def test_the_newest_file_that_all_ranks_have(slices):
+    folder, strategy = slices
+    for rank in range(4):
+        newer = folder / f"rank_{rank}/newer.ckpt"
+        changed = {key: value * 2 for key, value in read(folder / f"rank_{rank}/delta.ckpt").items()}
+        ms.save_checkpoint([{"name": k, "data": Tensor(v)} for k, v in changed.items()], str(newer))
+        os.utime(newer, (2e9, 2e9))
+    shutil.copy(folder / "rank_0/newer.ckpt", folder / "rank_0/newest.ckpt")  # a rank was killed before its last save
+    os.utime(folder / "rank_0/newest.ckpt", (3e9, 3e9))
+    double = {key: value * 2 for key, value in DELTA.items()}
+    assert bits(gather_delta(folder, strategy)) == bits({key: Tensor(value) for key, value in double.items()})
+    assert bits(gather_delta(folder, strategy, name="delta.ckpt")) == bits(delta())
+    with pytest.raises(CheckpointError, match="missing: rank_1/newest.ckpt"):
+        gather_delta(folder, strategy, name="newest.ckpt")
+
+
+def test_wrong_arguments(slices, tmp_path):
+    folder, strategy = slices
+    (tmp_path / "text.ckpt").write_text("no strategy")
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        gather_delta(tmp_path / "nowhere", strategy)
+    with pytest.raises(FileNotFoundError, match="strategy does not exist"):
+        gather_delta(folder)
+    with pytest.raises(TypeError, match="'folder' must be a path"):
+        gather_delta(3, strategy)
+    with pytest.raises(CheckpointError, match="text.ckpt is .*strategy file"):
+        gather_delta(folder, tmp_path / "text.ckpt")
+    with pytest.raises(CheckpointError, match="nothing has no strategy file"):
+        gather_delta(folder, tmp_path / "nothing")
+    with pytest.raises(FileExistsError, match="'folder' must be new or empty"):
+        slice_delta(delta(), strategy, folder)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        slice_delta(tmp_path / "nowhere.ckpt", strategy, tmp_path / "new")
+    with pytest.raises(TypeError, match="'delta' must be a dict of Tensors"):
+        slice_delta({"a": np.ones(3)}, strategy, tmp_path / "new")
+
+
+def test_a_delta_that_does_not_fit_the_strategy(slices, tmp_path):
+    _, strategy = slices
+    wrong = {"other": Tensor(np.ones(4)), "cell.mindpet_delta_lora_b": Tensor(np.ones((30, 8)))}
+    with pytest.raises(CheckpointError) as caught:
+        slice_delta(wrong, strategy, tmp_path / "new")
+    assert "other: not in the strategy" in str(caught.value)
+    assert "cell.mindpet_delta_lora_b: (30, 8) cannot be cut into (4, 1)" in str(caught.value)
+    assert not (tmp_path / "new").exists()
+
+
+class Whole(nn.Cell):
+    """The network as it is evaluated: not cut."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = make()
+
+    def construct(self, x):
+        return self.cell(x)
+
+
+def test_evaluation_after_a_distributed_run_is_one_call(slices, tmp_path, rng):
+    folder, strategy = slices
+    trained, fresh = Whole(), Whole()
+    base = {name: param for name, param in trained.parameters_dict().items() if "mindpet_delta" not in name}
+    ms.save_checkpoint([{"name": k, "data": v} for k, v in base.items()], str(tmp_path / "base.ckpt"))
+    for name in DELTA:
+        fresh.parameters_dict()[name].set_data(Tensor(np.zeros_like(DELTA[name])))
+    load_delta(fresh, tmp_path / "base.ckpt", (folder, strategy))
+    x = Tensor(rng.normal(size=(4, 16)).astype(np.float32))
+    np.testing.assert_array_equal(fresh(x).asnumpy(), trained(x).asnumpy())
+    freeze_delta(fresh, "lora")
+    shutil.copytree(pathlib.Path(strategy).parent, folder / "strategy")
+    load_delta(fresh, folder)
+    with pytest.raises(CheckpointError, match="missing: rank_3"):
+        shutil.rmtree(folder / "rank_3")
+        load_delta(fresh, folder)
+
+
+@pytest.mark.parametrize("format", ["ckpt", "safetensors"])
+def test_eight_ranks_save_by_the_callback(format, tmp_path):
+    def run(rank):
+        _, environment = launcher._environment(8, rank)
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        environment["MS_OM_PATH"] = str(tmp_path)
+        script = ROOT / "tests/graph/save_sharded_child.py"
+        command = [sys.executable, script, tmp_path / "run", format]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for done in pool.map(run, range(8)):
+            assert done.returncode == 0, done.stderr[-3000:]
+    name = "cell.mindpet_delta_lora_b"
+    assert read(tmp_path / f"run/rank_5/DELTA_CKP-1_1.{format}")[name].shape == (8, 8)  # a quarter of 32 rows
+    assert bits(gather_delta(tmp_path / "run")) == bits(delta())
+
+
+def test_a_callback_from_before_the_parallel_context(tmp_path):
+    checkpoint = TrainableParamsCheckPoint(str(tmp_path))
+    ms.set_auto_parallel_context(parallel_mode="semi_auto_parallel")
+    try:
+        with pytest.raises(CheckpointError, match="made in the parallel mode 'stand_alone', but this is 'semi_auto"):
+            checkpoint.on_train_begin(None)
+    finally:
+        ms.reset_auto_parallel_context()
