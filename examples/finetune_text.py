@@ -15,6 +15,7 @@ import mindspore as ms
 import mindspore.dataset as ds
 import numpy as np
 from mindspore import Tensor, nn
+from mindspore.communication import get_group_size, get_rank, init
 from mindspore.train import Callback, CheckpointConfig, Model
 from models.bert import METHODS, BertClassifier, BertConfig, load_weights, read_weights
 from text_data import read_docstrings, read_tsv, split
@@ -58,6 +59,9 @@ def parse_arguments(argv):
         type=int,
         default=1,
         help="of initial values and data order; MindSpore's dropout on a CPU varies (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--distributed", action="store_true", help="this is one of the data-parallel processes that msrun starts"
     )
     parser.add_argument("--output", default="output", help="folder for checkpoints and results (default: %(default)s)")
     arguments = parser.parse_args(argv)
@@ -166,14 +170,17 @@ def accuracy(model, data, batch_size):
 class Progress(Callback):
     """A bar with the loss, the validation accuracy after each epoch, and the times and losses of all steps."""
 
-    def __init__(self, method, model, validation, batch_size, steps):
+    def __init__(self, method, model, validation, batch_size, steps, hidden):
         super().__init__()
+        self.hidden = hidden
         self.model, self.validation, self.batch_size = model, validation, batch_size
         self.method, self.steps = method, steps
         self.losses, self.seconds, self.accuracy = [], [], None
 
     def on_train_begin(self, run_context):
-        self.bar = tqdm(total=self.steps, desc=self.method, unit="step", file=sys.stdout, mininterval=0.5)
+        self.bar = tqdm(
+            total=self.steps, desc=self.method, unit="step", file=sys.stdout, mininterval=0.5, disable=self.hidden
+        )
 
     def on_train_step_begin(self, run_context):
         self.started = time.perf_counter()
@@ -207,7 +214,11 @@ class Result(NamedTuple):
 
 
 def run(method, arguments, folder, weights, num_labels, train, validation, test):
-    """Fine-tune with one method, save the delta, load it into a fresh model and compare the two."""
+    """Fine-tune with one method, save the delta, load it into a fresh model and compare the two.
+
+    Several processes share the samples of a batch; all but the first return None.
+    """
+    rank, ranks = (get_rank(), get_group_size()) if arguments.distributed else (0, 1)
 
     def build():
         model = BertClassifier(BertConfig.from_folder(folder, method=method), num_labels, arguments.pooling)
@@ -218,11 +229,12 @@ def run(method, arguments, folder, weights, num_labels, train, validation, test)
     ms.set_seed(arguments.seed)
     model = build()
     batch_size = min(arguments.batch_size, len(train.labels))
-    dataset = ds.NumpySlicesDataset(train._asdict(), shuffle=True).batch(batch_size, drop_remainder=True)
+    samples = ds.NumpySlicesDataset(train._asdict(), shuffle=True, num_shards=ranks, shard_id=rank)
+    dataset = samples.batch(batch_size // ranks, drop_remainder=True)
     steps = arguments.epochs * dataset.get_dataset_size()
     rates = (arguments.learning_rate or LEARNING_RATES[method]) * warm_up_and_decay(steps)
     optimizer = nn.AdamWeightDecay(model.trainable_params(), rates.tolist())
-    progress = Progress(method, model, validation, batch_size, steps)
+    progress = Progress(method, model, validation, batch_size, steps, hidden=rank > 0)
     directory = os.path.abspath(os.path.join(arguments.output, method))
     checkpoint = TrainableParamsCheckPoint(
         directory, config=CheckpointConfig(save_checkpoint_steps=steps, keep_checkpoint_max=1)
@@ -230,6 +242,8 @@ def run(method, arguments, folder, weights, num_labels, train, validation, test)
     Model(LossNetwork(model, arguments.rdrop), optimizer=optimizer).train(
         arguments.epochs, dataset, callbacks=[DeltaGuard(), progress, checkpoint], dataset_sink_mode=False
     )
+    if rank:
+        return None
 
     file = checkpoint.latest_ckpt_file_name
     fresh = build()
@@ -291,6 +305,9 @@ def main(argv=None):
     """Run the script; returns the exit code."""
     arguments = parse_arguments(argv)
     ms.set_context(mode=ms.GRAPH_MODE)
+    if arguments.distributed:
+        init()
+        ms.set_auto_parallel_context(parallel_mode=ms.ParallelMode.DATA_PARALLEL, gradients_mean=True)
     try:
         folder = find_model(arguments.model)
         longest = BertConfig.from_folder(folder).max_position_embeddings
@@ -308,7 +325,7 @@ def main(argv=None):
         weights = read_weights(folder)
         methods = METHODS if arguments.compare else [arguments.method]
         results = [run(method, arguments, folder, weights, len(labels), *data) for method in methods]
-        if arguments.compare:
+        if arguments.compare and None not in results:
             report(results, arguments.output)
     except (OSError, ValueError, MindPetError) as error:
         print(f"error: {error}", file=sys.stderr)
