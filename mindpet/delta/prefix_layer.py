@@ -7,6 +7,7 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from mindpet.errors import NotPositiveIntError
+from mindpet.utils.sharding import shard_whole
 from mindpet.utils.validate import Checker
 from mindpet.utils.version_control import get_dropout
 
@@ -79,11 +80,21 @@ class PrefixLayer(nn.Cell):
             nn.Dense(embed_dim, mid_dim), nn.Tanh(), nn.Dense(mid_dim, 2 * hidden_dim)
         )
         self.dropout = get_dropout(dropout_rate)
+        self.split = ops.Split(axis=1, output_num=2)
 
     def construct(self):
         embedded = self.mindpet_delta_prefixtuning_wte(self.tokens)
-        prefix = self.dropout(self.mindpet_delta_prefixtuning_control_trans(embedded))
-        return prefix[:, : self.hidden_dim], prefix[:, self.hidden_dim :]
+        return self.split(self.dropout(self.mindpet_delta_prefixtuning_control_trans(embedded)))
+
+    def shard(self):
+        """Have every rank compute the whole prefix, without communication; without it the tokens are cut over all.
+
+        Returns:
+            PrefixLayer, itself.
+        """
+        shard_whole(self.mindpet_delta_prefixtuning_wte, *self.mindpet_delta_prefixtuning_control_trans, self.dropout)
+        self.split.shard(((1, 1),))
+        return self
 
     @property
     def past_key_reparam(self):

@@ -4,6 +4,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from mindpet.errors import NotPositiveIntError
+from mindpet.utils.sharding import shard_whole
 from mindpet.utils.validate import Checker
 from mindpet.utils.version_control import get_dropout
 
@@ -134,8 +135,10 @@ class PrefixEncoder(nn.Cell):
         check.positive_int(data_parallel=data_parallel, model_parallel=model_parallel)
         check.done()
         layout = (data_parallel, 1, 1, model_parallel, 1)
-        self.mindpet_delta_ptuning2_embedding.gather.shard(((1, 1), (1,)))
-        self.expand_dims.shard(((1, 1, model_parallel, 1),))
+        shard_whole(self.mindpet_delta_ptuning2_embedding, self.dropout)
+        if self.prefix_projection:
+            shard_whole(self.mindpet_delta_ptuning2_dense_in, self.tanh, self.mindpet_delta_ptuning2_dense_out)
+        self.expand_dims.shard(((1, 1, 1, 1),))
         self.tile.shard((layout,))
         self.transpose.shard((layout,))
         self.split.shard((tuple(layout[axis] for axis in self.out_perm),))

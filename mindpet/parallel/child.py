@@ -26,6 +26,7 @@ COLLECTIVES = (
     "AllGather", "AllReduce", "AlltoAll", "AlltoAllV", "Broadcast", "NeighborExchangeV2", "Receive", "ReduceScatter",
     "Send",
 )  # fmt: skip
+NO_OPERATORS = ("_", "MakeTuple", "MakeList")  # beginnings of what is in a graph, but is the front end's own
 NAME = "mindpet_name"  # attribute that carries the name of a primitive into the graph
 _FAILED = re.compile(r"operator (\w+) init failed")
 _REASON = re.compile(r"^\[(?:ERROR|CRITICAL)\] PARALLEL\(.*?\)?:.*?\] \w+\] (?:\w+Info\d+ ?: )?(.*)$", re.MULTILINE)
@@ -107,7 +108,7 @@ def _dry_run(pickled, request, folder):
             for name, param in params.items()
             if name in shapes  # a pipeline stage does not have all
         ],
-        _operator_plans(nodes, runs, names),
+        _operator_plans(read_nodes(_dump_file(dump, "step_parallel_end_*.ir")), nodes, runs, names),
         _collective_plans(nodes, runs, names, request.rank),
     )
 
@@ -222,16 +223,17 @@ def _parameter_plan(param, is_weight, layout, part):
     )
 
 
-def _operator_plans(nodes, runs, names):
+def _operator_plans(early, final, runs, names):
+    """`early` are the nodes right after the parallel passes, `final` those that are left in the end."""
     plans = {}
-    for node in nodes:
-        if node.strategy is None or node.operator.startswith("_") or node.scope.startswith("Gradients"):
+    for node, count in [*((node, 0) for node in early), *((node, runs[node.graph]) for node in final)]:
+        ours = not node.operator.startswith(NO_OPERATORS) and not node.scope.startswith("Gradients")
+        if node.strategy is None or not ours:
             continue
         cell, slot, primitive = names.locate(node)
         is_set = node.asked_strategy is not None or getattr(primitive, "in_strategy", None) is not None
         plan = OperatorPlan(cell, slot, node.operator, node.strategy, is_set, 0)
-        key = (cell, slot, node.operator, node.strategy)
-        plans.setdefault(key, plan).count += runs[node.graph]
+        plans.setdefault((cell, slot, node.operator, node.strategy), plan).count += count
     return list(plans.values())
 
 

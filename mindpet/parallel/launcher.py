@@ -179,7 +179,7 @@ def _run_child(folder, request, environment, timeout):
         MS_OM_PATH=str(folder),  # where MindSpore puts its notes on graphs that do not compile
         MS_DEV_SAVE_GRAPHS="1",
         MS_DEV_SAVE_GRAPHS_PATH=str(folder / "graphs"),
-        MS_DEV_DUMP_IR_PASSES="step_parallel_begin,validate",
+        MS_DEV_DUMP_IR_PASSES="step_parallel,validate",
     )
     command = [sys.executable, "-c", CHILD.format(path=sys.path, folder=str(folder))]
     with open(folder / "log", "wb") as log:

@@ -46,7 +46,7 @@ class OperatorPlan:
         operator (str): its type.
         strategy (tuple): one tuple of ints for each input.
         is_set (bool): whether `shard` set it; else MindSpore derived it.
-        count (int): how often it runs in a step.
+        count (int): how often it runs in a step; 0 if the compiler has found it needless.
     """
 
     cell: str

@@ -69,6 +69,23 @@ def check_strategy(check, slot, strategy, axes):
     return fits and check.require(positive, ValueError, slot, strategy, "of counts of at least 1")
 
 
+WHOLE = {
+    "gather": ((1, 1), (1,)),
+    "matmul": ((1, 1), (1, 1)),
+    "bias_add": ((1, 1), (1,)),
+    "tanh": ((1, 1),),
+    "dropout": ((1, 1),),
+}
+
+
+def shard_whole(*cells):
+    """Have every rank compute Cells on matrices as a whole: Embedding, Dense, Tanh, Dropout."""
+    for cell in cells:
+        for name, strategy in WHOLE.items():
+            if name in cell._primitives:
+                cell._primitives[name].shard(strategy)
+
+
 def _is_log_softmax(operator):
     return isinstance(operator, (nn.LogSoftmax, ops.LogSoftmax))
 

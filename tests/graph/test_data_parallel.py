@@ -1,0 +1,84 @@
+"""Real data-parallel training, on two CPU processes that msrun starts."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import mindspore as ms
+import numpy as np
+from toy import DELTA
+
+from mindpet.graph.ckpt_util import STAGING
+
+ROOT = pathlib.Path(__file__).parents[2]
+CHILD = ROOT / "tests/graph/data_parallel_child.py"
+
+
+def environment():
+    """That of the children; msrun and `python` are those of this interpreter."""
+    path = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
+    return {**os.environ, "PATH": path, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def msrun(tmp_path, *command):
+    """Run a script on two processes."""
+    options = ["--worker_num=2", "--local_worker_num=2", "--join=True", f"--log_dir={tmp_path / 'log'}"]
+    return subprocess.run(
+        ["msrun", *options, f"--master_port={free_port()}", *map(str, command)],
+        env=environment(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def numbers(file):
+    return {name: value.asnumpy() for name, value in ms.load_checkpoint(str(file)).items()}
+
+
+def test_two_processes_train_like_one_with_the_joint_batch(tmp_path):
+    done = msrun(tmp_path, CHILD, tmp_path / "two")
+    assert done.returncode == 0, done.stdout + done.stderr
+    subprocess.run([sys.executable, CHILD, tmp_path / "one"], env=environment(), check=True)
+    one = numbers(tmp_path / "one/end_1_0.ckpt")
+    ranks = [numbers(tmp_path / f"two/end_2_{rank}.ckpt") for rank in (0, 1)]
+    for name, value in one.items():
+        np.testing.assert_array_equal(ranks[0][name], ranks[1][name])
+        np.testing.assert_allclose(ranks[0][name], value, atol=1e-5)
+    assert np.abs(one["fc.mindpet_delta_lora_b"]).max() > 0.01
+    saved = numbers(tmp_path / "two/DELTA_CKP-1_12.ckpt")  # by rank 0 alone
+    assert set(saved) == DELTA
+    for name, value in saved.items():
+        np.testing.assert_array_equal(value, ranks[0][name])
+
+
+def test_a_killed_worker_ends_the_job_and_leaves_a_checkpoint(tmp_path):
+    done = msrun(tmp_path, CHILD, tmp_path / "two", 5)
+    assert done.returncode != 0 and "exited with exception" in done.stderr
+    files = sorted((tmp_path / "two").glob("*.ckpt"))
+    assert [file.name for file in files] == ["DELTA_CKP-1_3.ckpt"]
+    assert set(numbers(files[0])) == DELTA
+    assert not list((tmp_path / "two" / STAGING).glob("*"))
+
+
+def test_the_example(tmp_path):
+    golden = ROOT / "tests/golden/bert"
+    data = tmp_path / "data.tsv"
+    words = {"maths": "matrix value random", "sound": "signal image train"}
+    texts = [f"{label}\tthe {text} {'a ' * count}of" for count in range(40) for label, text in words.items()]
+    data.write_text("\n".join(texts), encoding="utf-8")
+    options = ["--epochs=2", "--batch-size=8", "--seq-length=10", f"--output={tmp_path / 'out'}"]
+    script = ROOT / "examples/finetune_text.py"
+    done = msrun(tmp_path, script, "--distributed", f"--model={golden}", f"--data={data}", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("its predictions are the same") == 1  # rank 0 reports
+    assert len(list((tmp_path / "out/lora").glob("*.ckpt"))) == 1
