@@ -267,7 +267,7 @@ def _integers(text):
 
 def _peer(node):
     """The rank that a Send or Receive is for; the attribute is written as `I64(4)`."""
-    return _integers(node.attribute("dest_rank") or node.attribute("src_rank"))[-1]
+    return _integers(node.attribute("dest_rank" if node.operator == "Send" else "src_rank"))[-1]
 
 
 def _forward_cause(node, source, names):
