@@ -1,32 +1,61 @@
 """The docs: every Python block runs, links lead somewhere, method pages have one shape and every argument."""
 
 import inspect
+import os
 import pathlib
 import re
+import subprocess
+import sys
+import textwrap
 
+import mindspore as ms
 import pytest
 
 from mindpet.delta import RDropLoss
 from mindpet.delta.registry import METHODS
+from mindpet.parallel import dry_run
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
 METHOD_PAGES = sorted(ROOT.glob("docs/methods/*.md"))
 HEADINGS = ["Paper", "Formula", "Use", "Arguments", "Shapes", "Errors", "Shard slots"]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+OUTPUT = re.compile(r"^```text\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def name(path):
     return str(path.relative_to(ROOT))
 
 
+def run(code, folder):
+    """Run code as a script; returns what it prints."""
+    (folder / "page.py").write_text(code, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "page.py"], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf-8"))], ids=name)
-def test_blocks_run_as_they_stand(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    code = "\n".join(BLOCK.findall(page.read_text(encoding="utf-8")))
-    file = tmp_path / "page.py"  # graph mode reads the source
-    file.write_text(code, encoding="utf-8")
-    exec(compile(code, str(file), "exec"), {"__name__": "page"})
+def test_blocks_run_as_they_stand_and_print_what_the_page_says(page, tmp_path):
+    text = page.read_text(encoding="utf-8")
+    printed = run("\n".join(BLOCK.findall(text)), tmp_path)
+    for output in OUTPUT.findall(text):
+        assert output.replace("MindSpore 2.10.0", f"MindSpore {ms.__version__}") in printed
+
+
+@pytest.mark.parametrize("page", ["lora", "adapter", "low_rank_adapter"])
+def test_the_shard_example_of_a_method_compiles_on_8_ranks(page, tmp_path):
+    example = BLOCK.findall((ROOT / f"docs/methods/{page}.md").read_text(encoding="utf-8"))[-1]
+    assert "dense.shard(" in example
+    (tmp_path / "example.py").write_text(
+        "import mindspore as ms\nimport numpy as np\nfrom mindpet.delta import *\n\ndef build():\n"
+        + textwrap.indent(example, "    ")
+        + "    return dense, ms.Tensor(np.ones((16, 784), np.float32))\n"
+    )
+    report = dry_run(f"{tmp_path}/example.py:build", 8, train=False)
+    slots = set(re.findall(r"^    (strategy_\w+)=", example, re.MULTILINE)) - {"strategy_lora_dropout"}
+    assert {plan.slot for plan in report.operators} == slots and all(plan.is_set for plan in report.operators)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
