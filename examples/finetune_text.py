@@ -17,7 +17,8 @@ import numpy as np
 from mindspore import Tensor, nn
 from mindspore.communication import get_group_size, get_rank, init
 from mindspore.train import Callback, CheckpointConfig, Model
-from models.bert import METHODS, BertClassifier, BertConfig, load_weights, read_weights
+from models.bert import METHODS, BertClassifier, BertConfig, read_weights
+from models.weights import load_weights
 from text_data import read_docstrings, read_tsv, split
 from tqdm import tqdm
 

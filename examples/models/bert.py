@@ -369,26 +369,3 @@ def read_weights(folder):
             name = name.replace(old, new)
         weights[name[len("bert.") :] if name.startswith("bert.") else name] = value
     return weights
-
-
-def load_weights(model, weights):
-    """Load `read_weights` into a BertModel. What the deltas have added to the model keeps its values.
-
-    Args:
-        model (BertModel): the model.
-        weights (dict): its weights; heads of a pretraining task in it are not used.
-
-    Raises:
-        ValueError: a weight is missing or has another shape; all of them are listed.
-    """
-    params = {name: param for name, param in model.parameters_and_names() if "mindpet_delta" not in name}
-    problems = [f"missing: {name} {param.shape}" for name, param in params.items() if name not in weights]
-    problems += [
-        f"{name}: {param.shape} in the model, {weights[name].shape} in the file"
-        for name, param in params.items()
-        if name in weights and param.shape != weights[name].shape
-    ]
-    if problems:
-        raise ValueError("the weights do not fit the model:\n  " + "\n  ".join(problems))
-    for name, param in params.items():
-        param.set_data(Tensor(weights[name], param.dtype))

@@ -21,6 +21,7 @@ from mindspore.common.initializer import Normal, initializer
 from mindpet.delta import LoRADense
 from mindpet.layers import Dense
 from mindpet.parallel import shard_like
+from models.weights import load_weights
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 UNDERSTOOD = {"model_type": "llama", "hidden_act": "silu", "mlp_bias": False, "rope_scaling": None}
@@ -532,14 +533,4 @@ def load_folder(model, folder):
             raise ValueError(f"{file}: {error}") from error
     for old, new in RENAMED.items():
         weights = {name.replace(old, new): value for name, value in weights.items()}
-    params = {name: param for name, param in model.parameters_and_names() if "mindpet_delta" not in name}
-    problems = [f"missing: {name} {param.shape}" for name, param in params.items() if name not in weights]
-    problems += [
-        f"{name}: {param.shape} in the model, {weights[name].shape} in the file"
-        for name, param in params.items()
-        if name in weights and param.shape != weights[name].shape
-    ]
-    if problems:
-        raise ValueError("the weights do not fit the model:\n  " + "\n  ".join(problems))
-    for name, param in params.items():
-        param.set_data(Tensor(weights[name].asnumpy(), param.dtype))
+    load_weights(model, {name: value.asnumpy() for name, value in weights.items()})

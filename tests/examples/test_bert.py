@@ -7,7 +7,8 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor
-from models.bert import METHODS, BertClassifier, BertConfig, BertModel, load_weights, read_weights
+from models.bert import METHODS, BertClassifier, BertConfig, BertModel, read_weights
+from models.weights import load_weights
 from safetensors.numpy import load_file, save_file
 
 from mindpet.graph import freeze_delta, summary

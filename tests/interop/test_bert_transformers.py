@@ -4,7 +4,8 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor
-from models.bert import BertClassifier, BertConfig, BertModel, load_weights, read_weights
+from models.bert import BertClassifier, BertConfig, BertModel, read_weights
+from models.weights import load_weights
 
 pytestmark = pytest.mark.interop
 
