@@ -9,7 +9,7 @@ import warnings
 
 import mindspore as ms
 from mindspore import nn
-from mindspore.communication import get_rank
+from mindspore.communication import GlobalComm, get_rank
 from mindspore.train import CheckpointConfig, ModelCheckpoint
 from mindspore.train.callback._checkpoint import CheckpointManager
 
@@ -85,7 +85,7 @@ class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
                 f"TrainableParamsCheckPoint: it was made in the parallel mode {self._parallel_mode!r}, but this is "
                 f"{parallel_mode!r}; make it after the parallel context is set."
             )
-        self._saves = parallel_mode != ms.ParallelMode.DATA_PARALLEL or get_rank() == 0
+        self._saves = parallel_mode != ms.ParallelMode.DATA_PARALLEL or _rank() == 0
         if not trainable_parameters(self._network(run_context.original_args())):
             raise CheckpointError(
                 "TrainableParamsCheckPoint: no parameter of the network is trainable, so there would "
@@ -242,9 +242,13 @@ def _wait_for_writing():
         writer.join()
 
 
+def _rank():
+    return get_rank() if GlobalComm.INITED else ms.get_auto_parallel_context("global_rank")
+
+
 def _rank_directory(directory):
     """The folder of this rank; MindSpore is told where to write the strategy file when it compiles."""
-    rank = get_rank()
+    rank = _rank()
     if not ms.get_auto_parallel_context("strategy_ckpt_save_file"):
         file = os.path.join(directory, STRATEGY_FOLDER, f"rank_{rank}.ckpt")
         ms.set_auto_parallel_context(strategy_ckpt_config={"save_file": file})

@@ -21,6 +21,7 @@ from mindspore.parallel import _utils as parallel_utils
 from mindpet.errors import BuildError, DryRunError, MindPetError, ShardError
 from mindpet.parallel.graph_dump import BYTES, count_runs, read_header, read_nodes
 from mindpet.parallel.report import CollectivePlan, OperatorPlan, ParameterPlan, Report
+from mindpet.utils.sharding import slot_table
 
 COLLECTIVES = (
     "AllGather", "AllReduce", "AlltoAll", "AlltoAllV", "Broadcast", "NeighborExchangeV2", "Receive", "ReduceScatter",
@@ -164,7 +165,7 @@ class _Names:
         self.slots = {}  # id of a primitive -> (path of the Cell, slot of its shard())
         self.primitives = {}  # (path of a Cell, attribute) -> primitive
         for path, cell in step.cells_and_names():
-            for slot, (operator, _) in getattr(cell, "operators", {}).items():
+            for slot, (operator, _) in slot_table(cell).items():
                 for primitive in _primitives(operator):
                     self.slots.setdefault(id(primitive), (path, slot))
             for attribute, primitive in cell._primitives.items():
@@ -289,7 +290,7 @@ def _front_end_error(error, log, dump, names):
     """What the parallel front end refused, or what else went wrong while compiling."""
     reasons = _REASON.findall(log)
     failed = _FAILED.search(str(error))
-    if not failed:
+    if not failed or not reasons:
         text = "\n".join([str(error).strip(), *reasons])
         if reasons or "frontend/parallel" in text:
             return ShardError(f"dry_run: the parallel front end refuses the network: {text}", reason=text)

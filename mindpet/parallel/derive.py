@@ -1,8 +1,6 @@
 """The strategies of a delta, derived from that of the layer it belongs to."""
 
-from mindspore import nn
-
-from mindpet.utils.sharding import check_strategy
+from mindpet.utils.sharding import check_strategy, slot_table
 from mindpet.utils.validate import Checker
 
 
@@ -36,7 +34,7 @@ def shard_like(cell, in_strategy=None):
             inputs' axis; it is None and none is set; an activation cannot be sharded.
     """
     check = Checker("shard_like")
-    check.require(isinstance(cell, nn.Cell) and hasattr(cell, "operators"), TypeError, "cell", cell, "a delta Cell")
+    check.require(slot_table(cell), TypeError, "cell", cell, "a delta Cell that has slots")
     check.done()
     if in_strategy is None:
         in_strategy = getattr(getattr(cell, "matmul", None), "in_strategy", None)
@@ -51,7 +49,7 @@ def shard_like(cell, in_strategy=None):
     return cell.shard(
         **{
             slot: tuple(tuple(counts.get(axis, 1) for axis in names) for names in axes.split(","))
-            for slot, (operator, axes) in cell.operators.items()
+            for slot, (operator, axes) in slot_table(cell).items()
             if operator is not None
         }
     )

@@ -149,9 +149,9 @@ def _main_path():
 
 
 def _environment(device_num, rank):
-    """The target, and the environment that the child must be started with."""
+    """The target, and the environment that the child must be started with, without MindSpore's settings of this one."""
     environment = {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if not name.startswith(("MS_", "GLOG_", "RANK_"))},
         IN_CHILD: "1",
         "RANK_SIZE": str(device_num),
         "RANK_ID": str(rank),

@@ -84,7 +84,8 @@ def stub_folder():
     It lies in `$XDG_CACHE_HOME/mindpet`, by default `~/.cache/mindpet`.
 
     Raises:
-        DryRunError: not Linux on x86-64, a wheel without the GPU plugin, no `gcc` or `nm`, or they fail.
+        DryRunError: not Linux on x86-64, a wheel without the GPU plugin, no `gcc` or `nm`, or they fail; the folder
+            cannot be written.
     """
     plugin = _find_plugin()
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "mindpet"
@@ -94,14 +95,17 @@ def stub_folder():
         missing = [tool for tool in ("gcc", "nm") if shutil.which(tool) is None]
         if missing:
             raise DryRunError(f"dry_run: the stub libraries are built with gcc and nm; not found: {missing}.")
-        cache.mkdir(parents=True, exist_ok=True)
-        building = pathlib.Path(tempfile.mkdtemp(dir=cache))
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            building = pathlib.Path(tempfile.mkdtemp(dir=cache))
+        except OSError as error:
+            raise DryRunError(f"dry_run: cannot write to {cache}; set XDG_CACHE_HOME: {error}") from error
         try:
             _build(plugin, building)
             building.rename(folder)
-        except OSError:  # another process was faster, and its folder is as good
-            if not folder.exists():
-                raise
+        except OSError as error:
+            if not folder.exists():  # else another process was faster, and its folder is as good
+                raise DryRunError(f"dry_run: cannot build the stub libraries in {cache}: {error}") from error
         except subprocess.CalledProcessError as error:
             raise DryRunError(f"dry_run: {error.cmd[0]} failed for a stub library:\n{error.stderr}") from error
         finally:

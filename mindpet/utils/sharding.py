@@ -52,6 +52,11 @@ def apply_strategies(cell, strategies):
     return cell
 
 
+def slot_table(cell):
+    """The table `operators` of a Cell of this package; empty for any other object."""
+    return cell.operators if isinstance(getattr(type(cell), "operators", None), property) else {}
+
+
 def check_strategy(check, slot, strategy, axes):
     """Whether a strategy is a tuple of tuples of positive ints that fits the axes.
 

@@ -86,7 +86,7 @@ def test_a_bad_strategy_sets_nothing(in_strategy, error, match):
 
 def test_only_delta_cells():
     for cell in (nn.Dense(4, 4), "lora", None):
-        with pytest.raises(TypeError, match="'cell' must be a delta Cell"):
+        with pytest.raises(TypeError, match="'cell' must be a delta Cell that has slots"):
             shard_like(cell, strategy())
 
 

@@ -122,6 +122,29 @@ def test_the_default_optimizer_is_adam_and_others_are_taken():
     assert {plan.name.split(".")[0] for plan in sgd.parameters if plan.role == "optimizer"} >= {"accum", "stat"}
 
 
+class Listed(nn.Cell):
+    """A user's Cell with an attribute of the same name as the slot table."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators = nn.CellList([nn.Dense(4, 4)])
+
+    def construct(self, x):
+        return self.operators[0](x)
+
+
+def listed():
+    return Listed(), Tensor(np.ones((8, 4), np.float32))
+
+
+def test_settings_of_this_process_do_not_reach_the_child(monkeypatch):
+    monkeypatch.setenv("MS_ROLE", "MS_WORKER")
+    monkeypatch.setenv("MS_COMPILER_CACHE_ENABLE", "1")
+    monkeypatch.setenv("GLOG_v", "4")
+    report = dry_run(listed, 8, train=False)
+    assert [plan.cell for plan in report.operators] == ["operators.0", "operators.0"]
+
+
 def test_settings_reach_the_parallel_context():
     report = dry_run(
         functools.partial(build, "lora", {"n": 8}),
@@ -143,6 +166,13 @@ def test_no_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(DryRunError, match=r"built with gcc and nm; not found: \['gcc', 'nm'\]"):
+        dry_run(GOOD, 8)
+
+
+def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(DryRunError, match="cannot write to .*file/mindpet; set XDG_CACHE_HOME"):
         dry_run(GOOD, 8)
 
 
