@@ -143,18 +143,24 @@ class Report:
         return {plan.name: plan for plan in self.parameters}[name]
 
     def to_json(self):
-        """The report as a JSON text, with the totals."""
+        """The report as a JSON text, with the totals; a group of ranks at equal distances is 'start:stop:step'."""
         totals = {
             name: getattr(self, name)
             for name in ("weight_bytes", "gradient_bytes", "optimizer_bytes", "communication_bytes")
         }
-        return json.dumps({**asdict(self), "totals": totals}, indent=1)
+        content = asdict(self)
+        for plan in content["collectives"]:
+            plan["ranks"] = _short(plan["ranks"])
+        return json.dumps({**content, "totals": totals}, indent=1)
 
     @classmethod
     def from_json(cls, text):
         """The report that `to_json` wrote."""
         content = json.loads(text)
         content.pop("totals")
+        for plan in content["collectives"]:
+            if isinstance(plan["ranks"], str):
+                plan["ranks"] = list(range(*map(int, plan["ranks"].split(":"))))
         for name, kind in (
             ("parameters", ParameterPlan),
             ("operators", OperatorPlan),
@@ -197,6 +203,13 @@ class Report:
             f"optimizer {self.optimizer_bytes:,}, communicated in a step {self.communication_bytes:,}",
         ]
         return "\n\n".join(part for part in parts if part)
+
+
+def _short(ranks):
+    """A range as 'start:stop:step'; thousands of ranks have groups of thousands."""
+    step = ranks[1] - ranks[0] if len(ranks) > 1 else 1
+    whole = range(ranks[0], ranks[-1] + 1, step) if ranks and step > 0 else ()
+    return f"{whole.start}:{whole.stop}:{whole.step}" if ranks and tuple(whole) == ranks else ranks
 
 
 def _tuples(value):

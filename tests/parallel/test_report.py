@@ -63,6 +63,17 @@ def test_json_round_trip_and_totals():
     assert (report.weight_bytes, report.gradient_bytes) == (4 * (2048 + 32 + 256 + 128), 4 * (256 + 128))
 
 
+@pytest.mark.parametrize(
+    "ranks, text",
+    [((0, 1), "0:2:1"), (tuple(range(3, 8192, 8)), "3:8188:8"), ((5,), "5:6:1"), ((0, 1, 4), [0, 1, 4]), ((), [])],
+)
+def test_groups_of_ranks_in_json(ranks, text):
+    collective = CollectivePlan("AllReduce", "forward", "", "", ranks, "Float32", (), 4, 1)
+    report = Report(2, 0, True, "2.10.0", "GPU", [], [], [collective])
+    assert json.loads(report.to_json())["collectives"][0]["ranks"] == text
+    assert Report.from_json(report.to_json()) == report
+
+
 def test_an_unknown_parameter():
     assert REPORT.parameter("delta").role == "trainable"
     with pytest.raises(KeyError):
