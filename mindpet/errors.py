@@ -33,6 +33,10 @@ class CheckpointError(MindPetError, ValueError):
     """A checkpoint cannot be read, or does not fit the network."""
 
 
+class ConfigError(MindPetError, ValueError):
+    """The configuration of an adapter cannot be read, or asks for what is not supported."""
+
+
 class NotLearningError(MindPetError, RuntimeError):
     """A parameter that should train has not moved, or one that should be frozen has."""
 

@@ -17,6 +17,7 @@ ORDER = [
     "errors",
     "utils.exceptions",
     "utils.validate",
+    "utils.files",
     "layers.activation",
     "layers.linear",
     "layers",
@@ -37,6 +38,8 @@ ORDER = [
     "parallel.stubs",
     "parallel.FILE",
     "parallel",
+    "peft.config",
+    "peft",
     "cli",
 ]
 METHOD_FILES = {path.stem for path in (ROOT / "delta").glob("*.py")} - {"__init__", "_base", "registry"}

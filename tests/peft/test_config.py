@@ -1,0 +1,167 @@
+"""The configurations: fields, defaults, files that Hugging Face PEFT wrote, and what is refused."""
+
+import json
+
+import pytest
+
+from mindpet.errors import ConfigError
+from mindpet.peft import (
+    AdapterConfig,
+    BitFitConfig,
+    LoraConfig,
+    LowRankAdapterConfig,
+    PeftConfig,
+    PeftType,
+    PrefixTuningConfig,
+    Ptuning2Config,
+    TaskType,
+    get_peft_config,
+)
+
+# What Hugging Face PEFT 0.21 writes for LoRA on a BERT, and for prefix tuning.
+HF_LORA = """{"alora_invocation_tokens": null, "alpha_pattern": {}, "arrow_config": null, "auto_mapping": null,
+"base_model_name_or_path": null, "bias": "none", "corda_config": null, "ensure_weight_tying": false, "eva_config": null,
+"exclude_modules": null, "fan_in_fan_out": false, "inference_mode": true, "init_lora_weights": true,
+"kasa_config": null, "layer_replication": null, "layers_pattern": null, "layers_to_transform": null, "loftq_config": {},
+"lora_alpha": 8, "lora_bias": false, "lora_dropout": 0.0, "lora_ga_config": null, "megatron_config": null,
+"megatron_core": "megatron.core", "modules_to_save": ["classifier", "score"], "monteclora_config": null,
+"peft_type": "LORA", "peft_version": "0.21.2", "qalora_group_size": 16, "r": 4, "rank_pattern": {}, "revision": null,
+"target_modules": ["value", "query"], "target_parameters": null, "task_type": "SEQ_CLS",
+"trainable_token_indices": null, "use_bdlora": null, "use_dora": false, "use_qalora": false, "use_rslora": false,
+"velora_config": null}"""
+HF_PREFIX = """{"auto_mapping": null, "base_model_name_or_path": "bert", "encoder_hidden_size": 32,
+"inference_mode": true, "init_weights": null, "modules_to_save": ["classifier"], "num_attention_heads": 4,
+"num_layers": 2, "num_transformer_submodules": 1, "num_virtual_tokens": 5, "peft_type": "PREFIX_TUNING",
+"peft_version": "0.21.2", "prefix_projection": false, "revision": null, "task_type": "SEQ_CLS", "token_dim": 32}"""
+EVERY = [
+    LoraConfig(r=4, lora_alpha=16, target_modules={"v", "q"}, rank_pattern={"q": 2}, task_type="CAUSAL_LM"),
+    PrefixTuningConfig(num_virtual_tokens=5, prefix_projection=True),
+    AdapterConfig(target_modules="all-linear", exclude_modules=["head"], bottleneck_size=8),
+    LowRankAdapterConfig(target_modules=["dense"], layers_to_transform=[0, 1], layers_pattern="layer"),
+    Ptuning2Config(num_virtual_tokens=5, dropout_prob=0.1),
+    BitFitConfig(modules_to_save=["classifier"]),
+]
+
+
+def test_defaults_of_lora_are_those_of_hugging_face():
+    config = LoraConfig()
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.bias) == (8, 8, 0.0, "none")
+    assert config.init_lora_weights is True and config.rank_pattern == {} and config.target_modules is None
+    assert not any((config.fan_in_fan_out, config.use_rslora, config.use_dora, config.lora_bias, config.inference_mode))
+    assert config.peft_type == PeftType.LORA == "LORA" and not config.is_prompt_learning
+    assert PrefixTuningConfig().is_prompt_learning
+
+
+@pytest.mark.parametrize("text, cls", [(HF_LORA, LoraConfig), (HF_PREFIX, PrefixTuningConfig)])
+def test_a_file_of_hugging_face_is_kept_whole(text, cls, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(text)
+    config = PeftConfig.from_pretrained(tmp_path)
+    assert type(config) is cls and config.task_type is TaskType.SEQ_CLS
+    config.check_supported()
+    config.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again/adapter_config.json").read_text()) == json.loads(text)
+    assert [path.name for path in (tmp_path / "again").iterdir()] == ["adapter_config.json"]
+
+
+@pytest.mark.parametrize("config", EVERY, ids=lambda config: config.peft_type.value)
+def test_round_trip(config, tmp_path):
+    config.save_pretrained(tmp_path)
+    text = (tmp_path / "adapter_config.json").read_text()
+    content = json.loads(text)
+    assert text == json.dumps(content, indent=2, sort_keys=True) and content["peft_type"] == config.peft_type.value
+    again = PeftConfig.from_pretrained(tmp_path)
+    assert type(again) is type(config) and again.to_dict() == config.to_dict()
+    assert type(config).from_pretrained(tmp_path / "adapter_config.json", inference_mode=True).inference_mode
+    assert {config.peft_type for config in EVERY} == set(PeftType)
+
+
+@pytest.mark.parametrize(
+    "change, error, match",
+    [
+        ({"r": 0}, ValueError, "'r' must be a positive int"),
+        ({"r": True}, TypeError, "'r' must be a positive int"),
+        ({"lora_alpha": 0}, ValueError, "'lora_alpha' must be finite and not zero"),
+        ({"lora_dropout": 1.0}, ValueError, r"'lora_dropout' must be in \[0, 1\)"),
+        ({"bias": "some"}, ValueError, "'bias' must be one of"),
+        ({"use_dora": 1}, TypeError, "'use_dora' must be a bool"),
+        ({"init_lora_weights": "xavier"}, ValueError, "'init_lora_weights' must be a bool, 'gaussian'"),
+        ({"task_type": "CLS"}, ValueError, "'task_type' must be one of"),
+        ({"target_modules": 3}, TypeError, "'target_modules' must be a str, a list of str or None"),
+        ({"target_modules": ["q", 3]}, TypeError, "'target_modules' must be a str, a list of str or None"),
+        ({"target_modules": "("}, ValueError, "'target_modules' must be a regular expression"),
+        ({"modules_to_save": {"a": 1}}, TypeError, "'modules_to_save' must be"),
+        ({"layers_to_transform": [-1]}, TypeError, "'layers_to_transform' must be"),
+        ({"layers_to_transform": "0"}, TypeError, "'layers_to_transform' must be"),
+        ({"layers_pattern": "layer"}, ValueError, "'layers_pattern' must be given with layers_to_transform"),
+        ({"rank_pattern": {"q": 0}}, ValueError, r"'rank_pattern\['q'\]' must be a positive int"),
+        ({"alpha_pattern": {"(": 1}}, ValueError, "'alpha_pattern' must be keyed by regular expressions"),
+        ({"rank_pattern": ["q"]}, TypeError, "'rank_pattern' must be a dict"),
+    ],
+)
+def test_wrong_fields(change, error, match):
+    with pytest.raises(error, match="LoraConfig: " + match):
+        LoraConfig(**change)
+
+
+def test_all_wrong_fields_are_in_one_error():
+    with pytest.raises(ValueError, match="(?s)'r' must.*'bias' must.*'rank_pattern"):
+        LoraConfig(r=0, bias="x", rank_pattern={"q": -1})
+
+
+@pytest.mark.parametrize(
+    "cls, field, value",
+    [
+        (PrefixTuningConfig, "num_virtual_tokens", 0),
+        (PrefixTuningConfig, "encoder_hidden_size", 0),
+        (Ptuning2Config, "dropout_prob", 1.5),
+        (AdapterConfig, "bottleneck_size", 0),
+        (AdapterConfig, "non_linearity", "gulu"),
+        (LowRankAdapterConfig, "reduction_factor", 0),
+    ],
+)
+def test_wrong_fields_of_the_other_methods(cls, field, value):
+    with pytest.raises(ValueError, match=f"{cls.__name__}: '{field}' must be"):
+        cls(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("layer_replication", [[0, 4]]), ("target_parameters", ["w"]), ("use_qalora", True), ("arrow_config", {"a": 1})],
+)
+def test_what_would_change_the_result_is_refused(field, value):
+    config = get_peft_config({**json.loads(HF_LORA), field: value})
+    with pytest.raises(ConfigError, match=f"LoraConfig: not supported: .*{field}"):
+        config.check_supported()
+
+
+def test_initial_values_of_a_loaded_adapter_do_not_matter():
+    content = {**json.loads(HF_LORA), "init_lora_weights": "eva"}
+    assert get_peft_config(content).init_lora_weights == "eva"
+    with pytest.raises(ValueError, match="'init_lora_weights'"):
+        get_peft_config({**content, "inference_mode": False})
+
+
+@pytest.mark.parametrize(
+    "text, match",
+    [
+        ("{", "not JSON"),
+        ("[1]", "must hold an object"),
+        ("{}", "'peft_type' must be one of .* but got None"),
+        ('{"peft_type": "MAGIC"}', "'peft_type' must be one of .* but got 'MAGIC'"),
+        ('{"peft_type": "BITFIT"}', "is a BitFitConfig, but a LoraConfig is asked for"),
+    ],
+)
+def test_files_that_are_no_configuration(text, match, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ConfigError, match=match):
+        LoraConfig.from_pretrained(tmp_path)
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        PeftConfig.from_pretrained(tmp_path)
+
+
+def test_a_configuration_without_a_method_is_not_saved(tmp_path):
+    with pytest.raises(ConfigError, match="PeftConfig: no method to save"):
+        PeftConfig().save_pretrained(tmp_path)
