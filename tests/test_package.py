@@ -39,6 +39,7 @@ ORDER = [
     "parallel.FILE",
     "parallel",
     "peft.config",
+    "peft.match",
     "peft",
     "cli",
 ]

@@ -1,0 +1,199 @@
+"""Which layers of a network a configuration means. Everything is matched, and checked, before anything is changed."""
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from mindspore import nn
+
+from mindpet.delta.registry import METHODS
+from mindpet.errors import ConfigError, NoMatchError
+from mindpet.utils.validate import is_int
+
+ALL_LINEAR = "all-linear"
+# Names of output layers, which 'all-linear' leaves out.
+HEADS = ("classifier", "score", "lm_head", "qa_outputs", "output_layer", "head")
+# For networks without `target_modules` in the configuration: the first that is in the network as a whole.
+DEFAULT_TARGETS = (("q_proj", "v_proj"), ("query", "value"), ("query_key_value",), ("c_attn",), ("q", "v"))
+
+
+@dataclass
+class Layer:
+    """A Cell of a network, wherever it stands.
+
+    Attributes:
+        cell (Cell): the layer.
+        paths (list of str): dotted paths from the network; several if the Cell is shared.
+        places (list of tuple): (parent Cell, key), one for each path.
+    """
+
+    cell: nn.Cell
+    paths: list
+    places: list
+
+    @property
+    def path(self):
+        """The first path."""
+        return self.paths[0]
+
+
+def list_layers(network):
+    """Every Cell below a network, in its order; a shared Cell is one entry with all of its paths.
+
+    Args:
+        network (Cell): the network.
+
+    Returns:
+        list of Layer.
+    """
+    layers = {}
+
+    def walk(parent, prefix, above):
+        for key, cell in parent._cells.items():
+            if cell is None or id(cell) in above:  # a Cell that holds itself
+                continue
+            layer = layers.setdefault(id(cell), Layer(cell, [], []))
+            layer.paths.append(f"{prefix}{key}")
+            layer.places.append((parent, key))
+            walk(cell, f"{prefix}{key}.", above | {id(cell)})
+
+    walk(network, "", {id(network)})
+    return list(layers.values())
+
+
+def find_targets(network, config, supported):
+    """The layers that a configuration means.
+
+    A list matches a path or its end after a dot, a str is a regular expression for the whole path, 'all-linear' is
+    every layer of a supported type but output layers.
+
+    Args:
+        network (Cell): the base network.
+        config (TargetConfig): says which layers.
+        supported (callable): whether a Cell can carry the method.
+
+    Returns:
+        list of Layer, in the network's order.
+
+    Raises:
+        NoMatchError: an entry matches no layer; the nearest names are in the message.
+        ConfigError: a matched layer is not supported, carries a delta already, or is shared by places of which only
+            some match; no layers are given, and none are known.
+    """
+    layers = list_layers(network)
+    problems = []
+    targets = config.target_modules
+    if targets is None:
+        targets = _default_targets(layers)
+    wanted = _matcher("target_modules", targets, layers, supported, problems)
+    excluded = _matcher("exclude_modules", config.exclude_modules, layers, supported, problems)
+    numbered = _layer_numbers(config, layers, problems)
+    found = []
+    for layer in layers:
+        hits = [wanted(layer, path) and not excluded(layer, path) and numbered(path) for path in layer.paths]
+        if any(hits) and not all(hits):
+            named = [path for path, hit in zip(layer.paths, hits) if hit]
+            problems.append(f"{named} is the same layer as {sorted(set(layer.paths) - set(named))}: match all or none")
+        elif any(hits):
+            found.append(layer)
+    if problems:
+        raise NoMatchError(f"{type(config).__name__}: " + "; ".join(problems) + ".")
+    _check_supported(config, found, supported)
+    return found
+
+
+def pattern_value(patterns, path, default):
+    """The value for a path in `rank_pattern` or `alpha_pattern`: of the first key that is the path or its end.
+
+    A key is a regular expression.
+    """
+    for pattern, value in patterns.items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", path):
+            return value
+    return default
+
+
+def check_patterns(config, layers):
+    """Refuse keys of `rank_pattern` and `alpha_pattern` that fit none of the layers.
+
+    Raises:
+        NoMatchError: a key fits no layer; the nearest names are in the message.
+    """
+    problems = [
+        _no_match(name, pattern, layers)
+        for name in ("rank_pattern", "alpha_pattern")
+        for pattern in getattr(config, name, {})
+        if not any(pattern_value({pattern: True}, path, False) for layer in layers for path in layer.paths)
+    ]
+    if problems:
+        raise NoMatchError(f"{type(config).__name__}: " + "; ".join(problems) + ".")
+
+
+def _default_targets(layers):
+    ends = {path.rsplit(".", 1)[-1] for layer in layers for path in layer.paths}
+    for names in DEFAULT_TARGETS:
+        if ends.issuperset(names):
+            return list(names)
+    raise ConfigError("'target_modules' must be given: the network has none of the layers that are known.")
+
+
+def _matcher(name, entries, layers, supported, problems):
+    """A function (layer, path) -> bool; entries without a match are noted."""
+    if entries is None:
+        return lambda layer, path: False
+    if entries == ALL_LINEAR:
+        return lambda layer, path: supported(layer.cell) and path.rsplit(".", 1)[-1] not in HEADS
+    if isinstance(entries, str):
+        if not any(re.fullmatch(entries, path) for layer in layers for path in layer.paths):
+            problems.append(_no_match(name, entries, layers))
+        return lambda layer, path: re.fullmatch(entries, path) is not None
+    entries = sorted(entries)
+    for entry in entries:
+        if not any(_ends_with(path, entry) for layer in layers for path in layer.paths):
+            problems.append(_no_match(name, entry, layers))
+    return lambda layer, path: any(_ends_with(path, entry) for entry in entries)
+
+
+def _ends_with(path, entry):
+    return path == entry or path.endswith(f".{entry}")
+
+
+def _layer_numbers(config, layers, problems):
+    """A function path -> bool: whether the number of the layer is one of `layers_to_transform`."""
+    if config.layers_to_transform is None:
+        return lambda path: True
+    wanted = [config.layers_to_transform] if is_int(config.layers_to_transform) else list(config.layers_to_transform)
+    names = config.layers_pattern or []
+    names = [names] if isinstance(names, str) else list(names)
+    # The number after the name of the list of layers; without a name, the first number in the path.
+    pattern = rf"(?:.*\.)?(?:{'|'.join(names)})\.(\d+)\." if names else r"(?:[^.]+\.)*?(\d+)\."
+    found = {path: re.match(pattern, path + ".") for layer in layers for path in layer.paths}
+    numbers = {int(match.group(1)) for match in found.values() if match}
+    missing = [number for number in wanted if number not in numbers]
+    if missing:
+        known = f"those of {names}" if names else "the numbers"
+        problems.append(f"'layers_to_transform': no layer {missing}; {known} are {sorted(numbers)}")
+    return lambda path: found[path] is not None and int(found[path].group(1)) in wanted
+
+
+def _no_match(name, entry, layers):
+    """What to say of an entry that fits nothing."""
+    names = {part for layer in layers for path in layer.paths for part in (path, path.rsplit(".", 1)[-1])}
+    near = difflib.get_close_matches(entry, sorted(names), n=3)
+    hint = f"; near: {near}" if near else ""
+    return f"'{name}': no layer matches {entry!r}{hint}"
+
+
+def _check_supported(config, found, supported):
+    """Refuse layers that cannot carry the method, or carry a delta already."""
+    deltas = tuple(cell for method in METHODS.values() for cell in method.cells)
+    wrapped = [layer.path for layer in found if isinstance(layer.cell, deltas)]
+    other = [
+        f"{layer.path} ({type(layer.cell).__name__})"
+        for layer in found
+        if not supported(layer.cell) and layer.path not in wrapped
+    ]
+    problems = [f"carry a delta already: {wrapped}"] if wrapped else []
+    problems += [f"of a type that cannot carry it: {other}"] if other else []
+    if problems:
+        raise ConfigError(f"{type(config).__name__}: matched layers " + "; ".join(problems) + ".")
