@@ -44,7 +44,7 @@ def apply_strategies(cell, strategies):
         if _is_log_softmax(operator) and (strategy is not None or parallel):
             rule = "for another activation, since LogSoftmax cannot be sharded"
             check.require(False, ValueError, slot, strategy, rule)
-        elif strategy is not None and check_strategy(check, slot, strategy, axes):
+        elif strategy is not None and check_strategy(check, slot, strategy, _with_weight(operator, axes, strategy)):
             plan.extend(_plan(check, slot, strategy, operator, axes))
     check.done()
     for primitive, strategy in plan:
@@ -95,6 +95,12 @@ def _is_log_softmax(operator):
     return isinstance(operator, (nn.LogSoftmax, ops.LogSoftmax))
 
 
+def _with_weight(operator, axes, strategy):
+    """The axes of an activation, with that of its weight where a PReLU's strategy tells it."""
+    pair = isinstance(strategy, tuple) and len(strategy) == 2 and strategy[0] != strategy[1]
+    return f"{axes},w" if pair and isinstance(operator, nn.PReLU) else axes
+
+
 def _plan(check, slot, strategy, operator, axes):
     """(primitive, strategy) for each primitive behind a slot."""
     if operator is None:
@@ -105,5 +111,11 @@ def _plan(check, slot, strategy, operator, axes):
     operators = activation_operators(operator)
     rule = f"for an activation given as a str, since the operators of {type(operator).__name__} cannot be reached"
     check.require(operators, ValueError, slot, strategy, rule)
-    kinds = {"x": strategy[0], "s": (), "w": (1,)}
+    weight = strategy[-1] if len(strategy[-1]) == 1 else (strategy[0][-1] if _has_many_weights(operator) else 1,)
+    kinds = {"x": strategy[0], "s": (), "w": weight}
     return [(primitive, tuple(kinds[kind] for kind in operands)) for primitive, operands in operators]
+
+
+def _has_many_weights(operator):
+    """Whether it is a PReLU with a weight for each feature."""
+    return isinstance(operator, nn.PReLU) and operator.w.shape[0] > 1

@@ -49,6 +49,26 @@ def test_an_activation_may_be_a_primitive_a_cell_or_a_name(activation):
     assert primitive.in_strategy == ((2, 4),)
 
 
+@pytest.mark.parametrize(
+    "channel, strategy, expected",
+    [
+        (1, ((2, 4),), ((2, 4), (1,))),
+        (8, ((2, 4),), ((2, 4), (4,))),
+        (8, ((2, 4), (2, 4)), ((2, 4), (4,))),
+        (8, ((2, 4), (4,)), ((2, 4), (4,))),
+    ],
+)
+def test_the_weight_of_a_prelu_is_cut_with_the_features(channel, strategy, expected):
+    cell = lora(activation=nn.PReLU(channel=channel)).shard(strategy_activation=strategy)
+    assert cell.activation.prelu.in_strategy == expected
+
+
+@pytest.mark.parametrize("weight, error", [([4], TypeError), ((4, 1), ValueError), ((0,), ValueError)])
+def test_a_bad_strategy_of_the_weight_of_a_prelu(weight, error):
+    with pytest.raises(error, match="'strategy_activation' must be"):
+        lora(activation="prelu").shard(strategy_activation=((2, 4), weight))
+
+
 def test_an_activation_cell_without_primitives():
     with pytest.raises(
         ValueError, match="must be for an activation given as a str, since the operators of GELU cannot be reached"
