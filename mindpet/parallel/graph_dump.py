@@ -19,6 +19,8 @@ BYTES = {
     "Int64": 8,
     "UInt64": 8,
     "Float64": 8,
+    "Complex64": 8,
+    "Complex128": 16,
 }
 _NODE = re.compile(r"  %(\d+)\(.*?\) = (?:PrimFunc_)?([^\s(\[]+)(.*)")
 _INSTANCE = re.compile(r"\{instance name: ([^}]*)\}")

@@ -16,6 +16,14 @@ from mindpet.layers.activation import activation_operators
 from mindpet.utils.validate import Checker, is_int
 
 PARALLEL_MODES = (ms.ParallelMode.SEMI_AUTO_PARALLEL, ms.ParallelMode.AUTO_PARALLEL)
+# Attribute of a Cell -> the strategy with which every rank computes it as a whole.
+WHOLE = {
+    "gather": ((1, 1), (1,)),
+    "matmul": ((1, 1), (1, 1)),
+    "bias_add": ((1, 1), (1,)),
+    "tanh": ((1, 1),),
+    "dropout": ((1, 1),),
+}
 
 
 def apply_strategies(cell, strategies):
@@ -74,15 +82,6 @@ def check_strategy(check, slot, strategy, axes):
     return fits and check.require(positive, ValueError, slot, strategy, "of counts of at least 1")
 
 
-WHOLE = {
-    "gather": ((1, 1), (1,)),
-    "matmul": ((1, 1), (1, 1)),
-    "bias_add": ((1, 1), (1,)),
-    "tanh": ((1, 1),),
-    "dropout": ((1, 1),),
-}
-
-
 def shard_whole(*cells):
     """Have every rank compute Cells on matrices as a whole: Embedding, Dense, Tanh, Dropout."""
     for cell in cells:
@@ -111,8 +110,8 @@ def _plan(check, slot, strategy, operator, axes):
     operators = activation_operators(operator)
     rule = f"for an activation given as a str, since the operators of {type(operator).__name__} cannot be reached"
     check.require(operators, ValueError, slot, strategy, rule)
-    weight = strategy[-1] if len(strategy[-1]) == 1 else (strategy[0][-1] if _has_many_weights(operator) else 1,)
-    kinds = {"x": strategy[0], "s": (), "w": weight}
+    features = strategy[0][-1] if _has_many_weights(operator) else 1
+    kinds = {"x": strategy[0], "s": (), "w": strategy[1] if len(strategy[-1]) == 1 else (features,)}
     return [(primitive, tuple(kinds[kind] for kind in operands)) for primitive, operands in operators]
 
 

@@ -1,6 +1,7 @@
 """Deltas that are cut over ranks: saved by the ranks, put together, cut for other ranks, loaded for evaluation."""
 
 import concurrent.futures
+import functools
 import os
 import pathlib
 import shutil
@@ -11,6 +12,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, nn
+from parallel import plan_llama
 from sharded_delta import DELTA, LAYOUT, case, make
 
 from mindpet.errors import CheckpointError
@@ -239,3 +241,19 @@ def test_a_callback_from_before_the_parallel_context(tmp_path):
             checkpoint.on_train_begin(None)
     finally:
         ms.reset_auto_parallel_context()
+
+
+def test_pipeline_stages(tmp_path, rng):
+    sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "lora_rank": 2}
+    cuts = {"num_attention_heads": 2, "data_parallel": 2, "model_parallel": 2, "pipeline_stages": 2}
+    build = functools.partial(plan_llama.build, seq_length=4, micro_batches=2, **sizes, **cuts)
+    shapes = {}
+    for rank in (0, 4):
+        strategy = {"save_file": str(tmp_path / f"strategy/rank_{rank}.ckpt")}
+        report = dry_run(build, 8, rank=rank, pipeline_stages=2, strategy_ckpt_config=strategy)
+        shapes.update({plan.name: plan.shape for plan in report.parameters if plan.role == "trainable"})
+    assert len(shapes) == 2 * 7 * 2
+    whole = {name: Tensor(rng.normal(size=shape).astype(np.float32)) for name, shape in shapes.items()}
+    files = slice_delta(whole, tmp_path / "strategy", tmp_path / "slices")
+    assert [len(read(file)) for file in files] == 8 * [14]  # each rank has its stage's
+    assert bits(gather_delta(tmp_path / "slices", tmp_path / "strategy")) == bits(whole)
