@@ -99,24 +99,27 @@ def case(*arguments, **keywords):
     return functools.partial(build, *arguments, **keywords)
 
 
-def cut(shape, axes, counts):
-    """The slice of rank 0 of a tensor, cut by NumPy."""
+def cut(shape, counts):
+    """The slice of rank 0 of a tensor, each axis cut by NumPy into so many parts."""
     part = np.empty(shape, bool)
-    for axis, name in enumerate(axes):
-        part = np.split(part, counts.get(name, 1), axis)[0]
+    for axis, count in enumerate(counts):
+        part = np.split(part, count, axis)[0]
     return part.shape
+
+
+def key_of(name, parameter):
+    """The key in PARAMETERS of a parameter in a report."""
+    (key,) = [
+        key for key in PARAMETERS[name] if parameter == f"cell.{key}" or (key not in BASE and parameter.endswith(key))
+    ]
+    return key
 
 
 def expected_slices(name, report, counts):
     """Parameter -> slice, of the weights in a report."""
     weights = [plan for plan in report.parameters if plan.role != "optimizer"]
-    axes = {
-        plan.name: axes
-        for plan in weights
-        for ending, axes in PARAMETERS[name].items()
-        if plan.name == f"cell.{ending}" or (ending not in BASE and plan.name.endswith(ending))
-    }
-    return {plan.name: cut(plan.shape, axes[plan.name], counts) for plan in weights}
+    axes = {plan.name: PARAMETERS[name][key_of(name, plan.name)] for plan in weights}
+    return {plan.name: cut(plan.shape, [counts.get(axis, 1) for axis in axes[plan.name]]) for plan in weights}
 
 
 def expected_collectives(name, report, counts, ranks, rows=1):

@@ -6,10 +6,9 @@ The names follow Hugging Face's BERT, so that a checkpoint of it loads by three 
 Source: Devlin et al. 2018, "BERT: Pre-training of Deep Bidirectional Transformers", arXiv:1810.04805.
 """
 
-import json
 import math
 import pathlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import mindspore as ms
 from mindspore import Tensor, nn, ops
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from mindpet.delta import AdapterDense, LoRADense, LowRankAdapterDense, PrefixEncoder, PrefixLayer
+from models.config import make_config, read_config
 
 METHODS = ("lora", "adapter", "low_rank_adapter", "prefixtuning", "ptuning2", "bitfit", "full", "head")
 RENAMED = (
@@ -79,16 +79,8 @@ class BertConfig:
             OSError: there is no readable `config.json`.
             ValueError: it is not JSON, or not the config of a BERT.
         """
-        path = pathlib.Path(folder) / "config.json"
-        try:
-            content = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: not a JSON object: {error}") from error
-        for key, value in UNDERSTOOD.items():
-            if content.get(key, value) != value:
-                raise ValueError(f"{path}: '{key}' must be {value!r}, but is {content[key]!r}")
-        known = {field.name for field in fields(cls)}
-        return cls(**{**{key: value for key, value in content.items() if key in known}, **overrides})
+        path, content = read_config(folder)
+        return make_config(cls, path, content, UNDERSTOOD, overrides)
 
 
 def query_or_value(config):

@@ -8,10 +8,9 @@ value heads: Ainslie et al. 2023, arXiv:2305.13245.
 """
 
 import functools
-import json
 import math
 import pathlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import mindspore as ms
 import numpy as np
@@ -21,6 +20,7 @@ from mindspore.common.initializer import Normal, initializer
 from mindpet.delta import LoRADense
 from mindpet.layers import Dense
 from mindpet.parallel import shard_like
+from models.config import make_config, read_config
 from models.weights import load_weights
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -98,20 +98,12 @@ class LlamaConfig:
             OSError: there is no readable `config.json`.
             ValueError: it is not JSON, or not the config of a LLaMA with plain rotary positions.
         """
-        path = pathlib.Path(folder) / "config.json"
-        try:
-            content = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: not a JSON object: {error}") from error
+        path, content = read_config(folder)
         rope = content.pop("rope_parameters", None) or {}  # newer files keep all about rotary positions here
         if rope.get("rope_type", "default") != "default":
             content["rope_scaling"] = rope
         content.update({key: value for key, value in rope.items() if key == "rope_theta"})
-        for key, value in UNDERSTOOD.items():
-            if content.get(key, value) != value:
-                raise ValueError(f"{path}: '{key}' must be {value!r}, but is {content[key]!r}")
-        known = {field.name for field in fields(cls)}
-        return cls(**{**{key: value for key, value in content.items() if key in known}, **overrides})
+        return make_config(cls, path, content, UNDERSTOOD, overrides)
 
 
 def shared(init):
@@ -144,11 +136,12 @@ def linear(config, name, in_channels, out_channels, has_bias=False):
 def shard_linear(layer, rows, inputs, outputs):
     """Cut a linear layer: its rows, and its input features or its output features."""
     strategy = ((rows, inputs), (outputs, inputs))
+    if isinstance(layer, LoRADense):
+        shard_like(layer, strategy)
+        return
     layer.matmul.shard(strategy)
     if layer.has_bias:
         layer.bias_add.shard(((rows, outputs), (outputs,)))
-    if isinstance(layer, LoRADense):
-        shard_like(layer, strategy)
 
 
 class RMSNorm(nn.Cell):

@@ -37,7 +37,7 @@ def gather_delta(folder, strategy=None, name=None):
     folder, strategy = _paths("gather_delta", folder, strategy)
     with tempfile.TemporaryDirectory(prefix="mindpet-gather-") as work:
         strategy = _one_strategy(strategy, work)
-        files = _rank_files(folder, _count_ranks(strategy), name)
+        files = _rank_files(folder, _count_ranks(_layouts(strategy)), name)
         for rank, file in enumerate(files):
             target = pathlib.Path(work, "slices", f"rank_{rank}", f"delta{file.suffix}")
             target.parent.mkdir(parents=True)
@@ -74,13 +74,14 @@ def slice_delta(delta, strategy, folder):
         raise FileNotFoundError(f"slice_delta: no strategy {strategy}.")
     with tempfile.TemporaryDirectory(prefix="mindpet-slice-") as work:
         strategy = _one_strategy(strategy, work)
-        _check_cuts(whole, strategy)
+        layouts = _layouts(strategy)
+        _check_cuts(whole, layouts, strategy)
         source = pathlib.Path(work, "whole", "rank_0")
         source.mkdir(parents=True)
         ms.save_checkpoint([{"name": key, "data": value} for key, value in whole.items()], f"{source}/delta.ckpt")
         _transform(f"{work}/whole", f"{work}/slices", None, strategy, "ckpt", [delta if isinstance(delta, str) else ""])
         files = []
-        for rank in range(_count_ranks(strategy)):
+        for rank in range(_count_ranks(layouts)):
             target = folder / f"rank_{rank}" / "delta.ckpt"
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(f"{work}/slices/rank_{rank}/delta{rank}.ckpt", target)
@@ -129,8 +130,7 @@ def _layouts(strategy):
     return layouts
 
 
-def _count_ranks(strategy):
-    layouts = _layouts(strategy)
+def _count_ranks(layouts):
     stages = {found.group(1) for found in (re.match(r"(\d+)-", name) for name in layouts) if found}
     return math.prod(next(iter(layouts.values())).dev_matrix[0].dim) * max(len(stages), 1)
 
@@ -182,9 +182,9 @@ def _read_whole(delta):
     return delta
 
 
-def _check_cuts(whole, strategy):
-    """Whether the strategy has every parameter, and cuts its shape into equal parts."""
-    layouts = {re.sub(r"^\d+-", "", name): layout for name, layout in _layouts(strategy).items()}
+def _check_cuts(whole, layouts, strategy):
+    """Whether the layouts of a strategy have every parameter, and cut its shape into equal parts."""
+    layouts = {re.sub(r"^\d+-", "", name): layout for name, layout in layouts.items()}
     problems = [f"{name}: not in the strategy" for name in whole if name not in layouts]
     for name, value in whole.items():
         if name in layouts:

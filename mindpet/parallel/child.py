@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import importlib.util
 import pathlib
 import pickle
 import re
@@ -19,6 +18,7 @@ from mindspore.parallel import _utils as parallel_utils
 
 from mindpet.errors import BuildError, DryRunError, MindPetError, ShardError
 from mindpet.parallel.graph_dump import count_runs, read_header, read_nodes
+from mindpet.parallel.launcher import import_file
 from mindpet.parallel.plans import Names, collective_plans, operator_plans, parameter_plans
 from mindpet.parallel.report import Report
 
@@ -32,8 +32,8 @@ def main(folder):
     folder = pathlib.Path(folder)
     with open(folder / "request", "rb") as file:
         request = pickle.load(file)
-    if request.main_path:
-        _import_main(request.main_path)
+    if request.main_path:  # what the script that called dry_run defines is found in '__main__'
+        import_file(request.main_path, "__mp_main__", "__main__")
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_device(request.target)
     init()
@@ -47,14 +47,6 @@ def main(folder):
                 result = error
             pickle.dump(result, results)
             results.flush()
-
-
-def _import_main(path):
-    """Run the script that called dry_run, so that what it defines is found in '__main__'."""
-    spec = importlib.util.spec_from_file_location("__mp_main__", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["__mp_main__"] = sys.modules["__main__"] = module
-    spec.loader.exec_module(module)
 
 
 def _die_with_parent():
@@ -109,7 +101,8 @@ def _build(pickled, train):
         raise
     except Exception as error:
         raise BuildError(f"dry_run: build() raised an error.\n{traceback.format_exc()}") from error
-    network, inputs, optimizer = (*made, None)[:3] if isinstance(made, tuple) and len(made) in (2, 3) else (made, (), 0)
+    parts = made if isinstance(made, tuple) and len(made) in (2, 3) else (None, None)
+    network, inputs, optimizer = (*parts, None)[:3]
     inputs = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
     if (
         not isinstance(network, nn.Cell)

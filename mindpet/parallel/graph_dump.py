@@ -24,7 +24,6 @@ BYTES = {
 }
 _NODE = re.compile(r"  %(\d+)\(.*?\) = (?:PrimFunc_)?([^\s(\[]+)(.*)")
 _INSTANCE = re.compile(r"\{instance name: ([^}]*)\}")
-_OPERANDS = re.compile(r"^\((.*?)\)(?: \{| primitive_attrs| cnode_|$)")
 _SCOPE = re.compile(r"# (?:Fullname with scope|Scope): \((.*)\)")
 _CALL = re.compile(r" = call @([^\s(]+)\(| = %\d+\[@@?([^\]]+)\]\(")
 _PARAMETER = re.compile(r"%para\d+_.*?: <Ref\[Tensor\[\w+\]\], \(([\d, ]*)\), ref_key=([^,>]+)")

@@ -101,6 +101,15 @@ def dry_run_many(builds, device_num, rank=0, train=True, timeout=600, **settings
         return _run_child(pathlib.Path(folder), request, environment, timeout)
 
 
+def import_file(path, *names):
+    """Run a file as a module, which is known by all of the names while it runs."""
+    spec = importlib.util.spec_from_file_location(names[0], path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.update(dict.fromkeys(names, module))
+    spec.loader.exec_module(module)
+    return module
+
+
 def load_function(reference):
     """The function behind 'FILE.py:name'.
 
@@ -110,10 +119,7 @@ def load_function(reference):
     file, _, name = reference.rpartition(":")
     path = pathlib.Path(file).resolve()
     sys.path.insert(0, str(path.parent))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
+    module = import_file(path, path.stem)
     if not callable(getattr(module, name, None)):
         raise BuildError(f"dry_run: {path} has no function {name!r}.")
     return getattr(module, name)

@@ -195,7 +195,7 @@ class Report:
                 ("phase", "collective", "cause", "ranks", "dtype"),
                 ("runs a step", "bytes a step"),
                 [
-                    ((c.phase, c.kind, c.cause, len(c.ranks), c.dtype), (c.count, c.bytes_per_step))
+                    ((c.phase, c.kind, c.cause, c.group_size, c.dtype), (c.count, c.bytes_per_step))
                     for c in self.collectives
                 ],
             ),

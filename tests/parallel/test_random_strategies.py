@@ -1,12 +1,11 @@
 """Random strategies: the front end's slices are NumPy's, and what cannot be is refused with the slot's name."""
 
 import functools
-import itertools
 import math
 
 import numpy as np
 import pytest
-from sharded import CELLS, DENSE, PARAMETERS, SIZES, build_with
+from sharded import CELLS, DENSE, SIZES, build_with, cut, key_of
 
 from mindpet.errors import ShardError
 from mindpet.parallel import dry_run_many
@@ -80,13 +79,9 @@ def slices(report):
 def numpy_slices(name, report, strategies):
     """The slices of the parameters by np.split along each axis."""
     expected = {}
-    for plan, (ending, _) in itertools.product(report.parameters, PARAMETERS[name].items()):
-        if plan.name == f"cell.{ending}" or (ending.count(".") and plan.name.endswith(ending)):
-            choices, place = DECIDES[ending]
-            strategy = next(strategies[slot] for slot in choices if slot in strategies)
-            part = np.empty(plan.shape, bool)
-            for axis, count in enumerate(strategy[place]):
-                part = np.split(part, count, axis)[0]
-            expected[plan.name] = part.shape
+    for plan in report.parameters:
+        choices, place = DECIDES[key_of(name, plan.name)]
+        strategy = next(strategies[slot] for slot in choices if slot in strategies)
+        expected[plan.name] = cut(plan.shape, strategy[place])
     assert len(expected) == len(report.parameters) and (name in DENSE or "cell.weight" not in expected)
     return expected
