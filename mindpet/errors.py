@@ -37,6 +37,14 @@ class ConfigError(MindPetError, ValueError):
     """The configuration of an adapter cannot be read, or asks for what is not supported."""
 
 
+class AdapterError(MindPetError, ValueError):
+    """An adapter's name is unknown or taken, or an operation does not fit the state that the adapters are in."""
+
+
+class MergeError(MindPetError, ValueError):
+    """An adapter cannot be merged; the network is unchanged."""
+
+
 class NotLearningError(MindPetError, RuntimeError):
     """A parameter that should train has not moved, or one that should be frozen has."""
 

@@ -83,6 +83,63 @@ class ResidualAdapter(nn.Cell):
         )
 
 
+class Behind(nn.Cell):
+    """A delta that follows a layer, in the form that all deltas of layers have: it takes the layer's input and output.
+
+    Args:
+        delta (Cell): takes the layer's output and returns it with the delta.
+    """
+
+    def __init__(self, delta):
+        super().__init__(auto_prefix=False)
+        self.delta = delta
+
+    def construct(self, x, out):
+        return self.delta(out)
+
+    def reset(self):
+        """Make the delta the identity."""
+        self.delta.reset()
+
+
+class InFront(nn.Cell):
+    """Trained keys and values in front of those of one attention.
+
+    Args:
+        prefix (Cell): has the parameters.
+
+    Inputs:
+        key, value: `(batch, heads, seq, head_dim)`.
+
+    Outputs:
+        key, value: `(batch, heads, tokens + seq, head_dim)`.
+    """
+
+    def __init__(self, prefix):
+        super().__init__(auto_prefix=False)
+        self.prefix = prefix
+
+    def construct(self, key, value):
+        past_key, past_value = self.past(key.shape[0], key.dtype)
+        return ops.concat((past_key, key), 2), ops.concat((past_value, value), 2)
+
+    def past(self, batch, dtype):
+        """The trained keys and values, each `(batch, heads, tokens, head_dim)`."""
+        raise NotImplementedError
+
+
+def out_features(cell, kind):
+    """Features of a layer's output, and the type that it computes in."""
+    weight = kind.weight_of(cell)
+    return weight.shape[-1 if kind.transposed else 0], getattr(cell, "compute_dtype", weight.dtype)
+
+
+def set_zeros(*params):
+    """Fill Parameters with zeros."""
+    for param in params:
+        param.set_data(initializer("zeros", param.shape, param.dtype).init_data())
+
+
 def delta_parameter(init, shape, dtype, name):
     """A parameter of a delta, of `dtype` also where `init` is a Tensor of another type."""
     init = init.astype(dtype) if isinstance(init, Tensor) else init

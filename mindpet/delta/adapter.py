@@ -5,7 +5,7 @@ from collections import OrderedDict
 import mindspore as ms
 from mindspore import nn
 
-from mindpet.delta._base import DeltaDense, ResidualAdapter
+from mindpet.delta._base import Behind, DeltaDense, ResidualAdapter, out_features, set_zeros
 from mindpet.delta.low_rank_adapter import LowRankAdapterDense, LowRankAdapterLayer
 from mindpet.layers.activation import ACTIVATIONS, get_activation
 from mindpet.layers.linear import Dense
@@ -76,6 +76,10 @@ class AdapterLayer(ResidualAdapter):
 
     def bottleneck(self, rows):
         return self.mindpet_delta_adapter_block(rows)
+
+    def reset(self):
+        """Make the adapter the identity."""
+        set_zeros(*self.mindpet_delta_adapter_block[2].get_parameters())
 
     @property
     def operators(self):
@@ -232,3 +236,9 @@ class AdapterDense(DeltaDense):
             TypeError, ValueError: see `mindpet.utils.sharding.apply_strategies`; LogSoftmax cannot be sharded.
         """
         return apply_strategies(self, locals())
+
+
+def adapter_behind(cell, kind, **sizes):
+    """An AdapterLayer behind a layer."""
+    features, compute_dtype = out_features(cell, kind)
+    return Behind(AdapterLayer(features, **sizes, compute_dtype=compute_dtype))

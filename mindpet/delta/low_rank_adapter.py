@@ -4,7 +4,7 @@ import mindspore as ms
 from mindspore import nn, ops
 from mindspore.common.initializer import Initializer
 
-from mindpet.delta._base import DeltaDense, ResidualAdapter, delta_parameter
+from mindpet.delta._base import Behind, DeltaDense, ResidualAdapter, delta_parameter, out_features, set_zeros
 from mindpet.layers.activation import ACTIVATIONS, get_activation
 from mindpet.utils.sharding import apply_strategies
 from mindpet.utils.validate import Checker, is_int
@@ -110,6 +110,10 @@ class LowRankAdapterLayer(ResidualAdapter):
     def bottleneck(self, rows):
         inner = self.mindpet_delta_low_rank_adapter_down_sampler(rows)
         return self.mindpet_delta_low_rank_adapter_up_sampler(self.mindpet_delta_low_rank_adapter_non_linear(inner))
+
+    def reset(self):
+        """Make the adapter the identity."""
+        set_zeros(*self.mindpet_delta_low_rank_adapter_up_sampler.get_parameters())
 
     @property
     def operators(self):
@@ -301,3 +305,9 @@ def check_bottleneck(check, hidden_size, reduction_factor, low_rank_size, low_ra
         )
     check.initial("low_rank_w_init", low_rank_w_init, (), types=(str, Initializer))
     check.choice("non_linearity", non_linearity, ACTIVATIONS)
+
+
+def low_rank_adapter_behind(cell, kind, **sizes):
+    """A LowRankAdapterLayer behind a layer."""
+    features, compute_dtype = out_features(cell, kind)
+    return Behind(LowRankAdapterLayer(features, **sizes, compute_dtype=compute_dtype))

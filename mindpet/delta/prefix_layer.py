@@ -6,6 +6,7 @@ import warnings
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
+from mindpet.delta._base import InFront
 from mindpet.errors import NotPositiveIntError
 from mindpet.utils.sharding import shard_whole
 from mindpet.utils.validate import Checker
@@ -130,3 +131,24 @@ def warn_of_snapshot():
             )
             return
         frame = frame.f_back
+
+
+class PrefixLayerInFront(InFront):
+    """A PrefixLayer in front of the keys and values of its attention."""
+
+    def past(self, batch, dtype):
+        key, value = self.prefix()
+        return self.split_heads(key, batch, dtype), self.split_heads(value, batch, dtype)
+
+    def split_heads(self, rows, batch, dtype):
+        """`(tokens, heads * head_dim) -> (batch, heads, tokens, head_dim)`."""
+        tokens, heads = self.prefix.prefix_token_num, self.prefix.num_heads
+        rows = ops.cast(ops.reshape(rows, (1, tokens, heads, -1)), dtype)
+        return ops.tile(ops.transpose(rows, (0, 2, 1, 3)), (batch, 1, 1, 1))
+
+
+def prefix_layer(heads, head_dim, tokens, embed_dim=None, mid_dim=None):
+    """A prefix of `tokens` for an attention with `heads` of `head_dim`; the sizes inside are as wide if not given."""
+    width = heads * head_dim
+    layer = PrefixLayer(tokens, 1, heads, width, embed_dim or width, mid_dim or width, dropout_rate=0.0)
+    return PrefixLayerInFront(layer)

@@ -3,6 +3,7 @@
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
+from mindpet.delta._base import InFront
 from mindpet.errors import NotPositiveIntError
 from mindpet.utils.sharding import shard_whole
 from mindpet.utils.validate import Checker
@@ -150,3 +151,16 @@ class PrefixEncoder(nn.Cell):
             f"kv_channels={self.kv_channels}, prefix_projection={self.prefix_projection}, "
             f"projection_dim={self.projection_dim}, dropout_prob={self.dropout_prob}"
         )
+
+
+class PrefixEncoderInFront(InFront):
+    """A PrefixEncoder of one layer in front of the keys and values of its attention."""
+
+    def past(self, batch, dtype):
+        past = self.prefix(batch, dtype)[0]
+        return past[0], past[1]
+
+
+def prefix_encoder(heads, head_dim, tokens, **keywords):
+    """A prefix of `tokens` for an attention with `heads` of `head_dim`; further keywords go to PrefixEncoder."""
+    return PrefixEncoderInFront(PrefixEncoder(tokens, 1, heads, head_dim, **keywords))

@@ -1,12 +1,14 @@
 """The one table of delta methods. What is done to a network asks it, and never a class name."""
 
 from dataclasses import dataclass
+from typing import Callable, Optional
 
-from mindpet.delta.adapter import AdapterDense, AdapterLayer
+from mindpet.delta.adapter import AdapterDense, AdapterLayer, adapter_behind
 from mindpet.delta.lora import LoRADense
-from mindpet.delta.low_rank_adapter import LowRankAdapterDense, LowRankAdapterLayer
-from mindpet.delta.prefix_layer import PrefixLayer
-from mindpet.delta.ptuning2 import PrefixEncoder
+from mindpet.delta.lora_layer import lora_layer
+from mindpet.delta.low_rank_adapter import LowRankAdapterDense, LowRankAdapterLayer, low_rank_adapter_behind
+from mindpet.delta.prefix_layer import PrefixLayer, prefix_layer
+from mindpet.delta.ptuning2 import PrefixEncoder, prefix_encoder
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,14 @@ class Method:
         constants (tuple): patterns of its parameters that are fixed by construction and need not be in a checkpoint.
         aliases (tuple): further names of the mode.
         identity (bool): whether a fresh delta leaves the network's output as it was.
-        mergeable (bool): whether its Dense Cell has `merged_weight()`.
+        mergeable (bool): whether its delta can be folded into the weight of its layer.
+        peft_type (str): its name in `adapter_config.json`.
+        kinds (tuple): names of the `mindpet.layers.kinds` that can carry it beside or behind them.
+        make (callable): of a method with `kinds`, `(cell, kind, **config.sizes(path))` -> Cell that takes
+            the layer's input and output, and has `reset()`; of a method that lays keys and values in front of an
+            attention, `(heads, head_dim, **config.sizes(path))` -> Cell, see `mindpet.delta.prefix_layer.prefix_layer`.
+        before_activation (bool): whether the delta comes before the layer's own activation.
+        prefix (str): what stands between the path of the layer and the names of the delta's parameters.
     """
 
     name: str
@@ -30,21 +39,63 @@ class Method:
     aliases: tuple = ()
     identity: bool = False
     mergeable: bool = False
+    peft_type: str = ""
+    kinds: tuple = ()
+    make: Optional[Callable] = None
+    before_activation: bool = False
+    prefix: str = ""
 
 
 METHODS = {
     method.name: method
     for method in (
-        Method("lora", (LoRADense,), ("*mindpet_delta_lora_*",), identity=True, mergeable=True),
-        Method("prefixtuning", (PrefixLayer,), ("*mindpet_delta_prefixtuning_*",), aliases=("prefix",)),
-        Method("adapter", (AdapterDense, AdapterLayer), ("*mindpet_delta_adapter_*",), identity=True),
-        Method("low_rank_adapter", (LowRankAdapterDense, LowRankAdapterLayer), ("*mindpet_delta_low_rank_adapter_*",)),
-        Method("bitfit", (), ("*bias",), identity=True),
+        Method(
+            "lora",
+            (LoRADense,),
+            ("*mindpet_delta_lora_*",),
+            constants=("*mindpet_lora_scaling",),
+            identity=True,
+            mergeable=True,
+            peft_type="LORA",
+            kinds=("linear", "embedding", "conv2d"),
+            make=lora_layer,
+            before_activation=True,
+        ),
+        Method(
+            "prefixtuning",
+            (PrefixLayer,),
+            ("*mindpet_delta_prefixtuning_*",),
+            aliases=("prefix",),
+            peft_type="PREFIX_TUNING",
+            make=prefix_layer,
+        ),
+        Method(
+            "adapter",
+            (AdapterDense, AdapterLayer),
+            ("*mindpet_delta_adapter_*",),
+            identity=True,
+            peft_type="ADAPTER",
+            kinds=("linear", "embedding"),
+            make=adapter_behind,
+            prefix="mindpet_delta_adapter.",
+        ),
+        Method(
+            "low_rank_adapter",
+            (LowRankAdapterDense, LowRankAdapterLayer),
+            ("*mindpet_delta_low_rank_adapter_*",),
+            peft_type="LOW_RANK_ADAPTER",
+            kinds=("linear", "embedding"),
+            make=low_rank_adapter_behind,
+            prefix="mindpet_delta_low_rank_adapter.",
+        ),
+        Method("bitfit", (), ("*bias",), identity=True, peft_type="BITFIT"),
         Method(
             "ptuning2",
             (PrefixEncoder,),
             ("*mindpet_delta_ptuning2_embedding*", "*mindpet_delta_ptuning2_dense_*"),
             constants=("*mindpet_delta_ptuning2_prefix",),
+            peft_type="PTUNING2",
+            make=prefix_encoder,
         ),
     )
 }

@@ -1,5 +1,6 @@
-"""The interface of Hugging Face PEFT: configurations."""
+"""The interface of Hugging Face PEFT: configurations, networks with adapters, and their files."""
 
+from mindpet.layers.kinds import register_layer
 from mindpet.peft.config import (
     AdapterConfig,
     BitFitConfig,
@@ -13,17 +14,26 @@ from mindpet.peft.config import (
     TaskType,
     get_peft_config,
 )
+from mindpet.peft.model import PeftModel, get_peft_model, inject_adapter_in_model
+from mindpet.peft.names import NameMap
+from mindpet.peft.plan import plan_targets
 
 __all__ = [
     "AdapterConfig",
     "BitFitConfig",
     "LoraConfig",
     "LowRankAdapterConfig",
+    "NameMap",
     "PeftConfig",
+    "PeftModel",
     "PeftType",
     "PrefixTuningConfig",
     "PromptLearningConfig",
     "Ptuning2Config",
     "TaskType",
     "get_peft_config",
+    "get_peft_model",
+    "inject_adapter_in_model",
+    "plan_targets",
+    "register_layer",
 ]

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
+from mindpet.delta.registry import METHODS
 from mindpet.errors import ConfigError
 from mindpet.layers.activation import ACTIVATIONS
 from mindpet.utils.files import atomic
@@ -106,6 +107,10 @@ class PeftConfig:
     def check_fields(self, check):
         """Note what is wrong with the fields of a subclass."""
 
+    def sizes(self, path):
+        """The keywords with which the method's delta is made for the layer at `path`, see `delta.registry`."""
+        return {}
+
     def check_supported(self):
         """Refuse fields that would change what is computed, but have no place here.
 
@@ -116,6 +121,11 @@ class PeftConfig:
         used = {name: self.unknown[name] for name in UNSUPPORTED if self.unknown.get(name) not in neutral}
         if used:
             raise ConfigError(f"{type(self).__name__}: not supported: {used}.")
+
+    @property
+    def method(self):
+        """The Method of `delta.registry`."""
+        return next(method for method in METHODS.values() if method.peft_type == self.peft_type)
 
     @property
     def is_prompt_learning(self):
@@ -255,7 +265,8 @@ class LoraConfig(TargetConfig, peft_type=PeftType.LORA):
         r (int): rank. Default: 8.
         lora_alpha (Union[int, float]): scale; the update is multiplied by `lora_alpha / r`. Default: 8.
         lora_dropout (float): probability in [0, 1) of zeroing an input of the update. Default: 0.0.
-        fan_in_fan_out (bool): whether a linear layer stores its weight as `(in, out)`. Default: False.
+        fan_in_fan_out (bool): whether the linear layers of the PyTorch model store their weight as `(in, out)`; kept
+            for Hugging Face PEFT. Which way up a Cell's weight is, `mindpet.layers.kinds` knows. Default: False.
         bias (str): which biases train: 'none', 'all', or 'lora_only' for those of the targets. Default: 'none'.
         use_rslora (bool): scale by `lora_alpha / sqrt(r)`, Kalajdzievski 2023, arXiv:2312.03732. Default: False.
         init_lora_weights (Union[bool, str]): True for Kaiming A and zero B, False for both random, 'gaussian',
@@ -278,8 +289,20 @@ class LoraConfig(TargetConfig, peft_type=PeftType.LORA):
     use_dora: bool = False
     lora_bias: bool = False
 
+    def sizes(self, path):
+        return {
+            "rank": pattern_value(self.rank_pattern, path, self.r),
+            "alpha": pattern_value(self.alpha_pattern, path, self.lora_alpha),
+            "dropout": float(self.lora_dropout),
+            "use_rslora": self.use_rslora,
+            "use_dora": self.use_dora,
+            "lora_bias": self.lora_bias,
+            "init": self.init_lora_weights,
+        }
+
     def check_fields(self, check):
         super().check_fields(check)
+        check.require(not (self.use_dora and self.lora_bias), ValueError, "lora_bias", True, "False with DoRA")
         check.positive_int(r=self.r)
         check.nonzero_number(lora_alpha=self.lora_alpha)
         check.probability((int, float), lora_dropout=self.lora_dropout)
@@ -298,6 +321,17 @@ class LoraConfig(TargetConfig, peft_type=PeftType.LORA):
                     check.require(isinstance(pattern, str) and _compiles(pattern), ValueError, name, pattern, rule)
                     entry = {f"{name}[{pattern!r}]": number}
                     (check.positive_int if name == "rank_pattern" else check.nonzero_number)(**entry)
+
+
+def pattern_value(patterns, path, default):
+    """The value for a path in `rank_pattern` or `alpha_pattern`: of the first key that is the path or its end.
+
+    A key is a regular expression.
+    """
+    for pattern, value in patterns.items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", path):
+            return value
+    return default
 
 
 def _compiles(pattern):
@@ -320,6 +354,9 @@ class AdapterConfig(TargetConfig, peft_type=PeftType.ADAPTER):
     bottleneck_size: int = 64
     non_linearity: str = "gelu"
 
+    def sizes(self, path):
+        return {"bottleneck_size": self.bottleneck_size, "non_linearity": self.non_linearity}
+
     def check_fields(self, check):
         super().check_fields(check)
         check.positive_int(bottleneck_size=self.bottleneck_size)
@@ -339,6 +376,13 @@ class LowRankAdapterConfig(TargetConfig, peft_type=PeftType.LOW_RANK_ADAPTER):
     reduction_factor: int = 32
     low_rank_size: int = 1
     non_linearity: str = "gelu"
+
+    def sizes(self, path):
+        return {
+            "reduction_factor": self.reduction_factor,
+            "low_rank_size": self.low_rank_size,
+            "non_linearity": self.non_linearity,
+        }
 
     def check_fields(self, check):
         super().check_fields(check)
@@ -382,6 +426,14 @@ class PrefixTuningConfig(PromptLearningConfig, peft_type=PeftType.PREFIX_TUNING)
     encoder_hidden_size: Optional[int] = None
     prefix_projection: bool = False
 
+    def sizes(self, path):
+        inner = {"mid_dim": self.encoder_hidden_size} if self.prefix_projection else {}
+        return {"tokens": self.num_virtual_tokens, **inner}
+
+    @property
+    def method(self):
+        return METHODS["prefixtuning" if self.prefix_projection else "ptuning2"]
+
     def check_fields(self, check):
         super().check_fields(check)
         if self.encoder_hidden_size is not None:
@@ -398,6 +450,18 @@ class Ptuning2Config(PrefixTuningConfig, peft_type=PeftType.PTUNING2):
     """
 
     dropout_prob: float = 0.0
+
+    def sizes(self, path):
+        projection = {"prefix_projection": True, "projection_dim": self.encoder_hidden_size or 128}
+        return {
+            "tokens": self.num_virtual_tokens,
+            "dropout_prob": float(self.dropout_prob),
+            **(projection if self.prefix_projection else {}),
+        }
+
+    @property
+    def method(self):
+        return METHODS["ptuning2"]
 
     def check_fields(self, check):
         super().check_fields(check)

@@ -8,6 +8,7 @@ from mindspore import nn
 
 from mindpet.delta.registry import METHODS
 from mindpet.errors import ConfigError, NoMatchError
+from mindpet.peft.config import pattern_value
 from mindpet.utils.validate import is_int
 
 ALL_LINEAR = "all-linear"
@@ -84,7 +85,7 @@ def find_targets(network, config, supported):
     problems = []
     targets = config.target_modules
     if targets is None:
-        targets = _default_targets(layers)
+        targets = default_targets(layers)
     wanted = _matcher("target_modules", targets, layers, supported, problems)
     excluded = _matcher("exclude_modules", config.exclude_modules, layers, supported, problems)
     numbered = _layer_numbers(config, layers, problems)
@@ -102,17 +103,6 @@ def find_targets(network, config, supported):
     return found
 
 
-def pattern_value(patterns, path, default):
-    """The value for a path in `rank_pattern` or `alpha_pattern`: of the first key that is the path or its end.
-
-    A key is a regular expression.
-    """
-    for pattern, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", path):
-            return value
-    return default
-
-
 def check_patterns(config, layers):
     """Refuse keys of `rank_pattern` and `alpha_pattern` that fit none of the layers.
 
@@ -120,7 +110,7 @@ def check_patterns(config, layers):
         NoMatchError: a key fits no layer; the nearest names are in the message.
     """
     problems = [
-        _no_match(name, pattern, layers)
+        no_match(name, pattern, layers)
         for name in ("rank_pattern", "alpha_pattern")
         for pattern in getattr(config, name, {})
         if not any(pattern_value({pattern: True}, path, False) for layer in layers for path in layer.paths)
@@ -129,7 +119,12 @@ def check_patterns(config, layers):
         raise NoMatchError(f"{type(config).__name__}: " + "; ".join(problems) + ".")
 
 
-def _default_targets(layers):
+def default_targets(layers):
+    """The names of the layers that get a delta if the configuration says nothing.
+
+    Raises:
+        ConfigError: none are known.
+    """
     ends = {path.rsplit(".", 1)[-1] for layer in layers for path in layer.paths}
     for names in DEFAULT_TARGETS:
         if ends.issuperset(names):
@@ -145,16 +140,16 @@ def _matcher(name, entries, layers, supported, problems):
         return lambda layer, path: supported(layer.cell) and path.rsplit(".", 1)[-1] not in HEADS
     if isinstance(entries, str):
         if not any(re.fullmatch(entries, path) for layer in layers for path in layer.paths):
-            problems.append(_no_match(name, entries, layers))
+            problems.append(no_match(name, entries, layers))
         return lambda layer, path: re.fullmatch(entries, path) is not None
     entries = sorted(entries)
     for entry in entries:
-        if not any(_ends_with(path, entry) for layer in layers for path in layer.paths):
-            problems.append(_no_match(name, entry, layers))
-    return lambda layer, path: any(_ends_with(path, entry) for entry in entries)
+        if not any(ends_with(path, entry) for layer in layers for path in layer.paths):
+            problems.append(no_match(name, entry, layers))
+    return lambda layer, path: any(ends_with(path, entry) for entry in entries)
 
 
-def _ends_with(path, entry):
+def ends_with(path, entry):
     return path == entry or path.endswith(f".{entry}")
 
 
@@ -176,7 +171,7 @@ def _layer_numbers(config, layers, problems):
     return lambda path: found[path] is not None and int(found[path].group(1)) in wanted
 
 
-def _no_match(name, entry, layers):
+def no_match(name, entry, layers):
     """What to say of an entry that fits nothing."""
     names = {part for layer in layers for path in layer.paths for part in (path, path.rsplit(".", 1)[-1])}
     near = difflib.get_close_matches(entry, sorted(names), n=3)

@@ -6,7 +6,8 @@ from mindspore import nn
 from mindpet.delta import LoRADense
 from mindpet.errors import ConfigError, NoMatchError
 from mindpet.peft import LoraConfig
-from mindpet.peft.match import check_patterns, find_targets, list_layers, pattern_value
+from mindpet.peft.config import pattern_value
+from mindpet.peft.match import check_patterns, find_targets, list_layers
 
 
 class Block(nn.Cell):

@@ -1,0 +1,255 @@
+"""LoRA beside a layer that stays as it is: linear, embedding or convolution."""
+
+import math
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.common.initializer import HeUniform, Normal
+
+from mindpet.delta._base import delta_parameter
+from mindpet.layers.linear import from_rows, to_rows
+from mindpet.utils.sharding import apply_strategies
+from mindpet.utils.version_control import get_dropout
+
+
+class LoraLayer(nn.Cell):
+    """The LoRA delta of a layer: takes the layer's input `x` and output `out`, and returns the output with the delta.
+
+    .. math::
+        out + s\\, B A\\, dropout(x)\\quad or, with DoRA,\\quad b + g \\odot (out - b + s\\, B A\\, dropout(x)),
+        \\quad g = m / \\lVert W + s B A \\rVert
+
+    with s = alpha / rank, or alpha / sqrt(rank) for rsLoRA, and the norm over all axes of W but the first, taken as
+    a constant in the backward pass. An embedding has its table's transpose as W. Use `lora_layer` to make one.
+
+    Source: LoRA, Hu et al. 2021, arXiv:2106.09685, equation 3; rsLoRA, Kalajdzievski 2023, arXiv:2312.03732, equation
+    2; DoRA, Liu et al. 2024, arXiv:2402.09353, equations 5 and 11.
+
+    Args:
+        cell (Cell): the layer.
+        kind (LayerKind): of the layer.
+        rank (int): rows of A.
+        alpha (Union[int, float]): scale.
+        dropout (float): probability in [0, 1) of zeroing an input of the delta while training. Default: 0.0.
+        use_rslora (bool): the scale of rsLoRA. Default: False.
+        use_dora (bool): DoRA. Default: False.
+        lora_bias (bool): adds `s * mindpet_delta_lora_bias`. Default: False.
+        init (Union[bool, str]): True: A Kaiming uniform and B zero, of an embedding A zero and B normal; 'gaussian': A
+            normal with deviation 1 / rank; False: neither is zero. Default: True.
+
+    Parameters:
+        mindpet_delta_lora_a, mindpet_delta_lora_b: see `shapes` of the class; mindpet_delta_lora_magnitude: `(out,)`,
+        of a convolution `(1, out, 1, 1)`; mindpet_delta_lora_bias: `(out,)`; mindpet_lora_scaling: `()`, not trained.
+    """
+
+    # Parameter -> its name in an adapter's file, as Hugging Face PEFT has it.
+    file_names = {
+        "mindpet_delta_lora_a": "lora_A.weight",
+        "mindpet_delta_lora_b": "lora_B.weight",
+        "mindpet_delta_lora_bias": "lora_B.bias",
+        "mindpet_delta_lora_magnitude": "lora_magnitude_vector",
+    }
+
+    def __init__(
+        self,
+        cell,
+        kind,
+        rank,
+        alpha,
+        dropout=0.0,
+        use_rslora=False,
+        use_dora=False,
+        lora_bias=False,
+        init=True,
+    ):
+        super().__init__(auto_prefix=False)
+        self.kind, self.rank, self.use_dora, self.lora_bias = kind, rank, use_dora, lora_bias
+        weight = kind.weight_of(cell)
+        self.compute_dtype = getattr(cell, "compute_dtype", weight.dtype)
+        self.scaling = alpha / math.sqrt(rank) if use_rslora else alpha / rank
+        # A Parameter, so that another adapter's scale can take its place without a new graph.
+        self.mindpet_lora_scaling = Parameter(Tensor(self.scaling, ms.float32), requires_grad=False)
+        shape_a, shape_b = self.shapes(cell, weight.shape)
+        init_a, init_b = self.initial_values(init)
+        self.mindpet_delta_lora_a = delta_parameter(init_a, shape_a, ms.float32, "mindpet_delta_lora_a")
+        self.mindpet_delta_lora_b = delta_parameter(init_b, shape_b, ms.float32, "mindpet_delta_lora_b")
+        self.out_channels = shape_b[0]
+        if use_dora:
+            shape = self.channels(ops.ones((self.out_channels,))).shape
+            self.mindpet_delta_lora_magnitude = delta_parameter(
+                "ones", shape, ms.float32, "mindpet_delta_lora_magnitude"
+            )
+            self.base_weight, self.base_bias = weight, kind.bias_of(cell)
+        if lora_bias:
+            shape = (self.out_channels,)
+            self.mindpet_delta_lora_bias = delta_parameter("zeros", shape, ms.float32, "mindpet_delta_lora_bias")
+        self.lora_dropout = get_dropout(dropout)
+        self.lora_a_matmul, self.lora_b_matmul = self.make_operators(cell)
+        self.mul = ops.Mul()
+        self.add = ops.Add()
+
+    def construct(self, x, out):
+        rows = self.rows(out)
+        lora_a, lora_b = self.mindpet_delta_lora_a, self.mindpet_delta_lora_b
+        delta = self.update(x, ops.cast(lora_a, self.compute_dtype), ops.cast(lora_b, self.compute_dtype))
+        if self.lora_bias:
+            delta = delta + self.channels(ops.cast(self.mindpet_delta_lora_bias, self.compute_dtype))
+        delta = ops.cast(self.mul(delta, ops.cast(self.mindpet_lora_scaling, self.compute_dtype)), out.dtype)
+        if self.use_dora:
+            gain = ops.cast(self.gain(), out.dtype)
+            delta = gain * delta + (gain - 1) * self.without_bias(rows)
+        return from_rows(self.add(rows, delta), out)
+
+    def update(self, x, lora_a, lora_b):
+        """`B A dropout(x)` in the compute type."""
+        x = self.lora_dropout(ops.cast(to_rows(x), self.compute_dtype))
+        return self.lora_b_matmul(self.lora_a_matmul(x, lora_a), lora_b)
+
+    def reset(self):
+        """Make the delta the identity: the scale is zero, and DoRA's magnitude the norm of W."""
+        self.mindpet_lora_scaling.set_data(Tensor(0.0, ms.float32))
+        if self.use_dora:
+            self.set_magnitude()
+
+    def set_magnitude(self):
+        """Set DoRA's magnitude so that its gain is one."""
+        magnitude = self.mindpet_delta_lora_magnitude
+        magnitude.set_data(ops.cast(self.norm(), magnitude.dtype))
+
+    def gain(self):
+        """`m / ||W + s B A||`, float32."""
+        return ops.cast(self.mindpet_delta_lora_magnitude, ms.float32) / ops.stop_gradient(self.norm())
+
+    def norm(self):
+        """`||W + s B A||` in the magnitude's shape, float32."""
+        lora_a = ops.cast(ops.reshape(self.mindpet_delta_lora_a, (self.rank, -1)), ms.float32)
+        lora_b = ops.cast(ops.reshape(self.mindpet_delta_lora_b, (self.out_channels, -1)), ms.float32)
+        tuned = self.kind.to_matrix(ops.cast(self.base_weight, ms.float32))
+        tuned = tuned + self.mindpet_lora_scaling * ops.matmul(lora_b, lora_a)
+        return self.channels(ops.sqrt(ops.square(tuned).sum(1)))
+
+    def without_bias(self, rows):
+        """The base layer's output before its bias."""
+        return rows if self.base_bias is None else rows - self.channels(ops.cast(self.base_bias, rows.dtype))
+
+    def rows(self, out):
+        """The output as `(rows, out)`."""
+        return to_rows(out)
+
+    def channels(self, vector):
+        """A vector `(out,)` so that it goes with the output."""
+        return vector
+
+    def shapes(self, cell, weight):
+        """The shapes of A and B: `(rank, in)` and `(out, rank)`."""
+        out_channels, in_channels = weight[::-1] if self.kind.transposed else weight
+        return (self.rank, in_channels), (out_channels, self.rank)
+
+    def initial_values(self, init):
+        """Initialisers of A and B."""
+        uniform = HeUniform(negative_slope=math.sqrt(5))
+        return (Normal(1 / self.rank) if init == "gaussian" else uniform), (uniform if init is False else "zeros")
+
+    def make_operators(self, cell):
+        """The operators that multiply by A and by B."""
+        return ops.MatMul(transpose_b=True), ops.MatMul(transpose_b=True)
+
+    @property
+    def operators(self):
+        """The operator behind each slot of `shard()`, see `mindpet.utils.sharding`."""
+        return {
+            "strategy_lora_dropout": (self.lora_dropout.dropout, "ni"),
+            "strategy_lora_a_matmul": (self.lora_a_matmul, "ni,ri"),
+            "strategy_lora_b_matmul": (self.lora_b_matmul, "nr,or"),
+            "strategy_lora_mul": (self.mul, "no,"),
+            "strategy_lora_add": (self.add, "no,no"),
+        }
+
+    def shard(
+        self,
+        strategy_lora_dropout=None,
+        strategy_lora_a_matmul=None,
+        strategy_lora_b_matmul=None,
+        strategy_lora_mul=None,
+        strategy_lora_add=None,
+    ):
+        """Set the strategies of the operators of a linear layer's delta; see `LoRADense.shard`."""
+        return apply_strategies(self, locals())
+
+    def extend_repr(self):
+        return f"rank={self.rank}, use_dora={self.use_dora}, lora_bias={self.lora_bias}"
+
+
+class LoraEmbedding(LoraLayer):
+    """The LoRA delta of an embedding; `x` are the ids. Dropout does not act on ids."""
+
+    operators = None
+    file_names = {
+        "mindpet_delta_lora_a": "lora_embedding_A",
+        "mindpet_delta_lora_b": "lora_embedding_B",
+        "mindpet_delta_lora_magnitude": "lora_magnitude_vector",
+    }
+
+    def update(self, x, lora_a, lora_b):
+        return self.lora_b_matmul(self.lora_a_matmul(lora_a, ops.reshape(x, (-1,)), 1), lora_b)
+
+    def initial_values(self, init):
+        return (Normal(1.0) if init is False else "zeros"), Normal(1.0)
+
+    def make_operators(self, cell):
+        return ops.Gather(), ops.MatMul(transpose_a=True, transpose_b=True)
+
+
+class LoraConv2d(LoraLayer):
+    """The LoRA delta of a convolution: one with `rank` channels, then one of 1 x 1."""
+
+    operators = None
+
+    def update(self, x, lora_a, lora_b):
+        x = self.lora_dropout(ops.cast(x, self.compute_dtype))
+        return self.lora_b_matmul(self.lora_a_matmul(x, lora_a), lora_b)
+
+    def rows(self, out):
+        return out
+
+    def channels(self, vector):
+        return ops.reshape(vector, (1, -1, 1, 1))
+
+    def shapes(self, cell, weight):
+        """`(rank, in / groups, height, width)` and `(out, rank / groups, 1, 1)`."""
+        return (self.rank, *weight[1:]), (weight[0], self.rank // cell.group, 1, 1)
+
+    def make_operators(self, cell):
+        same = {name: getattr(cell, name) for name in ("pad_mode", "stride", "dilation", "group")}
+        down = ops.Conv2D(self.rank, cell.kernel_size, pad=cell.padding, **same)
+        return down, ops.Conv2D(self.out_channels, 1, group=cell.group)
+
+
+LORA_LAYERS = {"linear": LoraLayer, "embedding": LoraEmbedding, "conv2d": LoraConv2d}
+
+
+def lora_layer(cell, kind, *args, **keywords):
+    """The LoraLayer for a layer; see there for the arguments."""
+    return LORA_LAYERS[kind.name](cell, kind, *args, **keywords)
+
+
+def fold_lora(matrix, lora_a, lora_b, scaling, magnitude=None, group=1):
+    """`W + s B A`, or with DoRA `m (W + s B A) / ||W + s B A||`; see LoraLayer.
+
+    Args:
+        matrix (numpy.ndarray): W as `(out, rest)`, float32.
+        lora_a, lora_b (numpy.ndarray): A and B, float32.
+        scaling (float): s.
+        magnitude (numpy.ndarray): DoRA's m. Default: None.
+        group (int): groups of a convolution. Default: 1.
+
+    Returns:
+        numpy.ndarray, like `matrix`.
+    """
+    out_channels, rank = lora_b.shape[:2]
+    delta = np.matmul(lora_b.reshape(group, out_channels // group, rank), lora_a.reshape(group, rank, -1))
+    merged = matrix + np.float32(scaling) * delta.reshape(matrix.shape)
+    if magnitude is not None:
+        merged = merged * (magnitude.reshape(-1) / np.linalg.norm(merged, axis=1))[:, None]
+    return merged

@@ -1,0 +1,272 @@
+"""Putting the delta Cells of an adapter into a network, and taking them out again.
+
+A layer stays the object that it is: its class, parameters, operators and place in the network do not change. Only its
+`construct` is overlaid, on the object, by one that calls the original and then the delta. So whoever holds a reference
+to the layer sees the delta, and taking it out leaves the layer as it was.
+"""
+
+import contextlib
+import types
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, ops
+from mindspore.common import api
+
+from mindpet.errors import ConfigError
+from mindpet.graph.parameters import matches
+from mindpet.layers.kinds import layer_kind
+from mindpet.parallel import shard_like
+from mindpet.peft.match import list_layers
+
+
+def beside(self, x, *rest):
+    """What takes the place of `construct` in a layer with a delta."""
+    out = self.mindpet_delta(x, self.mindpet_base_construct(x, *rest))
+    return self.activation(out) if self.mindpet_activates else out
+
+
+def by_rows(self, x, *rest):
+    """What takes the place of `construct` in a layer where each row of the batch has the delta of its own adapter."""
+    out = self.mindpet_base_construct(x, *rest)
+    if out.shape[0] != self.mindpet_rows.shape[0]:
+        raise ValueError("adapter_names: a layer got another number of rows than there are names.")
+    result = out
+    index = 0
+    for delta in self.mindpet_deltas:
+        chosen = ops.reshape(self.mindpet_rows == index, (-1,) + (1,) * (out.ndim - 1))
+        result = ops.select(chosen, delta(x, out), result)
+        index += 1
+    return self.activation(result) if self.mindpet_activates else result
+
+
+class Overlay:
+    """A layer with another `construct`, and what that needs; `remove()` leaves no trace.
+
+    Args:
+        cell (Cell): the layer.
+        construct (callable): takes the place of its `construct`.
+        before_activation (bool): whether the layer's own activation is left to `construct`.
+        cells, params (dict): attribute -> Cell or Parameter that `construct` needs.
+    """
+
+    def __init__(self, cell, construct, before_activation, cells, params=None):
+        self.cell, self.construct = cell, construct
+        self.activates = before_activation and bool(getattr(cell, "activation_flag", False))
+        self.cells, self.params = cells, params or {}
+
+    def put(self):
+        """Overlay the layer."""
+        self.cell.__dict__["mindpet_base_construct"] = self.cell.construct
+        self.cell.__dict__["mindpet_activates"] = self.activates
+        self.cell.__dict__["construct"] = types.MethodType(self.construct, self.cell)
+        self.cell._cells.update(self.cells)
+        self.cell._params.update(self.params)
+        if self.activates:
+            self.cell.activation_flag = False
+
+    def remove(self):
+        """Leave the layer as it was."""
+        if self.activates:
+            self.cell.activation_flag = True
+        attributes = ("construct", "mindpet_base_construct", "mindpet_activates")
+        for where, names in (
+            (self.cell.__dict__, attributes),
+            (self.cell._cells, self.cells),
+            (self.cell._params, self.params),
+        ):
+            for name in names:
+                del where[name]
+
+
+class Attribute:
+    """An attribute of a Cell with another value: a prefix, or the offset of positions.
+
+    Args:
+        cell (Cell): the Cell.
+        name (str): the attribute.
+        value (Union[Cell, int]): its value.
+    """
+
+    def __init__(self, cell, name, value):
+        self.cell, self.name, self.value = cell, name, value
+
+    def put(self):
+        """Set the value."""
+        self.before = self.cell.__dict__.pop(self.name)
+        where = self.cell.__dict__ if isinstance(self.value, int) else self.cell._cells
+        where[self.name] = self.value
+
+    def remove(self):
+        """Set the value that was there before."""
+        where = self.cell.__dict__ if isinstance(self.value, int) else self.cell._cells
+        del where[self.name]
+        self.cell.__dict__[self.name] = self.before
+
+
+class Frame:
+    """The delta Cells of a configuration, and where they go. Adapters of the same shapes share a frame.
+
+    Args:
+        network (Cell): the network; `put` changes it.
+        plan (Plan): what goes where.
+        suffix (str): of the names of the parameters. Default: ''.
+
+    Attributes:
+        plan (Plan): what it was made from.
+        deltas (dict): path of a layer -> its delta Cell.
+        names (dict): path of a layer -> names of the delta's parameters.
+        params (dict): name -> Parameter of the deltas.
+    """
+
+    def __init__(self, network, plan, suffix=""):
+        method = plan.method
+        self.network, self.plan, self.deltas, self.names, self.places = network, plan, {}, {}, []
+        for layer in plan.targets:
+            kind = layer_kind(layer.cell)
+            delta = method.make(layer.cell, kind, **plan.config.sizes(layer.path))
+            carry_strategy(layer.cell, kind, delta)
+            self._add(layer.path, method.prefix, delta, suffix)
+            self.places.append(Overlay(layer.cell, beside, method.before_activation, {"mindpet_delta": delta}))
+        for layer in plan.attentions:
+            delta = method.make(layer.cell.kv_heads, layer.cell.head_dim, **plan.config.sizes(layer.path))
+            self._add(layer.path, method.prefix, delta, suffix)
+            self.places.append(Attribute(layer.cell, "prefix_source", delta))
+        if plan.attentions:
+            cells = [layer.cell for layer in list_layers(network) if hasattr(layer.cell, "position_offset")]
+            self.places += [Attribute(cell, "position_offset", plan.config.num_virtual_tokens) for cell in cells]
+        self.params = {param.name: param for delta in self.deltas.values() for param in own_parameters(delta)}
+
+    def _add(self, path, prefix, delta, suffix):
+        for name, param in named_parameters(delta):
+            param.name = f"{path}.{prefix}{name}{suffix}"
+        self.deltas[path], self.names[path] = delta, [param.name for param in own_parameters(delta)]
+
+    def set_types(self, values, as_layer=False):
+        """Give the parameters the types of `values`, a dict by name; the others that of their layer if `as_layer`."""
+        for layer in self.plan.targets:
+            own = layer_kind(layer.cell).weight_of(layer.cell).dtype if as_layer else ms.float32
+            for name in self.names[layer.path]:
+                if name in values:
+                    self.params[name].set_dtype(Tensor(values[name]).dtype)
+                elif matches(name, self.plan.method.trainable):
+                    self.params[name].set_dtype(own)
+
+    @property
+    def signature(self):
+        """What must be equal for two adapters to share a frame."""
+        return tuple(
+            (path, str(delta), tuple((param.name, param.shape, param.dtype) for param in own_parameters(delta)))
+            for path, delta in self.deltas.items()
+        )
+
+    def put(self):
+        """Put the deltas into the network."""
+        for place in self.places:
+            place.put()
+        self._mark()
+
+    def remove(self):
+        """Take the deltas out of the network."""
+        for place in self.places:
+            place.remove()
+        self._mark(remove=True)
+
+    def reset(self):
+        """Make the deltas the identity; returns whether they can be."""
+        able = all(hasattr(delta, "reset") for delta in self.deltas.values())
+        for delta in self.deltas.values() if able else ():
+            delta.reset()
+        return able
+
+    def _mark(self, remove=False):
+        """Have Cells with `lazy_inline` compiled apart where their deltas differ.
+
+        MindSpore compiles such Cells once for all that were made with the same arguments.
+        """
+        for layer in list_layers(self.network):
+            for path in layer.paths[:1] if hasattr(layer.cell, "_cell_init_args") else ():
+                inside = [name[len(path) :] for name in self.params if name.startswith(f"{path}.")]
+                mark = f"mindpet {inside}" if inside else ""
+                own = layer.cell._cell_init_args
+                layer.cell._cell_init_args = own.replace(mark, "") if remove else own + mark
+
+
+class Rows:
+    """Several adapters in one batch: every layer computes the delta of each, and every row takes its own.
+
+    Args:
+        network (Cell): the network; no frame is in place.
+        frames (list of Frame): one for each adapter, each with Cells of its own.
+    """
+
+    def __init__(self, network, frames):
+        self.frames = frames
+        self.rows = ms.Parameter(Tensor(np.zeros(1, np.int32)), name="mindpet_rows", requires_grad=False)
+        paths = dict.fromkeys(path for frame in frames for path in frame.deltas)
+        layers = {layer.path: layer for frame in frames for layer in frame.plan.targets}
+        self.places = []
+        for path in paths:
+            deltas = ms.nn.CellList([frame.deltas.get(path, Unchanged()) for frame in frames], auto_prefix=False)
+            before = {frame.plan.method.before_activation for frame in frames if path in frame.deltas}
+            if len(before) > 1 and getattr(layers[path].cell, "activation_flag", False):
+                raise ConfigError(f"adapter_names: {path} has deltas before and behind its activation.")
+            cells, params = {"mindpet_deltas": deltas}, {"mindpet_rows": self.rows}
+            self.places.append(Overlay(layers[path].cell, by_rows, True in before, cells, params))
+        self.root = Root(network)
+
+    def __call__(self, rows, inputs):
+        """The network's output with adapter `rows[i]` for row i of the batch; -1 is the base."""
+        self.rows.set_data(Tensor(np.array(rows, np.int32)), slice_shape=True)
+        with contextlib.ExitStack() as stack:
+            for place in self.places:
+                place.put()
+                stack.callback(place.remove)
+            return self.root(*inputs)
+
+
+class Root(ms.nn.Cell):
+    """A Cell around a network, with compiled graphs of its own."""
+
+    def __init__(self, network):
+        super().__init__(auto_prefix=False)
+        self.network = network
+
+    def construct(self, *inputs):
+        return self.network(*inputs)
+
+
+class Unchanged(ms.nn.Cell):
+    """The delta of a layer that an adapter leaves alone."""
+
+    def construct(self, x, out):
+        return out
+
+
+def carry_strategy(cell, kind, delta):
+    """Derive the delta's strategies from that of the layer's matmul, if it has one."""
+    strategy = getattr(getattr(cell, "matmul", None), "in_strategy", None)
+    if strategy is None or kind.name != "linear":
+        return
+    if kind.fan_in_fan_out:
+        strategy = (strategy[0], strategy[1][::-1])
+    shard_like(getattr(delta, "delta", delta), strategy)
+
+
+def named_parameters(delta):
+    """(name within the delta, Parameter) of those that belong to the delta, and not to its layer."""
+    wrapped = getattr(delta, "delta", getattr(delta, "prefix", None))
+    pairs = (wrapped or delta).parameters_and_names()
+    return [(name, param) for name, param in pairs if not name.startswith(("base_weight", "base_bias"))]
+
+
+def own_parameters(delta):
+    """The Parameters that belong to the delta, and not to its layer."""
+    return [param for _, param in named_parameters(delta)]
+
+
+def forget_graphs():
+    """Have everything compiled anew: MindSpore does not see that a network that it has compiled has changed."""
+    for cache in api.cells_compile_cache.values():
+        cache.clear()
+    api.ms_compile_cache.clear()

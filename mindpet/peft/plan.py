@@ -1,0 +1,193 @@
+"""What a configuration would do to a network. Everything is found, and checked, before anything is changed."""
+
+import copy
+from dataclasses import dataclass, field
+
+from mindspore import nn
+
+from mindpet.errors import ConfigError, MindPetError
+from mindpet.graph.parameters import matches, model_parameters
+from mindpet.layers.kinds import layer_kind
+from mindpet.peft.config import PeftType, TaskType
+from mindpet.peft.match import check_patterns, default_targets, ends_with, find_targets, list_layers, no_match
+
+# New output layers that a task brings with it; they are trained and saved, as far as the network has them.
+TASK_HEADS = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
+BIASES = ("*.bias", "*.beta", "bias", "beta")  # a LayerNorm calls its bias beta
+
+
+@dataclass
+class Plan:
+    """What a configuration does to a network.
+
+    Attributes:
+        config (PeftConfig): the configuration, completed by what was found in the network.
+        method (Method): of the registry.
+        targets (list of Layer): layers that get a delta.
+        attentions (list of Layer): attentions that get keys and values in front of theirs.
+        modules_to_save (list of Layer): Cells that are trained and saved as they are.
+        owned (dict): name -> Parameter of the network that the adapter trains.
+        residual (dict): name -> weight of a target that a part is taken off, see `is_from_weight`.
+    """
+
+    config: object
+    method: object
+    targets: list = field(default_factory=list)
+    attentions: list = field(default_factory=list)
+    modules_to_save: list = field(default_factory=list)
+    owned: dict = field(default_factory=dict)
+    residual: dict = field(default_factory=dict)
+
+    def __str__(self):
+        method = self.config.peft_type.value
+        rows = [(layer.path, type(layer.cell).__name__, method) for layer in self.targets + self.attentions]
+        rows += [(layer.path, type(layer.cell).__name__, "trained as a whole") for layer in self.modules_to_save]
+        inside = [f"{layer.path}." for layer in self.modules_to_save]
+        rows += [(name, "Parameter", "trained") for name in self.owned if not name.startswith(tuple(inside) or ("\n",))]
+        widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
+        return "\n".join(f"{path:<{widths[0]}}  {kind:<{widths[1]}}  {what}" for path, kind, what in rows)
+
+
+def plan_targets(network, config):
+    """What `get_peft_model` would do; the network is not changed. `print` the result to see it.
+
+    Args:
+        network (Cell): the base network.
+        config (PeftConfig): the configuration.
+
+    Returns:
+        Plan.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        NoMatchError, ConfigError: an entry of the configuration matches nothing, the nearest names are in the message;
+            a layer cannot carry the method, or carries a delta already; all that is wrong is in one error.
+    """
+    if not isinstance(network, nn.Cell):
+        raise TypeError(f"'network' must be a Cell, but got {network!r}.")
+    if getattr(config, "peft_type", None) is None:
+        raise TypeError(f"'config' must be the configuration of a method, but got {config!r}.")
+    config.check_supported()
+    plan = Plan(copy.deepcopy(config), config.method)
+    errors = []
+    for step in (_find_layers, _find_attentions, _find_modules_to_save, _find_owned):
+        try:
+            step(network, plan)
+        except MindPetError as error:
+            errors.append(error)
+    if errors:
+        raise type(errors[0])("\n".join(map(str, errors)))
+    return plan
+
+
+def _find_layers(network, plan):
+    kinds = plan.method.kinds
+    if not kinds:
+        return
+    config = plan.config
+    if config.target_modules is None:
+        config.target_modules = default_targets(list_layers(network))
+    plan.targets = find_targets(network, config, lambda cell: _name(cell) in kinds)
+    check_patterns(config, plan.targets)
+    if config.peft_type == PeftType.LORA:
+        _check_lora(config, plan.targets)
+
+
+def _check_lora(config, targets):
+    problems = []
+    for layer in targets:
+        name, group, rank = _name(layer.cell), getattr(layer.cell, "group", 1), config.sizes(layer.path)["rank"]
+        if name == "conv2d" and rank % group:
+            problems.append(f"{layer.path}: the rank, {rank}, must be a multiple of its {group} groups")
+        if name == "conv2d" and group > 1 and config.use_dora:
+            problems.append(f"{layer.path}: no DoRA beside a convolution in groups")
+        if name == "conv2d" and getattr(layer.cell, "data_format", "NCHW") != "NCHW":
+            problems.append(f"{layer.path}: its data format must be NCHW, but is {layer.cell.data_format}")
+        if name == "embedding" and config.lora_bias:
+            problems.append(f"{layer.path}: an embedding has no lora_bias")
+        if name != "linear" and is_from_weight(config):
+            problems.append(f"{layer.path}: init_lora_weights={config.init_lora_weights!r} is for linear layers")
+    if problems:
+        raise ConfigError("LoraConfig: " + "; ".join(problems) + ".")
+
+
+def is_from_weight(config):
+    """Whether A and B start from the layer's weight, and are taken off it: PiSSA and OLoRA."""
+    init = getattr(config, "init_lora_weights", None)
+    return isinstance(init, str) and init.startswith(("pissa", "olora"))
+
+
+def _find_attentions(network, plan):
+    if not plan.config.is_prompt_learning:
+        return
+    config, owner = plan.config, type(plan.config).__name__
+    plan.attentions = [layer for layer in list_layers(network) if hasattr(layer.cell, "prefix_source")]
+    if not plan.attentions:
+        raise ConfigError(
+            f"{owner}: no Cell of {type(network).__name__} has an attribute 'prefix_source'; see docs/peft.md for how "
+            "an attention takes a prefix."
+        )
+    problems = [
+        f"{layer.path} carries a prefix already" for layer in plan.attentions if layer.cell.prefix_source is not None
+    ]
+    heads, head_dim = plan.attentions[0].cell.kv_heads, plan.attentions[0].cell.head_dim
+    known = {"num_layers": len(plan.attentions), "num_attention_heads": heads, "token_dim": heads * head_dim}
+    for name, value in known.items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+        elif getattr(config, name) != value:
+            problems.append(f"'{name}' must be {value} for this network, but is {getattr(config, name)}")
+    if config.num_virtual_tokens is None:
+        problems.append("'num_virtual_tokens' must be given")
+    if problems:
+        raise ConfigError(f"{owner}: " + "; ".join(problems) + ".")
+
+
+def _find_modules_to_save(network, plan):
+    config = plan.config
+    given = config.modules_to_save or []
+    given = [given] if isinstance(given, str) else sorted(given)
+    heads = TASK_HEADS.get(config.task_type, ())
+    layers = list_layers(network)
+    problems = []
+    for entry in dict.fromkeys([*given, *heads]):
+        found = [layer for layer in layers if any(ends_with(path, entry) for path in layer.paths)]
+        plan.modules_to_save += [layer for layer in found if layer not in plan.modules_to_save]
+        if not found and entry not in heads:
+            problems.append(no_match("modules_to_save", entry, layers))
+    for layer in plan.modules_to_save:
+        both = [target.path for target in plan.targets if f"{target.path}.".startswith(f"{layer.path}.")]
+        if both:
+            problems.append(
+                f"'modules_to_save': {layer.path} is to be trained as a whole, but carries {both} of the targets"
+            )
+    if problems:
+        raise ConfigError(f"{type(config).__name__}: " + "; ".join(problems) + ".")
+
+
+def _find_owned(network, plan):
+    config, params = plan.config, model_parameters(network)
+    for layer in plan.modules_to_save:
+        plan.owned.update({param.name: param for param in layer.cell.get_parameters()})
+    if not (plan.method.kinds or plan.method.cells):  # a method that trains parameters of the base
+        plan.owned.update({name: param for name, param in params.items() if matches(name, plan.method.trainable)})
+    bias = getattr(config, "bias", "none")
+    if bias == "all":
+        plan.owned.update({name: param for name, param in params.items() if matches(name, BIASES)})
+    for layer in plan.targets:
+        kind = layer_kind(layer.cell)
+        if bias == "lora_only" and kind.bias_of(layer.cell) is not None:
+            plan.owned[kind.bias_of(layer.cell).name] = kind.bias_of(layer.cell)
+        if is_from_weight(config):
+            plan.residual[kind.weight_of(layer.cell).name] = kind.weight_of(layer.cell)
+    if not (plan.targets or plan.attentions or plan.owned):
+        raise ConfigError(f"{type(config).__name__}: there is nothing to train in {type(network).__name__}.")
+
+
+def _name(cell):
+    kind = layer_kind(cell)
+    return kind and kind.name
