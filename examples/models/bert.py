@@ -1,23 +1,22 @@
 """A plain BERT, and where each delta goes into it.
 
 The names follow Hugging Face's BERT, so that a checkpoint of it loads by three renamings. `query_or_value`,
-`block_output` and `SelfAttention` are the places where layers are replaced by hand.
+`block_output` and `SelfAttention` are the places where layers are replaced by hand. With the method 'full' nothing is
+replaced: that is the network for `mindpet.peft.get_peft_model`.
 
 Source: Devlin et al. 2018, "BERT: Pre-training of Deep Bidirectional Transformers", arXiv:1810.04805.
 """
 
 import math
-import pathlib
 from dataclasses import dataclass
 
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 from mindspore.common.initializer import Normal
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from mindpet.delta import AdapterDense, LoRADense, LowRankAdapterDense, PrefixEncoder, PrefixLayer
 from models.config import make_config, read_config
+from models.weights import read_folder
 
 METHODS = ("lora", "adapter", "low_rank_adapter", "prefixtuning", "ptuning2", "bitfit", "full", "head")
 RENAMED = (
@@ -143,9 +142,11 @@ class Embeddings(nn.Cell):
         self.LayerNorm = layer_norm(config)
         self.dropout = nn.Dropout(p=config.hidden_dropout_prob)
         self.positions = Tensor(list(range(config.max_position_embeddings)), ms.int32)
+        self.position_offset = 0  # prefix adapters of mindpet.peft count their tokens as positions
 
     def construct(self, input_ids, token_type_ids):
-        positions = self.position_embeddings(self.positions[: input_ids.shape[1]])
+        end = self.position_offset + input_ids.shape[1]
+        positions = self.position_embeddings(self.positions[self.position_offset : end])
         summed = self.word_embeddings(input_ids) + positions + self.token_type_embeddings(token_type_ids)
         return self.dropout(self.LayerNorm(summed))
 
@@ -156,7 +157,9 @@ class SelfAttention(nn.Cell):
     def __init__(self, config):
         super().__init__()
         self.num_heads = config.num_attention_heads
+        self.kv_heads = self.num_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
+        self.prefix_source = None  # where mindpet.peft puts a prefix
         self.query = query_or_value(config)
         self.key = dense(config.hidden_size, config.hidden_size)
         self.value = query_or_value(config)
@@ -182,7 +185,10 @@ class SelfAttention(nn.Cell):
         if past is not None:
             key = ops.concat((past[0], key), 2)
             value = ops.concat((past[1], value), 2)
-            mask = ops.concat((ops.zeros(mask.shape[:3] + past[0].shape[2:3], mask.dtype), mask), 3)
+        if self.prefix_source is not None:
+            key, value = self.prefix_source(key, value)
+        if key.shape[2] > mask.shape[3]:
+            mask = ops.concat((ops.zeros(mask.shape[:3] + (key.shape[2] - mask.shape[3],), mask.dtype), mask), 3)
         scores = ops.matmul(query, key.swapaxes(2, 3)) / math.sqrt(self.head_dim) + mask
         context = ops.matmul(self.dropout(ops.softmax(scores, -1)), value)
         return context.swapaxes(1, 2).reshape(hidden.shape)
@@ -266,14 +272,14 @@ class Encoder(nn.Cell):
 
 
 class Pooler(nn.Cell):
-    """`tanh(W h_0 + b)` of the first token."""
+    """`tanh(W h_0 + b)` of the first token; by exp, since MindSpore's tanh is off by up to 1e-4 on a CPU."""
 
     def __init__(self, config):
         super().__init__()
         self.dense = dense(config.hidden_size, config.hidden_size)
 
     def construct(self, hidden):
-        return ops.tanh(self.dense(hidden[:, 0]))
+        return 1 - 2 / (ops.exp(2 * self.dense(hidden[:, 0])) + 1)
 
 
 class BertModel(nn.Cell):
@@ -340,23 +346,14 @@ class BertClassifier(nn.Cell):
 def read_weights(folder):
     """The weights of a Hugging Face BERT folder under this model's names.
 
-    Args:
-        folder (str): has a `model.safetensors`.
-
     Returns:
         dict of str -> numpy.ndarray.
 
     Raises:
-        OSError: there is no readable `model.safetensors`.
-        ValueError: the file is damaged.
+        OSError, ValueError: see `read_folder`.
     """
-    path = pathlib.Path(folder) / "model.safetensors"
-    try:
-        content = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: {error}") from error
     weights = {}
-    for name, value in content.items():
+    for name, value in read_folder(folder).items():
         for old, new in RENAMED:
             name = name.replace(old, new)
         weights[name[len("bert.") :] if name.startswith("bert.") else name] = value

@@ -9,7 +9,6 @@ value heads: Ainslie et al. 2023, arXiv:2305.13245.
 
 import functools
 import math
-import pathlib
 from dataclasses import dataclass
 
 import mindspore as ms
@@ -19,9 +18,10 @@ from mindspore.common.initializer import Normal, initializer
 
 from mindpet.delta import LoRADense
 from mindpet.layers import Dense
+from mindpet.layers.kinds import register_layer
 from mindpet.parallel import shard_like
 from models.config import make_config, read_config
-from models.weights import load_weights
+from models.weights import load_weights, read_folder
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 UNDERSTOOD = {"model_type": "llama", "hidden_act": "silu", "mlp_bias": False, "rope_scaling": None}
@@ -220,6 +220,7 @@ class Attention(nn.Cell):
             config.head_dim,
         )
         self.groups = self.heads // self.kv_heads
+        self.prefix_source = None  # where mindpet.peft puts a prefix
         width, kv_width, bias = self.heads * self.head_dim, self.kv_heads * self.head_dim, config.attention_bias
         self.q_proj = linear(config, "q_proj", config.hidden_size, width, bias)
         self.k_proj = linear(config, "k_proj", config.hidden_size, kv_width, bias)
@@ -239,8 +240,12 @@ class Attention(nn.Cell):
 
     def construct(self, hidden, cos, sin, mask):
         query = self.rotary(self.split_heads(self.q_proj(hidden), self.heads), cos, sin)
-        key = self.repeat(self.rotary(self.split_heads(self.k_proj(hidden), self.kv_heads), cos, sin))
-        value = self.repeat(self.split_heads(self.v_proj(hidden), self.kv_heads))
+        key = self.rotary(self.split_heads(self.k_proj(hidden), self.kv_heads), cos, sin)
+        value = self.split_heads(self.v_proj(hidden), self.kv_heads)
+        if self.prefix_source is not None:
+            key, value = self.prefix_source(key, value)
+            mask = ops.concat((ops.zeros(mask.shape[:3] + (key.shape[2] - mask.shape[3],), mask.dtype), mask), 3)
+        key, value = self.repeat(key), self.repeat(value)
         scores = ops.cast(self.scores(query, key), ms.float32)
         scores = self.add_mask(self.scale(scores, 1 / math.sqrt(self.head_dim)), mask)
         weights = ops.cast(self.softmax(scores), hidden.dtype)
@@ -344,6 +349,9 @@ class Embedding(nn.Cell):
         return self.gather(self.embedding_table, ids, 0)
 
 
+register_layer(Embedding, "embedding", weight="embedding_table")  # so that it can carry LoRA
+
+
 class LlamaModel(nn.Cell):
     """The decoder without its head.
 
@@ -363,22 +371,23 @@ class LlamaModel(nn.Cell):
         self.embed_tokens = Embedding(config)
         self.layers = nn.CellList([DecoderLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config)
+        self.position_offset = 0  # prefix adapters of mindpet.peft count their tokens as positions
         if config.is_sharded:
             self.norm.shard(config.data_parallel)
 
     def construct(self, input_ids):
         hidden = ops.cast(self.embed_tokens(input_ids), self.config.compute_dtype)
-        cos, sin, mask = positions(input_ids.shape[1], self.config)
+        cos, sin, mask = positions(input_ids.shape[1], self.position_offset, self.config)
         for layer in self.layers:
             hidden = layer(hidden, cos, sin, mask)
         return self.norm(hidden)
 
 
 @ops.constexpr
-def positions(length, config):
-    """cos and sin of the rotary angles, and the causal mask, for sequences of a length."""
+def positions(length, offset, config):
+    """cos and sin of the rotary angles, and the causal mask, for sequences of a length whose first token is `offset`."""
     rates = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
-    angles = np.tile(np.outer(np.arange(length), rates), 2)[None, None]
+    angles = np.tile(np.outer(np.arange(offset, offset + length), rates), 2)[None, None]
     mask = np.triu(np.full((length, length), MASKED, np.float32), 1)[None, None]
     cos, sin = (Tensor(part.astype(np.float32), config.compute_dtype) for part in (np.cos(angles), np.sin(angles)))
     return cos, sin, Tensor(mask)
@@ -415,6 +424,13 @@ class LlamaForCausalLM(nn.Cell):
 
     def construct(self, input_ids):
         return ops.cast(self.lm_head(self.model(input_ids)), ms.float32)
+
+    @classmethod
+    def from_pretrained(cls, folder, **overrides):
+        """The model of a Hugging Face folder, with its weights; see `LlamaConfig.from_folder` and `load_folder`."""
+        model = cls(LlamaConfig.from_folder(folder, **overrides))
+        load_folder(model, folder)
+        return model
 
 
 class CrossEntropy(nn.Cell):
@@ -507,23 +523,10 @@ class CausalLoss(nn.Cell):
 def load_folder(model, folder):
     """Load the weights of a Hugging Face folder into a LlamaForCausalLM. What a delta has added keeps its values.
 
-    Args:
-        model (LlamaForCausalLM): the model.
-        folder (str): has `*.safetensors`.
-
     Raises:
-        OSError: there is no `*.safetensors` in the folder.
-        ValueError: a file is damaged; a weight is missing or has another shape, all of them are listed.
+        OSError, ValueError: see `read_folder` and `load_weights`.
     """
-    files = sorted(pathlib.Path(folder).glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder}: no *.safetensors in this folder")
-    weights = {}
-    for file in files:
-        try:
-            weights.update(ms.load_checkpoint(str(file), format="safetensors"))
-        except Exception as error:  # MindSpore and safetensors each raise their own for a damaged file
-            raise ValueError(f"{file}: {error}") from error
+    weights = read_folder(folder)
     for old, new in RENAMED.items():
         weights = {name.replace(old, new): value for name, value in weights.items()}
-    load_weights(model, {name: value.asnumpy() for name, value in weights.items()})
+    load_weights(model, weights)

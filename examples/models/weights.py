@@ -1,6 +1,26 @@
-"""Loading the weights of a file into a model."""
+"""Reading the weights of a Hugging Face folder, and loading weights into a model."""
+
+import pathlib
 
 from mindspore import Tensor
+
+from mindpet.utils.tensors import TensorFile
+
+
+def read_folder(folder):
+    """The weights in the `*.safetensors` of a folder, by their names.
+
+    Returns:
+        dict of str -> numpy.ndarray.
+
+    Raises:
+        OSError: there is no `*.safetensors` in the folder.
+        ValueError: a file is damaged.
+    """
+    files = sorted(pathlib.Path(folder).glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder}: no *.safetensors in this folder")
+    return {name: value for file in files for name, value in TensorFile(file).read_all().items()}
 
 
 def load_weights(model, weights):
@@ -23,4 +43,4 @@ def load_weights(model, weights):
     if problems:
         raise ValueError("the weights do not fit the model:\n  " + "\n  ".join(problems))
     for name, param in params.items():
-        param.set_data(Tensor(weights[name], param.dtype))
+        param.set_data(Tensor(weights[name]).astype(param.dtype))

@@ -4,12 +4,14 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import re
 
 import mindspore as ms
 import numpy as np
 
 import mindpet
 from mindpet.errors import CheckpointError
+from mindpet.layers.kinds import layer_kind
 from mindpet.peft.config import CONFIG_NAME
 from mindpet.utils.files import atomic
 from mindpet.utils.tensors import TensorFile, save_tensors
@@ -18,6 +20,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PASSPORT_NAME = "mindpet_passport.json"
 PREFIX = "base_model.model."
 PROMPT = "prompt_embeddings"
+TWICE = re.compile(r"\.(modules_to_save|original_module)\.bias$")
 SAMPLES = 64
 
 
@@ -94,7 +97,8 @@ def read_tensors(folder):
     tensors = TensorFile(folder / WEIGHTS_NAME).read_all()
     if not tensors:
         raise CheckpointError(f"{folder / WEIGHTS_NAME}: holds no tensors.")
-    return tensors
+    # With bias="all" Hugging Face PEFT has the biases of modules_to_save three times: these two, and under plain names.
+    return {name: value for name, value in tensors.items() if not TWICE.search(name)}
 
 
 def make_passport(base, network, step):
@@ -175,9 +179,27 @@ def load(folder, frame, names):
     if plan.attentions:
         config = plan.config
         wanted[PROMPT] = (config.num_virtual_tokens, config.num_layers * 2 * config.token_dim)
+    _check_base_layers(folder, found, plan, names)
     check_tensors(folder, found, wanted)
     table = split_table(frame, found[PROMPT]) if plan.attentions else {}
     return {**{name: found[key] for name, key in keys.items()}, **table}
+
+
+def _check_base_layers(folder, found, plan, names):
+    """Take out of `found` weights of the base, which Hugging Face PEFT saves with deltas of embeddings.
+
+    Raises:
+        CheckpointError: they are not those of this base.
+    """
+    for layer in plan.targets:
+        theirs = found.pop(f"{PREFIX}{names.to_torch(layer.path)}.base_layer.weight", None)
+        weight = layer_kind(layer.cell).weight_of(layer.cell)
+        if theirs is not None and (
+            theirs.shape != weight.shape or fingerprint(theirs) != fingerprint(weight.asnumpy())
+        ):
+            raise CheckpointError(
+                f"{folder}: trained on another base: {weight.name} {list(weight.shape)} is not the same."
+            )
 
 
 def without_projection(config):

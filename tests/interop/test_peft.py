@@ -1,0 +1,197 @@
+"""Adapters that go from Hugging Face PEFT to mindpet and back: the same numbers, trained, saved, loaded and merged."""
+
+import json
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, nn, ops
+
+from mindpet.peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+
+pytestmark = pytest.mark.interop
+
+TASKS = {"bert": "SEQ_CLS", "gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM"}
+TARGETS = {
+    "bert": ["query", "value", "output.dense"],
+    "gpt2": ["c_attn", "mlp.c_proj"],
+    "llama": ["q_proj", "v_proj", "down_proj"],
+}
+EMBEDDINGS = {"bert": "word_embeddings", "gpt2": "wpe", "llama": "embed_tokens"}
+LORA = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "lora_bias": {"lora_bias": True},
+    "patterns": {"rank_pattern": {r"0\..*": 2}, "alpha_pattern": {r"1\..*": 3}},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+    "bias_all": {"bias": "all"},
+    "bias_lora_only": {"bias": "lora_only"},
+    "embedding": {"embedding": True},
+    "embedding_dora": {"embedding": True, "use_dora": True},
+}
+KINDS = pytest.mark.parametrize("kind", list(TASKS))
+# LLaMA has no biases that lora_bias could be folded into, or that could train; PEFT cannot start OLoRA from a Conv1D.
+IMPOSSIBLE = {("llama", "lora_bias"), ("llama", "bias_lora_only"), ("llama", "bias_all"), ("gpt2", "olora")}
+LORA_CASES = [(kind, method) for kind in TASKS for method in LORA if (kind, method) not in IMPOSSIBLE]
+
+
+def fields(kind, method):
+    """The keywords of LoraConfig."""
+    extra = dict(LORA[method])
+    targets = TARGETS[kind] + ([EMBEDDINGS[kind]] if extra.pop("embedding", False) else [])
+    return {"r": 4, "lora_alpha": 6, "task_type": TASKS[kind], "target_modules": targets, **extra}
+
+
+def disturb(parameters, rng):
+    """Add noise to torch parameters that train."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in parameters:
+            if parameter.requires_grad:
+                parameter.add_(torch.tensor(rng.normal(size=tuple(parameter.shape)) * 0.1, dtype=parameter.dtype))
+
+
+BOTH_MODES = [(ms.PYNATIVE_MODE, *case) for case in LORA_CASES]
+BOTH_MODES += [(ms.GRAPH_MODE, kind, method) for kind, method in LORA_CASES if method in ("lora", "embedding_dora")]
+
+
+@pytest.mark.parametrize("mode, kind, method", BOTH_MODES)
+def test_lora_of_hugging_face_loads_and_merges(mode, kind, method, rng, tmp_path):
+    import peft
+    from pairs import inputs, make_pair, their_logits
+
+    ms.set_context(mode=mode)
+    theirs, ours = make_pair(kind, tmp_path / "base")
+    wrapped = peft.get_peft_model(theirs, peft.LoraConfig(**fields(kind, method))).eval()
+    disturb(wrapped.parameters(), rng)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    torch_inputs, our_inputs = inputs(kind, rng)
+    expected = their_logits(wrapped, torch_inputs)
+    base = ours(*our_inputs).asnumpy()
+    model = PeftModel.from_pretrained(ours, tmp_path / "adapter")
+    np.testing.assert_allclose(model(*our_inputs).asnumpy(), expected, atol=1e-5)
+    assert np.abs(base - expected).max() > 1e-2
+    with model.disable_adapter():
+        np.testing.assert_allclose(model(*our_inputs).asnumpy(), base, atol=1e-5)
+    merged = model.merge_and_unload()
+    np.testing.assert_allclose(merged(*our_inputs).asnumpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(their_logits(wrapped.merge_and_unload(), torch_inputs), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind, method", LORA_CASES)
+def test_lora_of_mindpet_loads_in_hugging_face(kind, method, rng, tmp_path):
+    import peft
+    from pairs import inputs, make_pair, their_logits
+
+    theirs, ours = make_pair(kind, tmp_path / "base")
+    model = get_peft_model(ours, LoraConfig(**fields(kind, method)))
+    for param in model.trainable_params():
+        param.set_data(Tensor((param.asnumpy() + 0.1 * rng.normal(size=param.shape)).astype(np.float32)))
+    model.save_pretrained(tmp_path / "adapter")
+    torch_inputs, our_inputs = inputs(kind, rng)
+    expected = model(*our_inputs).asnumpy()
+    wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    np.testing.assert_allclose(their_logits(wrapped, torch_inputs), expected, atol=1e-5)
+    content = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert content["peft_type"] == "LORA" and content["inference_mode"] is True
+
+
+@KINDS
+@pytest.mark.parametrize("projection", [False, True])
+def test_prefixes_go_both_ways(kind, projection, rng, tmp_path):
+    import peft
+    from pairs import inputs, make_pair, their_logits
+
+    theirs, ours = make_pair(kind, tmp_path / "base")
+    common = {"num_virtual_tokens": 3, "prefix_projection": projection, "task_type": TASKS[kind]}
+    torch_inputs, our_inputs = inputs(kind, rng)
+    model = get_peft_model(ours, PrefixTuningConfig(**common, encoder_hidden_size=8 if projection else None))
+    for param in model.trainable_params():
+        param.set_data(Tensor((param.asnumpy() + 0.1 * rng.normal(size=param.shape)).astype(np.float32)))
+    expected = model(*our_inputs).asnumpy()
+    model.save_pretrained(tmp_path / "ours")
+    model.unload()
+    wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path / "ours").eval()
+    np.testing.assert_allclose(their_logits(wrapped, torch_inputs), expected, atol=1e-5)
+    wrapped.save_pretrained(tmp_path / "theirs")
+    again = PeftModel.from_pretrained(ours, tmp_path / "theirs")
+    np.testing.assert_allclose(again(*our_inputs).asnumpy(), expected, atol=1e-5)
+
+
+@KINDS
+@pytest.mark.parametrize("method", ["lora", "dora", "rslora", "embedding"])
+def test_a_step_of_sgd_gives_the_same_adapter(kind, method, mode, rng, tmp_path):
+    import peft
+    import torch
+    from pairs import inputs, make_pair
+
+    theirs, ours = make_pair(kind, tmp_path / "base")
+    wrapped = peft.get_peft_model(theirs, peft.LoraConfig(**fields(kind, method))).eval()
+    disturb(wrapped.parameters(), rng)
+    wrapped.save_pretrained(tmp_path / "start")
+    torch_inputs, our_inputs = inputs(kind, rng)
+    model = PeftModel.from_pretrained(ours, tmp_path / "start", is_trainable=True)
+
+    optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.05)
+    wrapped(**torch_inputs).logits.square().mean().backward()
+    optimizer.step()
+    wrapped.save_pretrained(tmp_path / "theirs")
+
+    class Loss(nn.Cell):
+        def __init__(self):
+            super().__init__(auto_prefix=False)
+            self.model = model
+
+        def construct(self, *arguments):
+            return ops.square(self.model(*arguments)).mean()
+
+    step = nn.TrainOneStepCell(Loss(), nn.SGD(model.trainable_params(), 0.05))
+    step.set_train(False)
+    step(*our_inputs)
+    model.save_pretrained(tmp_path / "ours")
+    a, b = (
+        ms.load_checkpoint(str(tmp_path / who / "adapter_model.safetensors"), format="safetensors")
+        for who in ("ours", "theirs")
+    )
+    assert set(a) == {name for name in b if not name.endswith("base_layer.weight")}  # an embedding's, not trained
+    for name in a:
+        np.testing.assert_allclose(a[name].asnumpy(), b[name].asnumpy(), atol=2e-6, err_msg=name)
+    start = ms.load_checkpoint(str(tmp_path / "start/adapter_model.safetensors"), format="safetensors")
+    assert max(np.abs(a[name].asnumpy() - start[name].asnumpy()).max() for name in a) > 1e-4
+
+
+@KINDS
+def test_the_line_about_trainable_parameters_is_the_same(kind, capsys, tmp_path):
+    import peft
+    from pairs import make_pair
+
+    theirs, ours = make_pair(kind, tmp_path)
+    peft.get_peft_model(theirs, peft.LoraConfig(**fields(kind, "dora"))).print_trainable_parameters()
+    get_peft_model(ours, LoraConfig(**fields(kind, "dora"))).print_trainable_parameters()
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second and first.startswith("trainable params: ")
+
+
+@pytest.mark.parametrize("combination", ["linear", "cat", "svd"])
+def test_weighted_sums_of_adapters_are_the_same(combination, rng, tmp_path):
+    import peft
+    from pairs import inputs, make_pair, their_logits
+
+    theirs, ours = make_pair("llama", tmp_path / "base")
+    keywords = {**fields("llama", "lora"), "lora_alpha": 8}
+    wrapped = peft.get_peft_model(theirs, peft.LoraConfig(**keywords), adapter_name="one").eval()
+    disturb(wrapped.parameters(), rng)
+    wrapped.add_adapter("two", peft.LoraConfig(**{**keywords, "lora_alpha": 4}))
+    wrapped.set_adapter("two")
+    disturb(wrapped.parameters(), rng)
+    wrapped.save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(ours, tmp_path / "one", "one")
+    model.load_adapter(tmp_path / "two", "two")
+    torch_inputs, our_inputs = inputs("llama", rng)
+    for target in (wrapped, model):
+        target.add_weighted_adapter(["one", "two"], [0.7, 0.4], "sum", combination_type=combination)
+        target.set_adapter("sum")
+    np.testing.assert_allclose(model(*our_inputs).asnumpy(), their_logits(wrapped, torch_inputs), atol=1e-5)
