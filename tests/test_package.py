@@ -19,6 +19,7 @@ ORDER = [
     "utils.validate",
     "utils.files",
     "utils.tensors",
+    "utils.values",
     "layers.activation",
     "layers.linear",
     "layers.kinds",

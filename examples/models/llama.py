@@ -385,7 +385,7 @@ class LlamaModel(nn.Cell):
 
 @ops.constexpr
 def positions(length, offset, config):
-    """cos and sin of the rotary angles, and the causal mask, for sequences of a length whose first token is `offset`."""
+    """cos and sin of the rotary angles, and the causal mask, for `length` tokens from position `offset` on."""
     rates = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
     angles = np.tile(np.outer(np.arange(offset, offset + length), rates), 2)[None, None]
     mask = np.triu(np.full((length, length), MASKED, np.float32), 1)[None, None]

@@ -5,6 +5,7 @@ from mindspore.common.initializer import initializer
 
 from mindpet.layers.activation import ACTIVATIONS
 from mindpet.layers.linear import Dense, from_rows, to_rows
+from mindpet.utils.values import assign
 
 
 class DeltaDense(Dense):
@@ -137,7 +138,7 @@ def out_features(cell, kind):
 def set_zeros(*params):
     """Fill Parameters with zeros."""
     for param in params:
-        param.set_data(initializer("zeros", param.shape, param.dtype).init_data())
+        assign(param, initializer("zeros", param.shape, param.dtype).init_data())
 
 
 def delta_parameter(init, shape, dtype, name):

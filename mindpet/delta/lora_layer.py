@@ -1,6 +1,7 @@
 """LoRA beside a layer that stays as it is: linear, embedding or convolution."""
 
 import math
+import warnings
 
 import mindspore as ms
 import numpy as np
@@ -10,6 +11,7 @@ from mindspore.common.initializer import HeUniform, Normal
 from mindpet.delta._base import delta_parameter
 from mindpet.layers.linear import from_rows, to_rows
 from mindpet.utils.sharding import apply_strategies
+from mindpet.utils.values import assign
 from mindpet.utils.version_control import get_dropout
 
 
@@ -76,9 +78,8 @@ class LoraLayer(nn.Cell):
         self.mindpet_delta_lora_b = delta_parameter(init_b, shape_b, ms.float32, "mindpet_delta_lora_b")
         self.out_channels = shape_b[0]
         if use_dora:
-            shape = self.channels(ops.ones((self.out_channels,))).shape
             self.mindpet_delta_lora_magnitude = delta_parameter(
-                "ones", shape, ms.float32, "mindpet_delta_lora_magnitude"
+                "ones", self.magnitude_shape(), ms.float32, "mindpet_delta_lora_magnitude"
             )
             self.base_weight, self.base_bias = weight, kind.bias_of(cell)
         if lora_bias:
@@ -108,14 +109,17 @@ class LoraLayer(nn.Cell):
 
     def reset(self):
         """Make the delta the identity: the scale is zero, and DoRA's magnitude the norm of W."""
-        self.mindpet_lora_scaling.set_data(Tensor(0.0, ms.float32))
+        assign(self.mindpet_lora_scaling, Tensor(0.0, ms.float32))
         if self.use_dora:
             self.set_magnitude()
 
     def set_magnitude(self):
         """Set DoRA's magnitude so that its gain is one."""
+        if self.base_weight.has_init:  # in semi-auto parallel mode, until it is compiled or loaded
+            warnings.warn(f"DoRA: {self.base_weight.name} has no values yet; load the base first.", stacklevel=2)
+            return
         magnitude = self.mindpet_delta_lora_magnitude
-        magnitude.set_data(ops.cast(self.norm(), magnitude.dtype))
+        assign(magnitude, ops.cast(self.norm(), magnitude.dtype))
 
     def gain(self):
         """`m / ||W + s B A||`, float32."""
@@ -123,10 +127,10 @@ class LoraLayer(nn.Cell):
 
     def norm(self):
         """`||W + s B A||` in the magnitude's shape, float32."""
-        lora_a = ops.cast(ops.reshape(self.mindpet_delta_lora_a, (self.rank, -1)), ms.float32)
-        lora_b = ops.cast(ops.reshape(self.mindpet_delta_lora_b, (self.out_channels, -1)), ms.float32)
-        tuned = self.kind.to_matrix(ops.cast(self.base_weight, ms.float32))
-        tuned = tuned + self.mindpet_lora_scaling * ops.matmul(lora_b, lora_a)
+        weight, lora_a, lora_b = self.base_weight, self.mindpet_delta_lora_a, self.mindpet_delta_lora_b
+        weight, lora_a, lora_b = (self.as_matrix(ops.cast(param, ms.float32)) for param in (weight, lora_a, lora_b))
+        update = self.mindpet_lora_scaling * ops.matmul(lora_b, lora_a)
+        tuned = (ops.transpose(weight, (1, 0)) if self.kind.transposed else weight) + update
         return self.channels(ops.sqrt(ops.square(tuned).sum(1)))
 
     def without_bias(self, rows):
@@ -140,6 +144,14 @@ class LoraLayer(nn.Cell):
     def channels(self, vector):
         """A vector `(out,)` so that it goes with the output."""
         return vector
+
+    def as_matrix(self, weight):
+        """A weight as `(first axis, rest)`."""
+        return weight
+
+    def magnitude_shape(self):
+        """The shape of DoRA's magnitude."""
+        return (self.out_channels,)
 
     def shapes(self, cell, weight):
         """The shapes of A and B: `(rank, in)` and `(out, rank)`."""
@@ -215,6 +227,12 @@ class LoraConv2d(LoraLayer):
 
     def channels(self, vector):
         return ops.reshape(vector, (1, -1, 1, 1))
+
+    def as_matrix(self, weight):
+        return ops.reshape(weight, (weight.shape[0], -1))
+
+    def magnitude_shape(self):
+        return (1, self.out_channels, 1, 1)
 
     def shapes(self, cell, weight):
         """`(rank, in / groups, height, width)` and `(out, rank / groups, 1, 1)`."""

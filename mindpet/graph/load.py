@@ -11,6 +11,7 @@ from mindpet.errors import CheckpointError
 from mindpet.graph.distributed import gather_delta
 from mindpet.graph.parameters import matches, model_parameters
 from mindpet.utils.validate import FLOAT_TYPES, Checker
+from mindpet.utils.values import assign
 
 FORMATS = ("ckpt", "safetensors")
 # What MindSpore's optimizers and loss scaling add to the checkpoint of a train network.
@@ -101,7 +102,7 @@ def load_delta(network, *files, strict=True, dec_key=None, dec_mode="AES-GCM", c
         warnings.warn(f"load_delta: {problem}", stacklevel=2)
     for name, value in values.items():
         same_type = value.dtype == params[name].dtype  # a cast of bfloat16 to itself has no CPU kernel
-        params[name].set_data(value if same_type else Tensor(value).astype(params[name].dtype))
+        assign(params[name], Tensor(value.data) if same_type else Tensor(value).astype(params[name].dtype))
 
 
 def _check_load_arguments(network, files, strict):

@@ -11,7 +11,6 @@ import types
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
-from mindspore.common import api
 
 from mindpet.errors import ConfigError
 from mindpet.graph.parameters import matches
@@ -263,10 +262,3 @@ def named_parameters(delta):
 def own_parameters(delta):
     """The Parameters that belong to the delta, and not to its layer."""
     return [param for _, param in named_parameters(delta)]
-
-
-def forget_graphs():
-    """Have everything compiled anew: MindSpore does not see that a network that it has compiled has changed."""
-    for cache in api.cells_compile_cache.values():
-        cache.clear()
-    api.ms_compile_cache.clear()

@@ -8,6 +8,7 @@ from mindspore import nn
 
 from mindpet.delta.registry import METHODS
 from mindpet.errors import ConfigError, NoMatchError
+from mindpet.layers.kinds import layer_kind
 from mindpet.peft.config import pattern_value
 from mindpet.utils.validate import is_int
 
@@ -66,7 +67,7 @@ def find_targets(network, config, supported):
     """The layers that a configuration means.
 
     A list matches a path or its end after a dot, a str is a regular expression for the whole path, 'all-linear' is
-    every layer of a supported type but output layers.
+    every linear layer but output layers.
 
     Args:
         network (Cell): the base network.
@@ -137,7 +138,7 @@ def _matcher(name, entries, layers, supported, problems):
     if entries is None:
         return lambda layer, path: False
     if entries == ALL_LINEAR:
-        return lambda layer, path: supported(layer.cell) and path.rsplit(".", 1)[-1] not in HEADS
+        return lambda layer, path: _is_linear(layer.cell) and path.rsplit(".", 1)[-1] not in HEADS
     if isinstance(entries, str):
         if not any(re.fullmatch(entries, path) for layer in layers for path in layer.paths):
             problems.append(no_match(name, entries, layers))
@@ -147,6 +148,11 @@ def _matcher(name, entries, layers, supported, problems):
         if not any(ends_with(path, entry) for layer in layers for path in layer.paths):
             problems.append(no_match(name, entry, layers))
     return lambda layer, path: any(ends_with(path, entry) for entry in entries)
+
+
+def _is_linear(cell):
+    kind = layer_kind(cell)
+    return kind is not None and kind.name == "linear"
 
 
 def ends_with(path, entry):

@@ -13,10 +13,11 @@ import mindpet.peft.state as state
 from mindpet.errors import AdapterError, ConfigError, MergeError
 from mindpet.graph.parameters import matches, model_parameters
 from mindpet.peft.config import PeftConfig
-from mindpet.peft.inject import Frame, Rows, forget_graphs
+from mindpet.peft.inject import Frame, Rows
 from mindpet.peft.merge import merge_layers, shared_weights, untie
 from mindpet.peft.names import NameMap
 from mindpet.peft.plan import is_from_weight, plan_targets
+from mindpet.utils.values import assign, forget_graphs, value_of
 
 BASE = "__base__"  # stands for no adapter in `adapter_names`
 
@@ -189,8 +190,8 @@ class PeftModel(nn.Cell):
             raise AdapterError("set_adapter: not inside of disable_adapter().")
         adapter = self._get(adapter_name)
         self._store()
-        self._put(adapter.frame)
-        self._write(adapter.values)
+        is_new = self._put(adapter.frame)
+        self._write(adapter.values, is_new)
         self._active = adapter_name
         self._set_flags()
 
@@ -227,8 +228,8 @@ class PeftModel(nn.Cell):
         finally:
             self._is_disabled = False
             adapter = self.adapters[self._active]
-            self._put(adapter.frame)
-            self._write(adapter.values)
+            is_new = self._put(adapter.frame)
+            self._write(adapter.values, is_new)
 
     def add_weighted_adapter(self, adapters, weights, adapter_name, combination_type="svd", svd_rank=None):
         """Add a LoRA adapter that is a sum of others with weights.
@@ -425,13 +426,13 @@ class PeftModel(nn.Cell):
         """Register an adapter; no frame is in the network."""
         values = values or {}
         for key, param in {**plan.owned, **plan.residual}.items():
-            self._base.setdefault(key, param.asnumpy().copy())
+            self._base.setdefault(key, value_of(param))
         frame = Frame(self.network, plan)
         frame.set_types(values, as_layer=not self.autocast_adapter_dtype)
         for delta in frame.deltas.values():
             if getattr(delta, "use_dora", False):
                 delta.set_magnitude()
-        fresh = {key: param.asnumpy().copy() for key, param in frame.params.items()}
+        fresh = {key: value_of(param) for key, param in frame.params.items()}
         fresh.update({key: self._base[key] for key in (*plan.owned, *plan.residual)})
         if is_from_weight(plan.config):
             fresh.update(combine.initial_from_weight(frame, self._base))
@@ -441,15 +442,16 @@ class PeftModel(nn.Cell):
         self._rows.clear()
 
     def _put(self, frame):
-        """Have this frame, and no other, in the network."""
+        """Have this frame, and no other, in the network; returns whether another one was there."""
         if frame is self._frame:
-            return
+            return False
         if self._frame is not None:
             self._frame.remove()
         if frame is not None:
             frame.put()
         self._frame = frame
         forget_graphs()
+        return True
 
     @contextlib.contextmanager
     def _bare(self):
@@ -466,17 +468,21 @@ class PeftModel(nn.Cell):
         """Everything that adapters write to, by name."""
         return {**model_parameters(self.network), **(self._frame.params if self._frame else {})}
 
-    def _write(self, values):
+    def _write(self, values, is_new=False):
+        """Set values by name; where graphs are compiled anew in any case, no operator is needed for it."""
         params = self._written()
         for name, value in values.items():
-            params[name].set_data(Tensor(value))
+            if is_new:
+                params[name].set_data(Tensor(value))
+            else:
+                assign(params[name], Tensor(value))
 
     def _refresh(self):
         """Bring the stored values of the adapter in place up to date."""
         if self._active is None or self._is_disabled or self._merged:
             return
         adapter, params = self.adapters[self._active], self._written()
-        adapter.values = {name: params[name].asnumpy().copy() for name in adapter.values}
+        adapter.values = {name: value_of(params[name]) for name in adapter.values}
 
     def _store(self):
         """Store the values of the adapter in place, and give the base back its own."""
@@ -523,7 +529,7 @@ class PeftModel(nn.Cell):
             values = {f"{own}@{name}": value for own, value in self.adapters[name].values.items()}
             frame.set_types(values)
             for own, param in frame.params.items():
-                param.set_data(Tensor(values[own]))
+                assign(param, Tensor(values[own]))
         return self._rows[key]
 
     def _merge(self, adapter_names, progressbar, untie_weights=False):
@@ -558,7 +564,7 @@ class PeftModel(nn.Cell):
             forget_graphs()
         merged = {getattr(cell, attribute).name: value for cell, attribute, value in values}
         params = self._written()
-        self._merged = {name: params[name].asnumpy().copy() for name in merged}
+        self._merged = {name: value_of(params[name]) for name in merged}
         self._write(merged)
         self._frame.reset()
 
@@ -578,7 +584,7 @@ class PeftModel(nn.Cell):
 
         def getter(name, param):
             held = {**self._base, **self._merged}
-            return lambda: held[name] if name in held else param.asnumpy()
+            return lambda: held[name] if name in held else value_of(param)
 
         return {
             name: getter(name, param)

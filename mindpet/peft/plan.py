@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from mindspore import nn
 
-from mindpet.errors import ConfigError, MindPetError
+from mindpet.errors import ConfigError, MindPetError, NoMatchError
 from mindpet.graph.parameters import matches, model_parameters
 from mindpet.layers.kinds import layer_kind
 from mindpet.peft.config import PeftType, TaskType
@@ -107,6 +107,8 @@ def _check_lora(config, targets):
             problems.append(f"{layer.path}: no DoRA beside a convolution in groups")
         if name == "conv2d" and getattr(layer.cell, "data_format", "NCHW") != "NCHW":
             problems.append(f"{layer.path}: its data format must be NCHW, but is {layer.cell.data_format}")
+        if config.use_dora and getattr(getattr(layer.cell, "matmul", None), "in_strategy", None) is not None:
+            problems.append(f"{layer.path}: no DoRA beside a layer with strategies")
         if name == "embedding" and config.lora_bias:
             problems.append(f"{layer.path}: an embedding has no lora_bias")
         if name != "linear" and is_from_weight(config):
@@ -153,11 +155,12 @@ def _find_modules_to_save(network, plan):
     given = [given] if isinstance(given, str) else sorted(given)
     heads = TASK_HEADS.get(config.task_type, ())
     layers = list_layers(network)
-    problems = []
+    problems, missing = [], False
     for entry in dict.fromkeys([*given, *heads]):
         found = [layer for layer in layers if any(ends_with(path, entry) for path in layer.paths)]
         plan.modules_to_save += [layer for layer in found if layer not in plan.modules_to_save]
         if not found and entry not in heads:
+            missing = True
             problems.append(no_match("modules_to_save", entry, layers))
     for layer in plan.modules_to_save:
         both = [target.path for target in plan.targets if f"{target.path}.".startswith(f"{layer.path}.")]
@@ -166,7 +169,7 @@ def _find_modules_to_save(network, plan):
                 f"'modules_to_save': {layer.path} is to be trained as a whole, but carries {both} of the targets"
             )
     if problems:
-        raise ConfigError(f"{type(config).__name__}: " + "; ".join(problems) + ".")
+        raise (NoMatchError if missing else ConfigError)(f"{type(config).__name__}: " + "; ".join(problems) + ".")
 
 
 def _find_owned(network, plan):

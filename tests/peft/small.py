@@ -1,0 +1,125 @@
+"""A small network with a layer of every kind, and what the tests of adapters do with it."""
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+from mindpet.peft import LoraConfig, register_layer
+
+VOCAB, WIDTH, LABELS = 10, 8, 3
+TARGETS = ["embed", "query", "mlp.0", "turned", "shared", "conv"]
+LAYERS = ["embed", "query", "mlp.0", "turned", "blocks.0.shared", "conv"]
+
+
+class Turned(nn.Cell):
+    """A linear layer of a model library: `x W + b` with `W (in, out)`."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = Parameter(Tensor(np.random.normal(size=(WIDTH, WIDTH)).astype(np.float32)), name="table")
+        self.shift = Parameter(Tensor(np.random.normal(size=WIDTH).astype(np.float32)), name="shift")
+
+    def construct(self, x):
+        return ops.matmul(x, self.table) + self.shift
+
+
+register_layer(Turned, weight="table", bias="shift", fan_in_fan_out=True)
+
+
+class Block(nn.Cell):
+    """A block that shares its layer with others."""
+
+    def __init__(self, shared):
+        super().__init__()
+        self.shared = shared
+        self.norm = nn.LayerNorm((WIDTH,))
+
+    def construct(self, x):
+        return self.norm(self.shared(x))
+
+
+class Small(nn.Cell):
+    """An embedding, linear layers, a shared one, a convolution and a head.
+
+    Inputs:
+        ids: `(batch, seq)`, int32.
+
+    Outputs:
+        logits `(batch, LABELS)`.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, WIDTH)
+        self.query = nn.Dense(WIDTH, WIDTH, activation="tanh")
+        self.mlp = nn.SequentialCell(nn.Dense(WIDTH, 6), nn.ReLU(), nn.Dense(6, WIDTH))
+        self.turned = Turned()
+        shared = nn.Dense(WIDTH, WIDTH, has_bias=False)
+        self.blocks = nn.CellList([Block(shared), Block(shared)])
+        self.conv = nn.Conv2d(1, 4, 3, stride=2, has_bias=True)
+        self.classifier = nn.Dense(WIDTH + 4, LABELS)
+        self.by_hand = (self.query,)  # a reference that MindSpore does not know of
+
+    def construct(self, ids):
+        hidden = self.by_hand[0](self.embed(ids))
+        hidden = hidden + self.mlp(hidden)
+        hidden = hidden + self.turned(hidden)
+        for block in self.blocks:
+            hidden = block(hidden)
+        image = self.conv(ops.expand_dims(hidden, 1)).mean((2, 3))
+        return self.classifier(ops.concat((hidden.mean(1), image), 1))
+
+
+def config(**fields):
+    """LoRA on every kind of layer."""
+    return LoraConfig(**{"r": 2, "lora_alpha": 3, "target_modules": TARGETS, **fields})
+
+
+def move(model, seed):
+    """Give what trains other values."""
+    rng = np.random.default_rng(seed)
+    for param in model.trainable_params():
+        moved = param.asnumpy().astype(np.float32) + 0.3 * rng.normal(size=param.shape)
+        param.set_data(Tensor(moved.astype(np.float32)).astype(param.dtype))
+
+
+def ids(rng, rows=4):
+    """Inputs."""
+    return Tensor(rng.integers(0, VOCAB, (rows, 5)).astype(np.int32))
+
+
+def contents(network):
+    """Name, order, bytes and requires_grad of every parameter."""
+    return [(param.name, param.asnumpy().tobytes(), param.requires_grad) for param in network.get_parameters()]
+
+
+def numbers(cell, x):
+    """A Cell's output as an array."""
+    return cell(x).asnumpy()
+
+
+class Compiles:
+    """Counts what MindSpore compiles inside of a `with`."""
+
+    def __enter__(self):
+        from mindspore.common import api
+
+        self.count, self.executor = 0, api._cell_graph_executor
+        self.real = self.executor._graph_executor
+        self.executor._graph_executor = self
+        return self
+
+    def __getattr__(self, name):
+        self.count += name == "compile"
+        return getattr(self.real, name)
+
+    def __call__(self, *arguments):
+        return self.real(*arguments)
+
+    def __exit__(self, *error):
+        self.executor._graph_executor = self.real
+
+
+def graph_mode():
+    """Whether this is graph mode."""
+    return ms.get_context("mode") == ms.GRAPH_MODE
