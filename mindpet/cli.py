@@ -1,4 +1,4 @@
-"""The command line: `mindpet plan FILE.py:build --device-num N`."""
+"""The command line: `mindpet plan | inspect | merge | convert`."""
 
 import argparse
 import pathlib
@@ -6,9 +6,12 @@ import sys
 
 from mindpet.errors import MindPetError, ShardError
 from mindpet.parallel import dry_run
+from mindpet.parallel.launcher import load_function
+from mindpet.peft.convert import convert, inspect, load_config
+from mindpet.peft.merge_files import merge
 
 
-def plan(arguments):
+def run_plan(arguments):
     """Compile a network for many ranks and print its shard plan."""
     report = dry_run(
         arguments.build,
@@ -24,12 +27,44 @@ def plan(arguments):
         pathlib.Path(arguments.json).write_text(report.to_json() + "\n", encoding="utf-8")
 
 
+def run_inspect(arguments):
+    """Show what is in a folder or file of an adapter, and for which base it is."""
+    print(inspect(arguments.path))
+
+
+def run_merge(arguments):
+    """Fold a LoRA adapter into the files of its base."""
+    config, names = _config_and_names(arguments)
+    report = merge(arguments.base, arguments.adapter, arguments.out, config, names)
+    for row in report if arguments.verbose else ():
+        print(row)
+    worst = max(report, key=lambda row: row.largest_error, default=None)
+    print(f"{len(report)} weights merged into {arguments.out}" + (f"; largest error: {worst}" if worst else ""))
+
+
+def run_convert(arguments):
+    """Turn an adapter's folder into a delta file of mindpet, or a delta file into a folder."""
+    config, names = _config_and_names(arguments)
+    convert(arguments.source, arguments.target, config, names, arguments.prefix_path)
+    print(f"wrote {arguments.target}")
+
+
+def _config_and_names(arguments):
+    config = load_config(arguments.config) if arguments.config else None
+    return config, load_function(arguments.names)() if arguments.names else None
+
+
 def make_parser():
     """The parser of all commands."""
     parser = argparse.ArgumentParser(prog="mindpet", description="Parameter-efficient fine-tuning for MindSpore.")
     commands = parser.add_subparsers(metavar="command", required=True)
-    command = commands.add_parser("plan", help=plan.__doc__, description=plan.__doc__)
-    command.set_defaults(run=plan)
+
+    def add(name, run):
+        command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
+        command.set_defaults(run=run)
+        return command
+
+    command = add("plan", run_plan)
     command.add_argument("build", metavar="FILE.py:build", help="function that returns (network, inputs[, optimizer])")
     command.add_argument("--device-num", type=int, required=True, metavar="N", help="number of ranks")
     command.add_argument("--rank", type=int, default=0, metavar="R", help="whose plan it is (default: %(default)s)")
@@ -38,7 +73,32 @@ def make_parser():
     command.add_argument("--parallel-optimizer", action="store_true", help="cut weights and state over replicas too")
     command.add_argument("--timeout", type=float, default=600, metavar="S", help="seconds (default: %(default)s)")
     command.add_argument("--json", metavar="F", help="write the report to this file, too")
+
+    command = add("inspect", run_inspect)
+    command.add_argument("path", metavar="PATH", help="folder of an adapter, or a .ckpt or .safetensors file")
+
+    command = add("merge", run_merge)
+    command.add_argument(
+        "--base", required=True, help="a .ckpt or .safetensors file, or a folder of .safetensors files"
+    )
+    command.add_argument("--adapter", required=True, help="folder of an adapter, or a delta file of mindpet")
+    command.add_argument("--out", required=True, help="what is written: a folder or a file, as the base is")
+    command.add_argument("--verbose", action="store_true", help="print the error of every weight")
+    _add_config_and_names(command)
+
+    command = add("convert", run_convert)
+    command.add_argument("source", metavar="SOURCE", help="folder of an adapter, or a delta file of mindpet")
+    command.add_argument("target", metavar="TARGET", help="a .ckpt or .safetensors file, or else a folder")
+    command.add_argument(
+        "--prefix-path", default="prefix_encoder", help="where the network has its PrefixEncoder (default: %(default)s)"
+    )
+    _add_config_and_names(command)
     return parser
+
+
+def _add_config_and_names(command):
+    command.add_argument("--config", metavar="F.json", help="configuration of a delta file, such as its lora_alpha")
+    command.add_argument("--names", metavar="FILE.py:f", help="function that returns a mindpet.peft.NameMap")
 
 
 def main(argv=None):

@@ -50,6 +50,8 @@ ORDER = [
     "peft.state",
     "peft.combine",
     "peft.model",
+    "peft.convert",
+    "peft.merge_files",
     "peft",
     "cli",
 ]

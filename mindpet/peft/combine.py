@@ -24,13 +24,36 @@ def fold_arguments(path, values):
     return {argument: value.astype(np.float32) for argument, value in found.items() if value is not None}
 
 
-def initial_from_weight(frame, base):
-    """A, B and what is left of the weight W, so that `W = rest + s B A`, for an adapter that starts from the weight.
+def start_from_weight(weight, init, rank, scaling):
+    """A, B and the rest of a weight W, so that `W = rest + s B A`.
 
     PiSSA: with W = U S V^T, `B = U_r sqrt(S_r / s)`, `A = sqrt(S_r / s) V_r^T`. OLoRA: with W = Q R, `B = Q_r`,
     `A = R_r`.
 
     Source: PiSSA, Meng et al. 2024, arXiv:2404.02948, section 3; OLoRA, Büyükakyüz 2024, arXiv:2406.01775, section 3.
+
+    Args:
+        weight (numpy.ndarray): W, `(out, in)`, float32.
+        init (str): 'pissa', 'pissa_niter_N', which is computed exactly too, or 'olora'.
+        rank (int): rows of A.
+        scaling (float): s.
+
+    Returns:
+        tuple of numpy.ndarray: A, B, rest.
+    """
+    scaling = np.float32(scaling)
+    if init == "olora":
+        left, right = np.linalg.qr(weight)
+        lora_b, lora_a = left[:, :rank], right[:rank]
+    else:
+        left, roots, right = np.linalg.svd(weight, full_matrices=False)
+        root = np.sqrt(roots[:rank] / scaling)
+        lora_b, lora_a = left[:, :rank] * root, root[:, None] * right[:rank]
+    return lora_a, lora_b, weight - scaling * (lora_b @ lora_a)
+
+
+def initial_from_weight(frame, base):
+    """A, B and what is left of the weights, for an adapter that starts from them; see `start_from_weight`.
 
     Args:
         frame (Frame): of the adapter.
@@ -42,16 +65,10 @@ def initial_from_weight(frame, base):
     values = {}
     for layer in frame.plan.targets:
         delta, kind = frame.deltas[layer.path], layer_kind(layer.cell)
-        name, rank, scaling = kind.weight_of(layer.cell).name, delta.rank, np.float32(delta.scaling)
+        name = kind.weight_of(layer.cell).name
         weight = kind.to_matrix(base[name].astype(np.float32))
-        if frame.plan.config.init_lora_weights == "olora":
-            left, right = np.linalg.qr(weight)
-            lora_b, lora_a = left[:, :rank], right[:rank]
-        else:
-            left, roots, right = np.linalg.svd(weight, full_matrices=False)
-            root = np.sqrt(roots[:rank] / scaling)
-            lora_b, lora_a = left[:, :rank] * root, root[:, None] * right[:rank]
-        rest = weight - scaling * (lora_b @ lora_a)
+        init = frame.plan.config.init_lora_weights
+        lora_a, lora_b, rest = start_from_weight(weight, init, delta.rank, delta.scaling)
         values[f"{layer.path}.{A}"] = np.ascontiguousarray(lora_a)
         values[f"{layer.path}.{B}"] = np.ascontiguousarray(lora_b)
         values[name] = np.ascontiguousarray(kind.from_matrix(rest, base[name].shape)).astype(base[name].dtype)

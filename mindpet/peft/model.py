@@ -359,7 +359,7 @@ class PeftModel(nn.Cell):
             config.auto_mapping = config.auto_mapping or state.auto_mapping(self.network)
             config.peft_version = config.peft_version or f"mindpet {mindpet.__version__}"
             passport = state.make_passport(self._base_values(adapter.plan), self.network, step)
-            tensors = self._tensors(name)
+            tensors, config = self.name_map.split(self._tensors(name), config)
             state.save_adapter(state.folder_of(save_directory, name), config, tensors, passport)
 
     @classmethod
@@ -404,8 +404,9 @@ class PeftModel(nn.Cell):
         config = copy.deepcopy(config) if config is not None else PeftConfig.from_pretrained(model_id)
         with self._bare():
             # A file has the table that a projection computed, and not the projection.
+            tensors, config = self.name_map.fuse(state.read_tensors(model_id), config)
             plan = plan_targets(self.network, state.without_projection(config))
-            values = state.load(model_id, Frame(self.network, plan), self.name_map)
+            values = state.load(model_id, tensors, Frame(self.network, plan), self.name_map)
             if not force:
                 state.check_passport(model_id, self._base_values(plan))
             self._add(adapter_name, plan, is_trainable, values)

@@ -1,12 +1,21 @@
 """From the names of a MindSpore network to those of the PyTorch model, and back."""
 
+import copy
 import re
 from dataclasses import dataclass, field
 from typing import Callable
 
+import numpy as np
+
+from mindpet.errors import CheckpointError
+
 # MindSpore's names of parameters -> PyTorch's, at the end of a name.
 LEAVES = {"embedding_table": "weight", "gamma": "weight", "beta": "bias"}
-NORM = re.compile(r"(?i)norm|(^|\.)ln(_\w+)?(\.|$)")
+A, B, BIAS, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"
+
+
+EMBEDDING = re.compile(r"(?i)(^|[._])(embed\w*|wte|wpe)$")
+NORM = re.compile(r"(^|\.)(LayerNorm|ln_\w+)$")
 
 
 def to_torch(name):
@@ -15,18 +24,110 @@ def to_torch(name):
     return f"{head}.{LEAVES[leaf]}" if head and leaf in LEAVES else name
 
 
+def to_mindspore(name):
+    """The inverse of `to_torch`, for networks that call embeddings and norms as the examples do."""
+    head, _, leaf = name.rpartition(".")
+    if NORM.search(head) and leaf in ("weight", "bias"):
+        return f"{head}.{'gamma' if leaf == 'weight' else 'beta'}"
+    return f"{head}.embedding_table" if leaf == "weight" and EMBEDDING.search(head) else name
+
+
 @dataclass(frozen=True)
 class NameMap:
     """How paths of Cells, and names of parameters, differ between a MindSpore network and the PyTorch model.
 
     Args:
-        to_torch (callable): from a name in the network to that in the PyTorch model; names that it does not know, it
-            returns as they are. Default: the end of a name is MindSpore's or PyTorch's (`embedding_table`, `gamma`,
-            `beta`), and all before it is the same.
-        fused (dict): end of the path of a linear layer in the network, say 'attention.w_qkv' -> tuple of the names that
-            the PyTorch model has in its place, next to one another and in that order, say ('q_proj', 'k_proj',
-            'v_proj'). Default: {}.
+        to_torch (callable): from a name in the network, of a Cell or a Parameter, to that in the PyTorch model.
+            Default: the end of a name is translated (`embedding_table`, `gamma`, `beta`), what is before it is the
+            same.
+        to_mindspore (callable): the inverse, which is needed for files without a network only. Default: that of the
+            default.
+        fused (dict): name of a linear layer that the PyTorch model has several in place of, as `to_torch` gives it,
+            without what comes before the last dot -> dict of their names and numbers of output features, in the order
+            in which the layer has them: `{"w_qkv": {"q_proj": 4096, "k_proj": 1024, "v_proj": 1024}}`. Default: {}.
     """
 
     to_torch: Callable = to_torch
+    to_mindspore: Callable = to_mindspore
     fused: dict = field(default_factory=dict)
+
+    def fuse(self, tensors, config):
+        """The tensors and the configuration of a LoRA file, with one layer in place of those that are fused.
+
+        The layers' A stand below one another, their B are the blocks of one B. Scales stay what they are.
+
+        Raises:
+            CheckpointError: layers that are fused have other inputs, or only some have what all must have.
+        """
+        tensors, config = dict(tensors), copy.deepcopy(config)
+        for name, parts in self.fused.items():
+            starts = {key[: -len(f"{part}.{A}")] for part in parts for key in tensors if key.endswith(f".{part}.{A}")}
+            for start in sorted(starts):
+                found = {part: _take(tensors, f"{start}{part}.") for part in parts}
+                tensors.update({f"{start}{name}.{key}": value for key, value in _fuse(start, parts, found).items()})
+                ranks = sum(len(own[A]) for own in found.values() if own)
+                path = start.split("base_model.model.", 1)[-1] + name
+                factor = ranks / config.r
+                config.rank_pattern[path], config.alpha_pattern[path] = ranks, config.lora_alpha * factor
+            if starts:
+                config.target_modules = sorted({*config.target_modules, name} - set(parts))
+        return tensors, config
+
+    def split(self, tensors, config):
+        """The inverse of `fuse`: layers apart, in place of those that are fused. Columns of B that are zero go."""
+        tensors, config = dict(tensors), copy.deepcopy(config)
+        for name, parts in self.fused.items():
+            starts = [key[: -len(f"{name}.{A}")] for key in tensors if key.endswith(f".{name}.{A}")]
+            for start in starts:
+                own = _take(tensors, f"{start}{name}.")
+                path = start.split("base_model.model.", 1)[-1] + name
+                rank, alpha = config.rank_pattern.pop(path, config.r), config.alpha_pattern.pop(path, config.lora_alpha)
+                for part, values in _split(own, parts).items():
+                    tensors.update({f"{start}{part}.{key}": value for key, value in values.items()})
+                    path = start.split("base_model.model.", 1)[-1] + part
+                    size = len(values[A])
+                    if size != config.r or alpha * size / rank != config.lora_alpha:
+                        config.rank_pattern[path], config.alpha_pattern[path] = size, alpha * size / rank
+            if starts:
+                config.target_modules = sorted({*config.target_modules, *parts} - {name})
+        return tensors, config
+
+
+def _take(tensors, start):
+    """Take the tensors of one layer out of a dict."""
+    return {key: tensors.pop(start + key) for key in (A, B, BIAS, MAGNITUDE) if start + key in tensors}
+
+
+def _fuse(start, parts, found):
+    """One layer's tensors from those of its parts; a part without a delta has zeros in B."""
+    present = {part: own for part, own in found.items() if own}
+    some = {key for own in present.values() for key in own} - {A, B}
+    lacking = [part for part in parts if not some <= set(found[part])]
+    if lacking:
+        raise CheckpointError(f"{start}: {sorted(some)} must be of all of {list(parts)}, but {lacking} have none.")
+    rank = sum(len(own[A]) for own in present.values())
+    dtype = next(iter(present.values()))[A].dtype
+    lora_b = np.zeros((sum(parts.values()), rank), dtype)
+    row, column = 0, 0
+    for part, size in parts.items():
+        if part in present:
+            block = present[part][B]
+            if len(block) != size:
+                raise CheckpointError(f"{start}{part}: {size} output features are expected, but it has {len(block)}.")
+            lora_b[row : row + size, column : column + block.shape[1]] = block
+            column += block.shape[1]
+        row += size
+    fused = {A: np.concatenate([own[A] for own in present.values()]), B: lora_b}
+    return {**fused, **{key: np.concatenate([found[part][key] for part in parts]) for key in some}}
+
+
+def _split(own, parts):
+    """The tensors of the parts from those of the layer."""
+    rows = np.split(np.arange(len(own[B])), np.cumsum(list(parts.values()))[:-1])
+    result = {}
+    for part, chosen in zip(parts, rows):
+        used = np.flatnonzero(own[B][chosen].astype(np.float32).any(0))
+        used = used if len(used) else np.arange(len(own[A]))
+        result[part] = {A: own[A][used], B: np.ascontiguousarray(own[B][chosen][:, used])}
+        result[part].update({key: own[key][chosen] for key in (BIAS, MAGNITUDE) if key in own})
+    return result

@@ -158,11 +158,12 @@ def check_passport(folder, base):
         )
 
 
-def load(folder, frame, names):
-    """The values of an adapter's parameters from its folder.
+def load(folder, found, frame, names):
+    """The values of an adapter's parameters from its file.
 
     Args:
-        folder (str): of the adapter.
+        folder (str): of the adapter, for the message.
+        found (dict): key -> numpy.ndarray, what is in its file.
         frame (Frame): of the adapter.
         names (NameMap): to the names in the file.
 
@@ -170,9 +171,9 @@ def load(folder, frame, names):
         dict of name -> numpy.ndarray.
 
     Raises:
-        FileNotFoundError, CheckpointError: see `read_tensors` and `check_tensors`.
+        CheckpointError: see `check_tensors`.
     """
-    found, plan = read_tensors(folder), frame.plan
+    plan = frame.plan
     keys = file_keys(frame, plan, names)
     shapes = {name: param.shape for name, param in {**frame.params, **plan.owned}.items()}
     wanted = {key: shapes[name] for name, key in keys.items()}

@@ -72,7 +72,7 @@ def test_half_precision_is_merged_in_float32_and_rounded_once(dtype, digits):
     ms_type = ms.float16 if dtype is np.float16 else ms.bfloat16
     network = nn.SequentialCell(nn.Dense(16, 16, dtype=ms_type))
     network[0].weight.set_data(Tensor(np.random.normal(size=(16, 16)).astype(np.float32)).astype(ms_type))
-    weight = network[0].weight.asnumpy()
+    weight = network[0].weight.asnumpy().copy()
     model = get_peft_model(network, LoraConfig(r=2, lora_alpha=3, target_modules=["0"]))
     move(model, 0)
     delta = network[0].mindpet_delta
