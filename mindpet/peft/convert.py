@@ -119,7 +119,7 @@ def from_delta(tensors, config, names):
     if ranks and isinstance(config, LoraConfig):
         config.target_modules = config.target_modules or sorted(ranks)
         config.r = max(ranks.values(), key=list(ranks.values()).count)
-        config.rank_pattern.update({path: rank for path, rank in ranks.items() if rank != config.r})
+        config.rank_pattern.update({re.escape(path): rank for path, rank in ranks.items() if rank != config.r})
     return names.split(found, config)[::-1]
 
 

@@ -12,10 +12,10 @@ import mindpet.peft.combine as combine
 import mindpet.peft.state as state
 from mindpet.errors import AdapterError, ConfigError, MergeError
 from mindpet.graph.parameters import matches, model_parameters
-from mindpet.peft.config import PeftConfig
+from mindpet.peft.config import LoraConfig, PeftConfig
 from mindpet.peft.inject import Frame, Rows
 from mindpet.peft.merge import merge_layers, shared_weights, untie
-from mindpet.peft.names import NameMap
+from mindpet.peft.names import NameMap, to_model, to_network
 from mindpet.peft.plan import is_from_weight, plan_targets
 from mindpet.utils.values import assign, forget_graphs, value_of
 
@@ -360,6 +360,8 @@ class PeftModel(nn.Cell):
             config.peft_version = config.peft_version or f"mindpet {mindpet.__version__}"
             passport = state.make_passport(self._base_values(adapter.plan), self.network, step)
             tensors, config = self.name_map.split(self._tensors(name), config)
+            if self._has_other_names(config):
+                config = to_model(config, tensors, adapter.plan, self.name_map)
             state.save_adapter(state.folder_of(save_directory, name), config, tensors, passport)
 
     @classmethod
@@ -405,6 +407,8 @@ class PeftModel(nn.Cell):
         with self._bare():
             # A file has the table that a projection computed, and not the projection.
             tensors, config = self.name_map.fuse(state.read_tensors(model_id), config)
+            if self._has_other_names(config):
+                config = to_network(config, tensors, self.network, self.name_map)
             plan = plan_targets(self.network, state.without_projection(config))
             values = state.load(model_id, tensors, Frame(self.network, plan), self.name_map)
             if not force:
@@ -418,6 +422,9 @@ class PeftModel(nn.Cell):
         if name not in self.adapters:
             raise AdapterError(f"there is no adapter {name!r}; there are {list(self.adapters)}.")
         return self.adapters[name]
+
+    def _has_other_names(self, config):
+        return isinstance(config, LoraConfig) and self.name_map != NameMap()
 
     def _refuse_merged(self, owner):
         if self._merged:
@@ -584,7 +591,7 @@ class PeftModel(nn.Cell):
         own = {name for other in self.adapters.values() for name in other.frame.params}
 
         def getter(name, param):
-            held = {**self._base, **self._merged}
+            held = {**self._merged, **self._base}
             return lambda: held[name] if name in held else value_of(param)
 
         return {

@@ -1,6 +1,7 @@
 """From the names of a MindSpore network to those of the PyTorch model, and back."""
 
 import copy
+import dataclasses
 import re
 from dataclasses import dataclass, field
 from typing import Callable
@@ -8,6 +9,8 @@ from typing import Callable
 import numpy as np
 
 from mindpet.errors import CheckpointError
+from mindpet.peft.config import pattern_value
+from mindpet.peft.match import ends_with, list_layers
 
 # MindSpore's names of parameters -> PyTorch's, at the end of a name.
 LEAVES = {"embedding_table": "weight", "gamma": "weight", "beta": "bias"}
@@ -69,8 +72,6 @@ class NameMap:
                 path = start.split("base_model.model.", 1)[-1] + name
                 factor = ranks / config.r
                 config.rank_pattern[path], config.alpha_pattern[path] = ranks, config.lora_alpha * factor
-            if starts:
-                config.target_modules = sorted({*config.target_modules, name} - set(parts))
         return tensors, config
 
     def split(self, tensors, config):
@@ -88,9 +89,54 @@ class NameMap:
                     size = len(values[A])
                     if size != config.r or alpha * size / rank != config.lora_alpha:
                         config.rank_pattern[path], config.alpha_pattern[path] = size, alpha * size / rank
-            if starts:
-                config.target_modules = sorted({*config.target_modules, *parts} - {name})
         return tensors, config
+
+
+def to_network(config, tensors, network, names):
+    """A LoRA configuration of the PyTorch model with the names of the network.
+
+    Args:
+        config (LoraConfig): names layers as the PyTorch model does.
+        tensors (dict): key -> numpy.ndarray, what is in its file: it tells the layers.
+        network (Cell): the network.
+        names (NameMap): between the names.
+    """
+    layers = list_layers(network)
+    paths = {names.to_torch(layer.path): layer.paths for layer in layers}
+    config = _explicit(config, [(path, own) for path in target_paths(tensors) for own in paths.get(path, ())])
+    entries = [config.modules_to_save] if isinstance(config.modules_to_save, str) else config.modules_to_save or []
+    theirs = {entry: [own[0] for path, own in paths.items() if ends_with(path, entry)] for entry in entries}
+    config.modules_to_save = [own for entry, found in theirs.items() for own in found or [entry]] or None
+    return config
+
+
+def to_model(config, tensors, plan, names):
+    """The inverse of `to_network`: with the names of the PyTorch model."""
+    paths = {names.to_torch(layer.path): layer.path for layer in plan.targets}
+    config = _explicit(config, [(paths.get(path, path), path) for path in target_paths(tensors)])
+    config.modules_to_save = sorted(names.to_torch(layer.path) for layer in plan.modules_to_save) or None
+    return config
+
+
+def target_paths(tensors):
+    """The paths of the layers that have a LoRA delta in a file."""
+    found = (re.fullmatch(r"base_model\.model\.(.+)\.lora_(A\.weight|embedding_A)", key) for key in tensors)
+    return [match[1] for match in found if match]
+
+
+def _explicit(config, pairs):
+    """A LoRA configuration that lists every target, given pairs of the path before and after."""
+    ranks = {new: pattern_value(config.rank_pattern, old, config.r) for old, new in pairs}
+    alphas = {new: pattern_value(config.alpha_pattern, old, config.lora_alpha) for old, new in pairs}
+    return dataclasses.replace(
+        config,
+        target_modules=sorted(ranks),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        rank_pattern={re.escape(path): rank for path, rank in ranks.items() if rank != config.r},
+        alpha_pattern={re.escape(path): alpha for path, alpha in alphas.items() if alpha != config.lora_alpha},
+    )
 
 
 def _take(tensors, start):

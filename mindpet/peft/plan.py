@@ -81,6 +81,8 @@ def plan_targets(network, config):
             errors.append(error)
     if errors:
         raise type(errors[0])("\n".join(map(str, errors)))
+    if not (plan.targets or plan.attentions or plan.owned):
+        raise ConfigError(f"{type(config).__name__}: there is nothing to train in {type(network).__name__}.")
     return plan
 
 
@@ -187,8 +189,6 @@ def _find_owned(network, plan):
             plan.owned[kind.bias_of(layer.cell).name] = kind.bias_of(layer.cell)
         if is_from_weight(config):
             plan.residual[kind.weight_of(layer.cell).name] = kind.weight_of(layer.cell)
-    if not (plan.targets or plan.attentions or plan.owned):
-        raise ConfigError(f"{type(config).__name__}: there is nothing to train in {type(network).__name__}.")
 
 
 def _name(cell):

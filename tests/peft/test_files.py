@@ -248,12 +248,13 @@ def test_names_of_another_model_and_fused_layers(rng, tmp_path):
     )
     model = get_peft_model(fresh(), config(target_modules=["query", "shared"]), name_map=names)
     move(model, 1)
-    x = ids(rng)
     model.save_pretrained(tmp_path)
     shapes = TensorFile(tmp_path / "adapter_model.safetensors").shapes
     assert f"{BASE}layers.0.shared.lora_A.weight" in shapes
     assert shapes[f"{BASE}q.lora_A.weight"] == (2, 8) and shapes[f"{BASE}v.lora_B.weight"] == (2, 2)
-    assert PeftConfig.from_pretrained(tmp_path).target_modules == ["k", "q", "shared", "v"]
+    assert PeftConfig.from_pretrained(tmp_path).target_modules == ["k", "layers.0.shared", "q", "v"]
+    again, x = PeftModel.from_pretrained(fresh(), tmp_path, name_map=names), ids(rng)
+    np.testing.assert_allclose(numbers(again, x), numbers(model, x), atol=1e-6)
 
 
 def test_layers_that_are_apart_there_are_one_here(mode, rng, tmp_path):
