@@ -4,11 +4,12 @@ import argparse
 import pathlib
 import sys
 
-from mindpet.errors import MindPetError, ShardError
+from mindpet.errors import BuildError, MindPetError, ShardError
 from mindpet.parallel import dry_run
 from mindpet.parallel.launcher import load_function
 from mindpet.peft.convert import convert, inspect, load_config
 from mindpet.peft.merge_files import merge
+from mindpet.peft.names import NameMap
 
 
 def run_plan(arguments):
@@ -51,7 +52,18 @@ def run_convert(arguments):
 
 def _config_and_names(arguments):
     config = load_config(arguments.config) if arguments.config else None
-    return config, load_function(arguments.names)() if arguments.names else None
+    return config, _names(arguments.names) if arguments.names else None
+
+
+def _names(reference):
+    """What a function of the user returns."""
+    try:
+        names = load_function(reference)()
+    except Exception as error:  # whatever the file raises
+        raise BuildError(f"--names {reference}: {error!r}") from error
+    if not isinstance(names, NameMap):
+        raise BuildError(f"--names {reference}: must return a NameMap, but returned {names!r}.")
+    return names
 
 
 def make_parser():

@@ -118,6 +118,8 @@ def load_function(reference):
     """
     file, _, name = reference.rpartition(":")
     path = pathlib.Path(file).resolve()
+    if path.suffix != ".py" or not path.is_file():
+        raise BuildError(f"{reference!r} must be FILE.py:name, of a file that exists.")
     sys.path.insert(0, str(path.parent))
     module = import_file(path, path.stem)
     if not callable(getattr(module, name, None)):

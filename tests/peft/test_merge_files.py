@@ -1,0 +1,315 @@
+"""Files of bases and adapters without a network: merged, converted and inspected."""
+
+import json
+import os
+import subprocess
+import sys
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, nn
+from small import Small, config, ids, move, numbers
+
+from mindpet.cli import main
+from mindpet.errors import MergeError
+from mindpet.peft import BitFitConfig, LoraConfig, PeftModel, get_peft_model
+from mindpet.peft.merge_files import merge
+from mindpet.utils.tensors import TensorFile, save_tensors
+
+VARIANTS = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True, "rank_pattern": {"query": 3}, "alpha_pattern": {"conv": 1}},
+    "lora_bias": {"lora_bias": True, "target_modules": ["query", "mlp.0", "conv"]},
+    "pissa": {"init_lora_weights": "pissa", "target_modules": ["query", "mlp.0"]},
+    "bias and head": {"bias": "lora_only", "modules_to_save": ["classifier"]},
+}
+
+
+def trained(**fields):
+    ms.set_seed(3)
+    model = get_peft_model(
+        Small(), config(**{"target_modules": ["embed", "query", "mlp.0", "shared", "conv"], **fields})
+    )
+    move(model, 1)
+    return model
+
+
+def save_base(path):
+    """The base as a file, or as a folder of three files with an index."""
+    ms.set_seed(3)
+    network = Small()
+    if path.suffix:
+        ms.save_checkpoint(network, str(path), format=path.suffix[1:])
+        return network
+    path.mkdir()
+    values = {param.name: param.asnumpy() for param in network.get_parameters()}
+    names, where = list(values), {}
+    for number in range(3):
+        file = f"model-{number}.safetensors"
+        where.update(dict.fromkeys(names[number::3], file))
+        save_tensors(path / file, {name: values[name] for name in names[number::3]})
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (path / "config.json").write_text("{}")
+    return network
+
+
+def read(path):
+    if path.is_dir():
+        return {
+            name: value for file in path.glob("*.safetensors") for name, value in TensorFile(file).read_all().items()
+        }
+    return {name: param.asnumpy() for name, param in ms.load_checkpoint(str(path), format=path.suffix[1:]).items()}
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize("base", ["base.ckpt", "base.safetensors", "base"])
+def test_merging_files_gives_the_merged_network(variant, base, rng, tmp_path, capsys):
+    model, x = trained(**VARIANTS[variant]), ids(rng)
+    model.save_pretrained(tmp_path / "adapter")
+    save_base(tmp_path / base)
+    out = tmp_path / base.replace("base", "merged")
+    assert (
+        main(["merge", "--base", str(tmp_path / base), "--adapter", str(tmp_path / "adapter"), "--out", str(out)]) == 0
+    )
+    assert "weights merged into" in capsys.readouterr().out
+    expected, merged = numbers(model, x), read(out)
+    network = model.merge_and_unload()
+    for param in network.get_parameters():
+        np.testing.assert_allclose(merged[param.name], param.asnumpy(), atol=1e-6, err_msg=param.name)
+    ms.load_param_into_net(network, {n: ms.Parameter(Tensor(v), name=n) for n, v in merged.items()}, strict_load=True)
+    np.testing.assert_allclose(numbers(network, x), expected, atol=1e-5)
+    if out.is_dir():
+        assert sorted(os.listdir(out)) == sorted(os.listdir(tmp_path / base))
+        assert out.stat().st_mode & 0o777 == 0o755
+    assert not [name for name in os.listdir(tmp_path) if "incomplete" in name]
+
+
+def test_names_that_lack_the_first_part_and_a_head_that_is_new(tmp_path):
+    model = trained(target_modules=["query"], modules_to_save=["classifier"])
+    model.save_pretrained(tmp_path / "adapter")
+    base = tmp_path / "base"
+    save_base(base)
+    for file in base.glob("*.safetensors"):
+        tensors = TensorFile(file).read_all()
+        file.chmod(0o600)
+        save_tensors(file, {f"net.{name}": value for name, value in tensors.items() if "classifier" not in name})
+    merge(base, tmp_path / "adapter", tmp_path / "out", progressbar=False)
+    merged = read(tmp_path / "out")
+    assert "net.query.weight" in merged
+    np.testing.assert_array_equal(merged["classifier.weight"], model.network.classifier.weight.asnumpy())
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert index["weight_map"]["classifier.weight"] == "model-2.safetensors"
+
+
+def test_delta_files_merge_with_a_configuration(tmp_path):
+    model = trained(target_modules=["query", "shared"])
+    save_base(tmp_path / "base.ckpt")
+    params = [{"name": param.name, "data": param} for param in model.trainable_params()]
+    ms.save_checkpoint(params, str(tmp_path / "delta.ckpt"))
+    (tmp_path / "c.json").write_text('{"peft_type": "LORA", "lora_alpha": 3}')
+    arguments = ["merge", "--base", str(tmp_path / "base.ckpt"), "--adapter", str(tmp_path / "delta.ckpt")]
+    arguments += ["--out", str(tmp_path / "out.ckpt"), "--verbose"]
+    assert main(arguments) == 2
+    assert main([*arguments, "--config", str(tmp_path / "c.json")]) == 0
+    merged = read(tmp_path / "out.ckpt")
+    for param in model.merge_and_unload().get_parameters():
+        np.testing.assert_allclose(merged[param.name], param.asnumpy(), atol=1e-6)
+
+
+def test_weights_of_a_network_that_has_them_the_other_way_up(tmp_path):
+    """A weight that is not square tells which way up the square ones are."""
+    weights = {"wide.weight": np.zeros((4, 6), np.float32), "square.weight": np.zeros((4, 4), np.float32)}
+    rng = np.random.default_rng(0)
+    tensors, deltas = {}, {}
+    for name, out in (("wide", 6), ("square", 4)):
+        a, b = rng.normal(size=(2, 4)).astype(np.float32), rng.normal(size=(out, 2)).astype(np.float32)
+        tensors.update({f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b})
+        deltas[f"{name}.weight"] = (4 * b @ a).T
+    (tmp_path / "adapter").mkdir()
+    save_tensors(tmp_path / "adapter/adapter_model.safetensors", tensors)
+    LoraConfig(r=2, lora_alpha=8, target_modules=["wide", "square"]).save_pretrained(tmp_path / "adapter")
+    save_tensors(tmp_path / "base.safetensors", weights)
+    merge(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out.safetensors", progressbar=False)
+    for name, value in read(tmp_path / "out.safetensors").items():
+        np.testing.assert_allclose(value, deltas[name], atol=1e-6)
+
+
+@pytest.mark.parametrize("base", ["base.ckpt", "base"])
+def test_what_does_not_fit_writes_nothing(base, tmp_path):
+    model = trained(target_modules=["query", "shared"])
+    model.save_pretrained(tmp_path / "adapter")
+    save_base(tmp_path / base)
+    path = tmp_path / "adapter/adapter_model.safetensors"
+    tensors = TensorFile(path).read_all()
+    bad = {name.replace("query", "nothing"): value for name, value in tensors.items()}
+    bad["base_model.model.classifier.weight"] = np.zeros((2, 2), np.float32)
+    for content, match in (
+        (bad, "(?s)no tensor of the base is called nothing.weight.*classifier.weight is \\[3, 12\\]"),
+        ({name: value[:1] for name, value in tensors.items()}, r"query.weight: \[8, 8\] in the base, .* for \[1, 8\]"),
+        (
+            {name: value * np.float32(np.nan) for name, value in tensors.items()},
+            "would hold NaN .*; nothing was written",
+        ),
+        ({name: value for name, value in tensors.items() if "lora_B" not in name}, "only .* of A and B"),
+    ):
+        path.chmod(0o600)
+        save_tensors(path, content)
+        with pytest.raises(MergeError, match=match):
+            merge(tmp_path / base, tmp_path / "adapter", tmp_path / "out", progressbar=False)
+        assert sorted(os.listdir(tmp_path)) == sorted(["adapter", base])
+
+
+def test_what_cannot_be_merged_at_all(tmp_path):
+    save_base(tmp_path / "base.ckpt")
+    get_peft_model(Small(), BitFitConfig()).save_pretrained(tmp_path / "bitfit")
+    with pytest.raises(MergeError, match="BITFIT cannot be folded into weights"):
+        merge(tmp_path / "base.ckpt", tmp_path / "bitfit", tmp_path / "out.ckpt")
+    (tmp_path / "out.ckpt").touch()
+    with pytest.raises(FileExistsError, match="exists already"):
+        merge(tmp_path / "base.ckpt", tmp_path / "bitfit", tmp_path / "out.ckpt")
+
+
+def test_memory_stays_below_the_largest_file_and_a_little(tmp_path):
+    """Eight files of 64 MB: the peak grows by less than two of them."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir(), adapter.mkdir()
+    tensors = {}
+    for number in range(8):
+        weights = {f"{number}.{part}.weight": np.ones((1024, 2048), np.float32) for part in range(8)}
+        save_tensors(base / f"model-{number}.safetensors", weights)
+        for name in weights:
+            tensors[f"base_model.model.{name[:-7]}.lora_A.weight"] = np.ones((2, 2048), np.float32)
+            tensors[f"base_model.model.{name[:-7]}.lora_B.weight"] = np.ones((1024, 2), np.float32)
+    save_tensors(adapter / "adapter_model.safetensors", tensors)
+    LoraConfig(r=2, target_modules="all-linear").save_pretrained(adapter)
+    code = (
+        "import resource, sys\nfrom mindpet.peft.merge_files import merge\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "merge(*sys.argv[1:], progressbar=False)\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
+    )
+    command = [sys.executable, "-c", code, str(base), str(adapter), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": "."})
+    assert int(done.stdout.split()[-1]) < 64 + 32
+    merged = TensorFile(tmp_path / "out/model-7.safetensors").read("7.3.weight")
+    np.testing.assert_allclose(merged, 1 + 4 * 2, rtol=1e-6)
+
+
+def test_an_adapter_goes_to_a_delta_file_and_back(tmp_path, capsys):
+    model = trained(target_modules=["embed", "query", "conv"], modules_to_save=["classifier"], use_dora=True)
+    model.save_pretrained(tmp_path / "adapter")
+    for ending in ("ckpt", "safetensors"):
+        delta = tmp_path / f"delta.{ending}"
+        assert main(["convert", str(tmp_path / "adapter"), str(delta)]) == 0
+        content = read(delta)
+        assert set(content) == {param.name for param in model.trainable_params()}
+        back = tmp_path / f"back-{ending}"
+        config_file = str(tmp_path / "adapter/adapter_config.json")
+        assert main(["convert", str(delta), str(back), "--config", config_file]) == 0
+        one, two = (
+            TensorFile(folder / "adapter_model.safetensors").read_all() for folder in (tmp_path / "adapter", back)
+        )
+        assert set(one) == set(two) and all(np.array_equal(one[name], two[name]) for name in one)
+    assert capsys.readouterr().out.startswith("wrote ")
+    assert main(["convert", str(tmp_path / "delta.ckpt"), str(tmp_path / "x")]) == 2
+    assert "a delta file does not hold its configuration" in capsys.readouterr().err
+
+
+def test_a_converted_delta_loads_as_an_adapter(rng, tmp_path):
+    model, x = trained(target_modules=["query"]), ids(rng)
+    params = [{"name": param.name, "data": param} for param in model.trainable_params()]
+    ms.save_checkpoint(params, str(tmp_path / "d.ckpt"))
+    (tmp_path / "c.json").write_text('{"peft_type": "LORA", "lora_alpha": 3}')
+    assert main(["convert", str(tmp_path / "d.ckpt"), str(tmp_path / "a"), "--config", str(tmp_path / "c.json")]) == 0
+    ms.set_seed(3)
+    np.testing.assert_array_equal(numbers(PeftModel.from_pretrained(Small(), tmp_path / "a"), x), numbers(model, x))
+
+
+def test_tables_of_prefixes_convert(tmp_path):
+    from mindpet.delta import PrefixEncoder
+
+    class Network(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.prefix_encoder = PrefixEncoder(3, 2, 2, 4)
+
+    network = Network()
+    params = [{"name": param.name, "data": param} for param in network.trainable_params()]
+    ms.save_checkpoint(params, str(tmp_path / "d.ckpt"))
+    fields = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3, "num_layers": 2, "token_dim": 8}
+    (tmp_path / "c.json").write_text(json.dumps({**fields, "num_attention_heads": 2}))
+    assert main(["convert", str(tmp_path / "d.ckpt"), str(tmp_path / "a"), "--config", str(tmp_path / "c.json")]) == 0
+    table = TensorFile(tmp_path / "a/adapter_model.safetensors").read("prompt_embeddings")
+    np.testing.assert_array_equal(table, network.trainable_params()[0].asnumpy())
+    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "e.ckpt")]) == 0
+    assert read(tmp_path / "e.ckpt").keys() == read(tmp_path / "d.ckpt").keys()
+
+
+def test_names_from_a_function(tmp_path):
+    model = trained(target_modules=["query"])
+    model.save_pretrained(tmp_path / "a")
+    (tmp_path / "names.py").write_text(
+        "from mindpet.peft import NameMap\n\ndef names():\n"
+        "    return NameMap(lambda n: n.replace('q_proj', 'query'), lambda n: n.replace('query', 'q_proj'))\n"
+    )
+    assert (
+        main(["convert", str(tmp_path / "a"), str(tmp_path / "d.ckpt"), "--names", f"{tmp_path}/names.py:names"]) == 0
+    )
+    assert set(read(tmp_path / "d.ckpt")) == {"q_proj.mindpet_delta_lora_a", "q_proj.mindpet_delta_lora_b"}
+
+
+def test_inspect(tmp_path, capsys):
+    model = trained(target_modules=["query"])
+    model.save_pretrained(tmp_path, step=12)
+    assert main(["inspect", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "peft_type: LORA",
+        "lora_alpha: 3",
+        "step 12, for a Small of",
+        "query.lora_A.weight  float32   [2, 8]",
+    ):
+        assert text in out
+    assert "2 tensors, 32 numbers, " in out
+    assert main(["inspect", str(tmp_path / "adapter_model.safetensors")]) == 0
+    assert "2 tensors" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect", "nothing"],
+        ["inspect", "."],
+        ["merge", "--base", "nothing", "--adapter", "nothing", "--out", "out"],
+        ["convert", "nothing", "out.ckpt"],
+        ["convert", "nothing.ckpt", "out"],
+        ["convert", "nothing", "out.ckpt", "--config", "nothing.json"],
+        ["convert", "nothing", "out.ckpt", "--names", "nothing.py:f"],
+        ["convert", "nothing", "out.ckpt", "--names", "nothing"],
+    ],
+)
+def test_bad_arguments_exit_2_with_one_line(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mindpet: ") and error.count("\n") == 1
+
+
+def test_damaged_files_exit_2_with_one_line(tmp_path, capsys):
+    for name in ("a.ckpt", "a.safetensors", "c.json", "a.bin"):
+        (tmp_path / name).write_bytes(b"damaged")
+    for arguments in (
+        ["inspect", str(tmp_path / "a.ckpt")],
+        ["inspect", str(tmp_path / "a.safetensors")],
+        ["inspect", str(tmp_path / "a.bin")],
+        ["convert", str(tmp_path / "a.ckpt"), "out", "--config", str(tmp_path / "c.json")],
+    ):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("mindpet: ") and error.count("\n") == 1
+    for arguments in (["merge"], ["inspect"], ["convert", "x"], ["nothing"]):
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments)
+        assert exit_.value.code == 2
