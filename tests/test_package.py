@@ -50,6 +50,7 @@ ORDER = [
     "peft.state",
     "peft.combine",
     "peft.model",
+    "peft.auto",
     "peft.convert",
     "peft.merge_files",
     "peft",

@@ -1,6 +1,7 @@
 """The interface of Hugging Face PEFT: configurations, networks with adapters, and their files."""
 
 from mindpet.layers.kinds import register_layer
+from mindpet.peft.auto import AutoPeftModel
 from mindpet.peft.config import (
     AdapterConfig,
     BitFitConfig,
@@ -20,6 +21,7 @@ from mindpet.peft.plan import plan_targets
 
 __all__ = [
     "AdapterConfig",
+    "AutoPeftModel",
     "BitFitConfig",
     "LoraConfig",
     "LowRankAdapterConfig",

@@ -617,7 +617,7 @@ def _check_bare(network):
     """Refuse a network that has adapters already."""
     if not isinstance(network, nn.Cell):
         raise TypeError(f"'network' must be a Cell, but got {network!r} ({type(network).__name__}).")
-    if any("mindpet_delta" in cell._cells for _, cell in network.cells_and_names()):
+    if any({"mindpet_delta", "prefix_source"} & set(cell._cells) for _, cell in network.cells_and_names()):
         raise ConfigError(
             f"the {type(network).__name__} has adapters already; use add_adapter() or load_adapter() of its PeftModel, "
             "or unload() it first."

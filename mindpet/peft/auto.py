@@ -1,0 +1,50 @@
+"""A base and its adapter from the adapter's folder alone."""
+
+import importlib
+
+from mindpet.errors import ConfigError
+from mindpet.peft.config import PeftConfig
+from mindpet.peft.model import PeftModel
+
+
+class AutoPeftModel:
+    """Makes the base that an adapter's configuration names, and puts the adapter into it."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, loader=None, **keywords):
+        """A base with an adapter.
+
+        The configuration says where the base's weights are, `base_model_name_or_path`, and `auto_mapping`, which class
+        of which module it is; `save_pretrained` of a PeftModel notes the class if it has a method `from_pretrained`.
+
+        Args:
+            pretrained_model_name_or_path (str): the adapter's folder.
+            loader (callable): from `base_model_name_or_path` to the base network. Default: None, for the method
+                `from_pretrained` of the class in `auto_mapping`.
+            keywords: of `PeftModel.from_pretrained`: `adapter_name`, `is_trainable`, `force`, `name_map`.
+
+        Returns:
+            PeftModel.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+            ConfigError: the configuration does not name a base, or its class cannot be found.
+            CheckpointError, ...: see `PeftModel.from_pretrained`.
+        """
+        folder = pretrained_model_name_or_path
+        config = PeftConfig.from_pretrained(folder)
+        if not config.base_model_name_or_path:
+            raise ConfigError(f"{folder}: 'base_model_name_or_path' must name the base, but is not set.")
+        load = loader or _class_of(config.auto_mapping, folder).from_pretrained
+        return PeftModel.from_pretrained(load(config.base_model_name_or_path), folder, **keywords)
+
+
+def _class_of(mapping, folder):
+    mapping = mapping or {}
+    module, name = mapping.get("parent_library"), mapping.get("base_model_class")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (AttributeError, ImportError, TypeError) as error:
+        raise ConfigError(
+            f"{folder}: 'auto_mapping' must name the base's class and module, but is {mapping}; or give 'loader'."
+        ) from error

@@ -1,0 +1,50 @@
+"""A base and its adapter from the adapter's folder alone."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from mindspore import Tensor
+from models.llama import LlamaForCausalLM
+
+from mindpet.errors import ConfigError
+from mindpet.peft import AutoPeftModel, LoraConfig, get_peft_model
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden/llama"
+
+
+def test_the_base_is_found(mode, rng, tmp_path):
+    config = LoraConfig(base_model_name_or_path=str(GOLDEN), init_lora_weights=False)
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(GOLDEN), config)
+    assert model.peft_config["default"].target_modules == ["q_proj", "v_proj"]
+    model.save_pretrained(tmp_path)
+    x = Tensor(rng.integers(0, 48, (2, 6)).astype(np.int32))
+    expected = model(x).asnumpy()
+    content = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert content["auto_mapping"] == {"base_model_class": "LlamaForCausalLM", "parent_library": "models.llama"}
+    loaded = AutoPeftModel.from_pretrained(tmp_path, is_trainable=True)
+    np.testing.assert_array_equal(loaded(x).asnumpy(), expected)
+    assert loaded.trainable_params()
+    loaded = AutoPeftModel.from_pretrained(tmp_path, loader=LlamaForCausalLM.from_pretrained)
+    np.testing.assert_array_equal(loaded(x).asnumpy(), expected)
+
+
+@pytest.mark.parametrize(
+    "fields, match",
+    [
+        ({}, "'base_model_name_or_path' must name the base"),
+        ({"base_model_name_or_path": "x"}, "'auto_mapping' must name the base's class"),
+        (
+            {
+                "base_model_name_or_path": "x",
+                "auto_mapping": {"base_model_class": "Nothing", "parent_library": "models.llama"},
+            },
+            "'auto_mapping' must name the base's class",
+        ),
+    ],
+)
+def test_a_base_that_cannot_be_found(fields, match, tmp_path):
+    LoraConfig(**fields).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=match):
+        AutoPeftModel.from_pretrained(tmp_path)

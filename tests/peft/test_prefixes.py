@@ -1,0 +1,124 @@
+"""Prefixes: keys and values in front of those of every attention of a network."""
+
+import pathlib
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, nn
+from models.bert import BertClassifier, BertConfig
+from models.llama import LlamaForCausalLM
+from small import Small, contents, move, numbers
+
+from mindpet.errors import AdapterError, ConfigError, MergeError
+from mindpet.peft import PeftModel, PrefixTuningConfig, Ptuning2Config, get_peft_model
+from mindpet.utils.tensors import TensorFile
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+CONFIGS = {
+    "table": PrefixTuningConfig(num_virtual_tokens=3),
+    "projection": PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=6),
+    "ptuning2": Ptuning2Config(num_virtual_tokens=3),
+    "ptuning2 projection": Ptuning2Config(num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=6),
+}
+
+
+def llama():
+    return LlamaForCausalLM.from_pretrained(GOLDEN / "llama")
+
+
+def ids(rng):
+    return Tensor(rng.integers(0, 48, (2, 6)).astype(np.int32))
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_save_load_disable_and_unload(name, mode, rng, tmp_path):
+    network, x = llama(), ids(rng)
+    base, before = numbers(network, x), contents(network)
+    model = get_peft_model(network, CONFIGS[name])
+    config = model.peft_config["default"]
+    assert (config.num_layers, config.num_attention_heads, config.token_dim) == (2, 2, 16)
+    move(model, 1)
+    expected = numbers(model, x)
+    assert np.abs(expected - base).max() > 1e-3
+    with model.disable_adapter():
+        np.testing.assert_array_equal(numbers(model, x), base)
+    np.testing.assert_array_equal(numbers(model, x), expected)
+    model.save_pretrained(tmp_path)
+    assert TensorFile(tmp_path / "adapter_model.safetensors").shapes == {"prompt_embeddings": (3, 2 * 2 * 16)}
+    assert model.unload() is network
+    np.testing.assert_array_equal(numbers(network, x), base)
+    assert contents(network) == before
+    loaded = PeftModel.from_pretrained(network, tmp_path)
+    np.testing.assert_allclose(numbers(loaded, x), expected, atol=1e-6)
+    assert loaded.peft_config["default"].prefix_projection == CONFIGS[name].prefix_projection
+    loaded.save_pretrained(tmp_path / "again")
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / file).read_bytes()
+
+
+def test_two_prefixes_of_one_shape_switch_and_train(mode, rng):
+    model, x = get_peft_model(llama(), CONFIGS["table"]), ids(rng)
+    move(model, 1)
+    first = numbers(model, x)
+    model.add_adapter("two", CONFIGS["table"])
+    model.set_adapter("two")
+    labels = Tensor(rng.integers(0, 48, (2 * 6,)).astype(np.int32))
+
+    class Loss(nn.Cell):
+        def __init__(self):
+            super().__init__(auto_prefix=False)
+            self.model, self.loss = model, nn.CrossEntropyLoss()
+
+        def construct(self, ids):
+            return self.loss(self.model(ids).reshape(-1, 48), labels)
+
+    step = nn.TrainOneStepCell(Loss(), nn.Adam(model.trainable_params(), 0.1)).set_train()
+    losses = [float(step(x).asnumpy()) for _ in range(5)]
+    assert losses[-1] < losses[0]
+    model.set_adapter("default")
+    np.testing.assert_array_equal(numbers(model.set_train(False), x), first)
+
+
+def test_a_head_is_saved_beside_the_prefix(rng, tmp_path):
+    config = BertConfig(20, 8, 2, 2, 12, max_position_embeddings=12, method="full")
+    model = get_peft_model(BertClassifier(config, 3), PrefixTuningConfig(num_virtual_tokens=2, task_type="SEQ_CLS"))
+    model.save_pretrained(tmp_path)
+    shapes = TensorFile(tmp_path / "adapter_model.safetensors").shapes
+    assert shapes == {
+        "base_model.classifier.weight": (3, 8),
+        "base_model.classifier.bias": (3,),
+        "prompt_embeddings": (2, 32),
+    }
+
+
+def test_an_attention_computes_the_formula(mode, rng):
+    """One head, one layer: the softmax runs over the prefix and the tokens that come before."""
+    network = llama()
+    model = get_peft_model(network, CONFIGS["table"])
+    move(model, 2)
+    source = network.model.layers[0].self_attn.prefix_source
+    key, value = (Tensor(rng.normal(size=(2, 2, 4, 8)).astype(np.float32)) for _ in range(2))
+    got_key, got_value = source(key, value)
+    table = source.prefix.mindpet_delta_ptuning2_embedding.embedding_table.asnumpy().reshape(3, 2, 2, 8)
+    for got, given, slot in ((got_key, key, 0), (got_value, value, 1)):
+        np.testing.assert_array_equal(got.asnumpy()[:, :, 3:], given.asnumpy())
+        for row in range(2):
+            np.testing.assert_array_equal(got.asnumpy()[row, :, :3], table[:, slot].swapaxes(0, 1))
+
+
+def test_what_cannot_be():
+    with pytest.raises(ConfigError, match="no Cell of Small has an attribute 'prefix_source'"):
+        get_peft_model(Small(), CONFIGS["table"])
+    with pytest.raises(
+        ConfigError, match="(?s)'num_layers' must be 2 for this network, but is 5.*'num_virtual_tokens' must"
+    ):
+        get_peft_model(llama(), PrefixTuningConfig(num_layers=5))
+    model = get_peft_model(llama(), CONFIGS["table"])
+    with pytest.raises(MergeError, match="PREFIX_TUNING, which cannot be folded"):
+        model.merge_and_unload()
+    with pytest.raises(AdapterError, match="cannot share a batch"):
+        model(Tensor(np.zeros((1, 2), np.int32)), adapter_names=["default"])
+    with pytest.raises(ConfigError, match="has adapters already"):
+        get_peft_model(model.network, CONFIGS["table"])
+    assert ms.get_context("mode") == ms.PYNATIVE_MODE
