@@ -25,7 +25,28 @@ from tqdm import tqdm
 from mindpet.delta import RDropLoss, rdrop_repeat
 from mindpet.errors import MindPetError
 from mindpet.graph import DeltaGuard, TrainableParamsCheckPoint, freeze_delta, freeze_modules, load_delta, summary
+from mindpet.peft import (
+    AdapterConfig,
+    BitFitConfig,
+    LoraConfig,
+    LowRankAdapterConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    Ptuning2Config,
+    get_peft_model,
+)
 
+# What `mindpet.peft` needs to know for the layers that models/bert.py replaces by hand.
+PEFT_CONFIGS = {
+    "lora": LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=["query", "value"]),
+    "adapter": AdapterConfig(task_type="SEQ_CLS", bottleneck_size=64, target_modules=["output.dense"]),
+    "low_rank_adapter": LowRankAdapterConfig(task_type="SEQ_CLS", reduction_factor=32, target_modules=["output.dense"]),
+    "prefixtuning": PrefixTuningConfig(
+        task_type="SEQ_CLS", num_virtual_tokens=8, prefix_projection=True, encoder_hidden_size=64
+    ),
+    "ptuning2": Ptuning2Config(task_type="SEQ_CLS", num_virtual_tokens=8),
+    "bitfit": BitFitConfig(task_type="SEQ_CLS"),
+}
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 LEARNING_RATES = {
     "lora": 2e-3,
@@ -44,6 +65,9 @@ def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--method", choices=METHODS, default="lora", help="what is trained (default: %(default)s)")
     parser.add_argument("--compare", action="store_true", help="run every method; print and save a table and curves")
+    parser.add_argument(
+        "--peft", action="store_true", help="put the delta in by mindpet.peft instead of by hand; saved as PEFT does"
+    )
     parser.add_argument("--rdrop", action="store_true", help="train with R-Drop: two dropout passes a sample")
     parser.add_argument(
         "--model", help="folder of a Hugging Face BERT: config.json, model.safetensors, tokenizer files"
@@ -69,6 +93,8 @@ def parse_arguments(argv):
     for name in ("epochs", "batch_size", "seq_length", "max_per_label"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, but got {getattr(arguments, name)}")
+    if arguments.peft and (arguments.compare or arguments.method not in PEFT_CONFIGS):
+        parser.error(f"--peft goes with --method {'|'.join(PEFT_CONFIGS)}, and not with --compare")
     return arguments
 
 
@@ -221,14 +247,18 @@ def run(method, arguments, folder, weights, num_labels, train, validation, test)
     """
     rank, ranks = (get_rank(), get_group_size()) if arguments.distributed else (0, 1)
 
-    def build():
+    def build(method):
         model = BertClassifier(BertConfig.from_folder(folder, method=method), num_labels, arguments.pooling)
         load_weights(model.bert, weights)
         freeze(model, method)
         return model
 
     ms.set_seed(arguments.seed)
-    model = build()
+    model = build(method)
+    if arguments.peft:  # it starts from the values of the network made by hand, so that the two can be compared
+        start = {param.name: param for param in model.get_parameters()}
+        model = get_peft_model(build("full"), PEFT_CONFIGS[method])
+        ms.load_param_into_net(model, start)
     batch_size = min(arguments.batch_size, len(train.labels))
     samples = ds.NumpySlicesDataset(train._asdict(), shuffle=True, num_shards=ranks, shard_id=rank)
     dataset = samples.batch(batch_size // ranks, drop_remainder=True)
@@ -247,8 +277,13 @@ def run(method, arguments, folder, weights, num_labels, train, validation, test)
         return None
 
     file = checkpoint.latest_ckpt_file_name
-    fresh = build()
-    load_delta(fresh, file)
+    if arguments.peft:
+        model.save_pretrained(os.path.join(directory, "adapter"), step=steps)
+        file = os.path.join(directory, "adapter", "adapter_model.safetensors")
+        fresh = PeftModel.from_pretrained(build("full"), os.path.join(directory, "adapter"))
+    else:
+        fresh = build(method)
+        load_delta(fresh, file)
     logits = predict(model, test, batch_size)
     if not np.array_equal(logits, predict(fresh, test, batch_size)):
         raise MindPetError(f"{file} does not give the predictions of the model that was trained")
@@ -312,6 +347,7 @@ def main(argv=None):
     try:
         folder = find_model(arguments.model)
         longest = BertConfig.from_folder(folder).max_position_embeddings
+        longest -= getattr(PEFT_CONFIGS[arguments.method], "num_virtual_tokens", 0) if arguments.peft else 0
         if arguments.seq_length > longest:
             raise ValueError(f"--seq-length {arguments.seq_length}: the model takes at most {longest} tokens")
         examples = read_tsv(arguments.data) if arguments.data else read_docstrings(arguments.max_per_label)

@@ -54,6 +54,34 @@ def test_it_learns_and_the_saved_delta_predicts_the_same(arguments, data, tmp_pa
     assert float(out.split("test accuracy ")[1].split()[0]) > 0.7  # chance is 0.5
 
 
+@pytest.mark.parametrize("method", list(finetune_text.PEFT_CONFIGS))
+def test_peft_gives_the_curve_of_the_layers_made_by_hand(method, data, tmp_path, monkeypatch):
+    folder = shutil.copytree(GOLDEN, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config.update(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    (folder / "config.json").write_text(json.dumps(config))
+    results, run_method = [], finetune_text.run
+    monkeypatch.setattr(finetune_text, "run", lambda *arguments: results.append(run_method(*arguments)))
+    for arguments in ([], ["--peft"]):
+        arguments += ["--data", data, "--model", str(folder), "--method", method, "--seq-length", "8"]
+        assert run(tmp_path, *arguments) == 0
+    by_hand, peft = results
+    assert len(by_hand.losses) == len(peft.losses) > 20
+    if method in ("prefixtuning", "ptuning2"):  # there the adapters have prefixes, and so start values, of their own
+        assert np.mean(peft.losses[-5:]) < np.mean(peft.losses[:5])
+        return
+    np.testing.assert_allclose(peft.losses, by_hand.losses, atol=1e-5)
+    assert peft.test_accuracy == by_hand.test_accuracy
+    if method != "bitfit":
+        assert peft.trainable_percent == pytest.approx(by_hand.trainable_percent, rel=1e-3)
+
+
+def test_peft_does_not_go_with_every_method(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        finetune_text.main(["--peft", "--method", "full"])
+    assert exit_.value.code == 2 and "--peft goes with --method lora|adapter" in capsys.readouterr().err
+
+
 def test_compare_runs_every_method_and_saves_a_table_and_a_picture(data, tmp_path, capsys):
     assert run(tmp_path, "--data", data, "--compare", "--epochs", "2") == 0
     table = (tmp_path / "out/compare.md").read_text()
