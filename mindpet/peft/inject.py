@@ -214,14 +214,14 @@ class Rows:
             self.places.append(Overlay(layers[path].cell, by_rows, True in before, cells, params))
         self.root = Root(network)
 
-    def __call__(self, rows, inputs):
+    def __call__(self, rows, inputs, keywords):
         """The network's output with adapter `rows[i]` for row i of the batch; -1 is the base."""
         self.rows.set_data(Tensor(np.array(rows, np.int32)), slice_shape=True)
         with contextlib.ExitStack() as stack:
             for place in self.places:
                 place.put()
                 stack.callback(place.remove)
-            return self.root(*inputs)
+            return self.root(*inputs, **keywords)
 
 
 class Root(ms.nn.Cell):
@@ -231,8 +231,8 @@ class Root(ms.nn.Cell):
         super().__init__(auto_prefix=False)
         self.network = network
 
-    def construct(self, *inputs):
-        return self.network(*inputs)
+    def construct(self, *inputs, **keywords):
+        return self.network(*inputs, **keywords)
 
 
 class Unchanged(ms.nn.Cell):

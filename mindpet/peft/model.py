@@ -86,8 +86,8 @@ class PeftModel(nn.Cell):
             self.add_adapter(adapter_name, peft_config)
             self.set_adapter(adapter_name)
 
-    def construct(self, *inputs):
-        return self.network(*inputs)
+    def construct(self, *inputs, **keywords):
+        return self.network(*inputs, **keywords)
 
     def __call__(self, *inputs, adapter_names=None, **keywords):
         """The network's output.
@@ -102,9 +102,7 @@ class PeftModel(nn.Cell):
         """
         if adapter_names is None:
             return super().__call__(*inputs, **keywords)
-        if keywords:
-            raise TypeError(f"PeftModel: with 'adapter_names' there can be no keywords, but got {sorted(keywords)}.")
-        return self._mixed(list(adapter_names), inputs)
+        return self._mixed(list(adapter_names), inputs, keywords)
 
     def __getattr__(self, name):
         try:
@@ -507,7 +505,7 @@ class PeftModel(nn.Cell):
         for name, param in self._written().items():
             param.requires_grad = adapter.trainable and name in adapter.values and self._trains(adapter, name)
 
-    def _mixed(self, names, inputs):
+    def _mixed(self, names, inputs, keywords):
         """The network's output, every row with its own adapter."""
         self._refuse_merged("adapter_names")
         distinct = sorted(set(names) - {BASE})
@@ -522,7 +520,8 @@ class PeftModel(nn.Cell):
         self._store()
         try:
             with self._bare():
-                return self._rows_of(distinct)([distinct.index(name) if name != BASE else -1 for name in names], inputs)
+                rows = [distinct.index(name) if name != BASE else -1 for name in names]
+                return self._rows_of(distinct)(rows, inputs, keywords)
         finally:
             self._write(self.adapters[self._active].values)
 

@@ -148,6 +148,14 @@ def test_each_row_of_a_batch_can_have_its_own_adapter(mode, rng):
     np.testing.assert_array_equal(numbers(model, x), expected["behind"])
 
 
+def test_inputs_can_have_names(mode, rng):
+    model, x = two(), ids(rng)
+    np.testing.assert_array_equal(model(ids=x).asnumpy(), numbers(model, x))
+    names = ["two", "default", "two", "__base__"]
+    got, expected = model(ids=x, adapter_names=names), model(x, adapter_names=names)
+    np.testing.assert_array_equal(got.asnumpy(), expected.asnumpy())
+
+
 def test_rows_follow_what_is_trained(mode, rng):
     model, x = two(), ids(rng)
     model(x, adapter_names=["two"] * 4)
