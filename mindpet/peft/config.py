@@ -28,6 +28,7 @@ UNSUPPORTED = (
     "use_qalora",
     "velora_config",
 )
+FOREIGN_INITS = ("corda", "lora_ga", "loftq")
 LORA_INITS = r"gaussian|pissa(_niter_\d+)?|olora"
 
 
@@ -288,6 +289,14 @@ class LoraConfig(TargetConfig, peft_type=PeftType.LORA):
     alpha_pattern: dict = field(default_factory=dict)
     use_dora: bool = False
     lora_bias: bool = False
+
+    def check_supported(self):
+        super().check_supported()
+        if self.init_lora_weights in FOREIGN_INITS:
+            raise ConfigError(
+                f"LoraConfig: not supported: init_lora_weights={self.init_lora_weights!r}, which takes a part off the "
+                "base that cannot be told from the file; save the adapter as plain LoRA."
+            )
 
     def sizes(self, path):
         return {

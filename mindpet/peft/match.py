@@ -88,7 +88,10 @@ def find_targets(network, config, supported):
     if targets is None:
         targets = default_targets(layers)
     wanted = _matcher("target_modules", targets, layers, supported, problems)
-    excluded = _matcher("exclude_modules", config.exclude_modules, layers, supported, problems)
+    # A file may leave out parts of the model that this network does not have.
+    excluded = _matcher(
+        "exclude_modules", config.exclude_modules, layers, supported, [] if config.inference_mode else problems
+    )
     numbered = _layer_numbers(config, layers, problems)
     found = []
     for layer in layers:

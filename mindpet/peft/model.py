@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import re
 
 from mindspore import Tensor, nn
@@ -80,7 +81,7 @@ class PeftModel(nn.Cell):
         self._frame = None  # in the network
         self._active = None
         self._is_disabled = False
-        self._merged = {}  # the weights before a merge
+        self._merged = None  # or the weights before a merge, by name
         self._rows = {}
         if peft_config is not None:
             self.add_adapter(adapter_name, peft_config)
@@ -166,7 +167,7 @@ class PeftModel(nn.Cell):
             AdapterError: the name is taken or cannot be one; an adapter is merged.
             TypeError, NoMatchError, ConfigError: see `plan_targets`.
         """
-        self._refuse_merged("add_adapter")
+        self._check_state("add_adapter")
         _check_name(adapter_name, self.adapters)
         with self._bare():
             plan = plan_targets(self.network, peft_config)
@@ -181,11 +182,9 @@ class PeftModel(nn.Cell):
             adapter_name (str): its name.
 
         Raises:
-            AdapterError: there is no such adapter; one is merged; the call is inside of `disable_adapter`.
+            AdapterError: there is no such adapter; one is merged, or the call is inside of `disable_adapter`.
         """
-        self._refuse_merged("set_adapter")
-        if self._is_disabled:
-            raise AdapterError("set_adapter: not inside of disable_adapter().")
+        self._check_state("set_adapter")
         adapter = self._get(adapter_name)
         self._store()
         is_new = self._put(adapter.frame)
@@ -199,7 +198,7 @@ class PeftModel(nn.Cell):
         Raises:
             AdapterError: there is no such adapter, or no other; one is merged.
         """
-        self._refuse_merged("delete_adapter")
+        self._check_state("delete_adapter")
         self._get(adapter_name)
         others = [name for name in self.adapters if name != adapter_name]
         if not others:
@@ -213,10 +212,10 @@ class PeftModel(nn.Cell):
     def disable_adapter(self):
         """A context in which the network computes as the base does. Where a delta can be the identity, nothing is
         compiled; a prefix is taken out, and its graphs are compiled anew."""
-        self._refuse_merged("disable_adapter")
-        if self._is_disabled:
+        if self._is_disabled or self._active is None:
             yield
             return
+        self._check_state("disable_adapter")
         self._store()
         self._is_disabled = True
         if not self._frame.reset():
@@ -245,7 +244,7 @@ class PeftModel(nn.Cell):
             AdapterError: a name is unknown or taken; an adapter cannot be summed; an adapter is merged.
             ValueError: `combination_type` is unknown, the numbers of adapters and weights differ.
         """
-        self._refuse_merged("add_weighted_adapter")
+        self._check_state("add_weighted_adapter")
         _check_name(adapter_name, self.adapters)
         parts = [self._get(name) for name in adapters]
         self._refresh()
@@ -295,10 +294,10 @@ class PeftModel(nn.Cell):
         Raises:
             AdapterError: no adapter is merged.
         """
-        if not self._merged:
+        if self._merged is None:
             raise AdapterError("unmerge_adapter: no adapter is merged.")
         self._write(self._merged)
-        self._merged = {}
+        self._merged = None
         self._write(self.adapters[self._active].values)
 
     def merge_and_unload(self, progressbar=False, safe_merge=True, adapter_names=None, untie_weights=False):
@@ -317,15 +316,20 @@ class PeftModel(nn.Cell):
         Raises:
             AdapterError, MergeError: as in `merge_adapter`.
         """
-        if not self._merged:
+        if self._merged is None:
             self._merge(adapter_names, progressbar, untie_weights)
-        self._merged = {}
+        self._merged = None
         return self._close()
 
     def unload(self):
-        """Take the adapters out; returns the network, bit for bit as it was before the first adapter came."""
-        if self._merged:
+        """Take the adapters out; returns the network, bit for bit as it was before the first adapter came.
+
+        Raises:
+            AdapterError: the call is inside of `disable_adapter`.
+        """
+        if self._merged is not None:
             self.unmerge_adapter()
+        self._check_state("unload")
         self._store()
         return self._close()
 
@@ -399,7 +403,7 @@ class PeftModel(nn.Cell):
 
     def load_adapter(self, model_id, adapter_name, is_trainable=False, config=None, force=False):
         """Add an adapter from a folder; the one that is in place stays in place. See `from_pretrained`."""
-        self._refuse_merged("load_adapter")
+        self._check_state("load_adapter")
         _check_name(adapter_name, self.adapters)
         config = copy.deepcopy(config) if config is not None else PeftConfig.from_pretrained(model_id)
         with self._bare():
@@ -424,9 +428,11 @@ class PeftModel(nn.Cell):
     def _has_other_names(self, config):
         return isinstance(config, LoraConfig) and self.name_map != NameMap()
 
-    def _refuse_merged(self, owner):
-        if self._merged:
+    def _check_state(self, owner):
+        if self._merged is not None:
             raise AdapterError(f"{owner}: an adapter is merged; call unmerge_adapter() first.")
+        if self._is_disabled:
+            raise AdapterError(f"{owner}: not inside of disable_adapter().")
 
     def _add(self, name, plan, trainable, values=None):
         """Register an adapter; no frame is in the network."""
@@ -485,7 +491,7 @@ class PeftModel(nn.Cell):
 
     def _refresh(self):
         """Bring the stored values of the adapter in place up to date."""
-        if self._active is None or self._is_disabled or self._merged:
+        if self._active is None or self._is_disabled or self._merged is not None:
             return
         adapter, params = self.adapters[self._active], self._written()
         adapter.values = {name: value_of(params[name]) for name in adapter.values}
@@ -507,7 +513,7 @@ class PeftModel(nn.Cell):
 
     def _mixed(self, names, inputs, keywords):
         """The network's output, every row with its own adapter."""
-        self._refuse_merged("adapter_names")
+        self._check_state("adapter_names")
         distinct = sorted(set(names) - {BASE})
         for name in distinct:
             plan = self._get(name).plan
@@ -523,7 +529,8 @@ class PeftModel(nn.Cell):
                 rows = [distinct.index(name) if name != BASE else -1 for name in names]
                 return self._rows_of(distinct)(rows, inputs, keywords)
         finally:
-            self._write(self.adapters[self._active].values)
+            if self._active is not None:
+                self._write(self.adapters[self._active].values)
 
     def _rows_of(self, names):
         """The Rows of these adapters, with their values."""
@@ -540,8 +547,10 @@ class PeftModel(nn.Cell):
         return self._rows[key]
 
     def _merge(self, adapter_names, progressbar, untie_weights=False):
-        self._refuse_merged("merge")
+        self._check_state("merge")
         names = self.active_adapters if adapter_names is None else list(adapter_names)
+        if not names:
+            raise AdapterError("merge: there is no adapter.")
         chosen = [self._get(name) for name in names]
         problems = []
         for name, adapter in zip(names, chosen):
@@ -560,6 +569,8 @@ class PeftModel(nn.Cell):
         if problems:
             raise MergeError("merge: " + "; ".join(problems) + ".")
         self._refresh()
+        if self._active not in names:
+            self._store()  # what it changes in the base is not to be merged
         deltas = {path: [] for path in layers}
         for adapter in chosen:
             for path in adapter.frame.deltas:
@@ -580,7 +591,7 @@ class PeftModel(nn.Cell):
         self._put(None)
         for name, param in model_parameters(self.network).items():
             param.requires_grad = self._flags.get(name, True)
-        self.adapters, self._active = {}, None
+        self.adapters, self._active, self._base = {}, None, {}
         self._rows.clear()
         return self.network
 
@@ -589,12 +600,13 @@ class PeftModel(nn.Cell):
         replaced = {param.name for layer in plan.modules_to_save for param in layer.cell.get_parameters()}
         own = {name for other in self.adapters.values() for name in other.frame.params}
 
-        def getter(name, param):
-            held = {**self._merged, **self._base}
-            return lambda: held[name] if name in held else value_of(param)
+        held = {**(self._merged or {}), **self._base}
+
+        def read(name, param):
+            return held[name] if name in held else value_of(param)
 
         return {
-            name: getter(name, param)
+            name: functools.partial(read, name, param)
             for name, param in model_parameters(self.network).items()
             if name not in own and name not in replaced
         }

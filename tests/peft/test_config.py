@@ -134,6 +134,12 @@ def test_what_would_change_the_result_is_refused(field, value):
         config.check_supported()
 
 
+@pytest.mark.parametrize("init", ["corda", "lora_ga", "loftq"])
+def test_starts_that_change_the_base_in_a_way_that_the_file_does_not_tell(init):
+    with pytest.raises(ConfigError, match=f"init_lora_weights='{init}', which takes a part off the base"):
+        get_peft_config({**json.loads(HF_LORA), "init_lora_weights": init}).check_supported()
+
+
 def test_initial_values_of_a_loaded_adapter_do_not_matter():
     content = {**json.loads(HF_LORA), "init_lora_weights": "eva"}
     assert get_peft_config(content).init_lora_weights == "eva"

@@ -118,6 +118,10 @@ def test_an_entry_that_matches_nothing_is_an_error(fields, match):
         paths(**fields)
 
 
+def test_a_file_may_exclude_what_the_network_does_not_have():
+    assert paths(target_modules=["query"], exclude_modules=["vision_tower"], inference_mode=True) == QUERIES
+
+
 def test_all_that_match_nothing_are_in_one_error():
     with pytest.raises(NoMatchError, match="(?s)'qeury'.*'vlaue'.*'exclude_modules'"):
         paths(target_modules=["qeury", "vlaue"], exclude_modules=["nothing"])

@@ -54,6 +54,32 @@ def test_the_merged_network_is_the_base_again(mode, rng):
     np.testing.assert_allclose(numbers(network, x), expected, atol=2e-6)
 
 
+def test_an_adapter_that_is_not_in_place_merges_without_what_is(mode, rng):
+    """The head and the biases of the adapter in place are not merged along."""
+    model, x = trained(bias="all", modules_to_save=["classifier"]), ids(rng)
+    model.add_adapter("two", config(init_lora_weights=False))
+    model.set_adapter("two")
+    expected = numbers(model, x)
+    model.set_adapter("default")
+    first = numbers(model, x)
+    model.merge_adapter(["two"])
+    np.testing.assert_allclose(numbers(model, x), expected, atol=2e-6)
+    model.unmerge_adapter()
+    np.testing.assert_array_equal(numbers(model, x), first)
+    np.testing.assert_allclose(numbers(model.merge_and_unload(adapter_names=["two"]), x), expected, atol=2e-6)
+
+
+def test_a_model_takes_a_new_adapter_after_a_merge(rng):
+    model, x = trained(bias="all"), ids(rng)
+    model.merge_and_unload()
+    merged = numbers(model, x)
+    model.add_adapter("default", config(bias="all"))
+    model.set_adapter("default")
+    np.testing.assert_allclose(numbers(model, x), merged, atol=2e-6)
+    move(model, 3)
+    np.testing.assert_array_equal(numbers(model.unload(), x), merged)
+
+
 def test_several_adapters_merge_at_once(mode, rng):
     model, x = trained(), ids(rng)
     model.add_adapter("two", config(r=3, target_modules=["query"], use_dora=True))

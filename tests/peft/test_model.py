@@ -277,6 +277,8 @@ def test_calls_that_do_not_fit_the_state():
     with model.disable_adapter():
         with pytest.raises(AdapterError, match="set_adapter: not inside of disable_adapter"):
             model.set_adapter("two")
+        with pytest.raises(AdapterError, match="unload: not inside of disable_adapter"):
+            model.unload()
         with model.disable_adapter():
             pass
     model.merge_adapter()
@@ -392,4 +394,9 @@ def test_a_model_without_adapters_is_the_network(rng):
     network, x = Small(), ids(rng)
     model = PeftModel(network)
     assert np.array_equal(numbers(model, x), numbers(network, x)) and model.active_adapters == []
+    with model.disable_adapter():
+        assert np.array_equal(numbers(model, x), numbers(network, x))
+    with pytest.raises(AdapterError, match="merge: there is no adapter"):
+        model.merge_adapter()
+    assert model.unload() is network
     assert graph_mode() is False
