@@ -8,18 +8,18 @@ from mindpet.utils.tensors import TensorFile
 
 
 def read_folder(folder):
-    """The weights in the `*.safetensors` of a folder, by their names.
+    """The weights in the `model*.safetensors` of a folder, by their names.
 
     Returns:
         dict of str -> numpy.ndarray.
 
     Raises:
-        OSError: there is no `*.safetensors` in the folder.
+        OSError: there is no `model*.safetensors` in the folder.
         ValueError: a file is damaged.
     """
-    files = sorted(pathlib.Path(folder).glob("*.safetensors"))
+    files = sorted(pathlib.Path(folder).glob("model*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"{folder}: no *.safetensors in this folder")
+        raise FileNotFoundError(f"{folder}: no model*.safetensors in this folder")
     return {name: value for file in files for name, value in TensorFile(file).read_all().items()}
 
 

@@ -22,6 +22,17 @@ from mindpet.peft.state import PREFIX
 from mindpet.utils.tensors import TensorFile, write_tensors
 
 INDEX = "model.safetensors.index.json"
+WEIGHTS = (
+    ".bin",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".pt",
+    ".pth",
+    ".safetensors",
+)  # never merged: not copied
 
 
 class Base:
@@ -37,15 +48,26 @@ class Base:
     def __init__(self, path):
         self.path = pathlib.Path(path)
         if self.path.is_dir():
-            files = sorted(self.path.glob("*.safetensors"))
-            if not files:
-                raise FileNotFoundError(f"{path}: no *.safetensors in this folder.")
+            files = _files_of(self.path)
         else:
             files = [self.path]
             if not self.path.is_file():
                 raise FileNotFoundError(f"{path}: no such file or folder.")
         self.shards = {file: _Checkpoint(file) if file.suffix == ".ckpt" else TensorFile(file) for file in files}
         self.shapes = {name: shape for shard in self.shards.values() for name, shape in shard.shapes.items()}
+
+
+def _files_of(folder):
+    """The files of weights in a folder: those in its index, or `model.safetensors`, or all that end like it."""
+    index = folder / INDEX
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return [folder / name for name in names]
+    single = folder / "model.safetensors"
+    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder}: no *.safetensors in this folder.")
+    return files
 
 
 class _Checkpoint:
@@ -244,7 +266,7 @@ def _write_shard(path, shard, extra, merged, bar):
 def _copy_others(source, folder, new, last):
     """Copy what is beside the weights: configuration, tokenizer; the index learns of new tensors."""
     for path in source.iterdir():
-        if path.is_file() and path.suffix != ".safetensors":
+        if path.is_file() and path.suffix not in WEIGHTS:
             shutil.copy(path, folder)
     index = pathlib.Path(folder) / INDEX
     if new and index.is_file():

@@ -55,6 +55,16 @@ def save_base(path):
     return network
 
 
+def test_other_copies_of_the_weights_are_neither_read_nor_copied(tmp_path):
+    trained(target_modules=["query"]).save_pretrained(tmp_path / "adapter")
+    save_base(tmp_path / "base")
+    (tmp_path / "base/consolidated.safetensors").write_bytes(b"damaged")
+    (tmp_path / "base/pytorch_model.bin").write_bytes(b"old")
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", progressbar=False)
+    names = ["config.json", *(f"model-{n}.safetensors" for n in range(3)), "model.safetensors.index.json"]
+    assert sorted(os.listdir(tmp_path / "out")) == names
+
+
 def read(path):
     if path.is_dir():
         return {
