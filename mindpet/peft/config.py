@@ -139,6 +139,10 @@ class PeftConfig:
         content = {**self.unknown, **content, "peft_type": self.peft_type}
         return {name: _to_json(value) for name, value in content.items()}
 
+    def to_json(self):
+        """What `adapter_config.json` holds."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True)
+
     def save_pretrained(self, save_directory):
         """Write `adapter_config.json` into a folder, which is made if it is missing.
 
@@ -150,8 +154,7 @@ class PeftConfig:
         folder = pathlib.Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         with atomic(folder / CONFIG_NAME) as staged:
-            text = json.dumps(self.to_dict(), indent=2, sort_keys=True)
-            pathlib.Path(staged).write_text(text, encoding="utf-8")
+            pathlib.Path(staged).write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **overrides):

@@ -1,5 +1,6 @@
 """The files of an adapter: tensors and configuration as Hugging Face PEFT has them, and a passport of the base."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -37,10 +38,9 @@ def file_keys(frame, plan, names):
                 keys[name] = f"{start}{names.to_torch(layer.path)}.{(inside or {}).get(local, local)}"
     targets = {layer.path for layer in plan.targets}
     for name in plan.owned:
-        path, _, leaf = name.rpartition(".")
+        path, _, leaf = names.to_torch(name).rpartition(".")
         # Hugging Face PEFT keeps the layer itself inside of its own as `base_layer`.
-        name_there = names.to_torch(name)
-        keys[name] = start + (name_there.rpartition(".")[0] + f".base_layer.{leaf}" if path in targets else name_there)
+        keys[name] = f"{start}{path}{'.base_layer' if name.rpartition('.')[0] in targets else ''}.{leaf}"
     return keys
 
 
@@ -70,13 +70,17 @@ def split_table(frame, table):
 
 
 def save_adapter(folder, config, tensors, passport):
-    """Write an adapter's three files, each as a whole or not at all; the tensors last."""
+    """Write an adapter's three files: all are whole on the disk before the first takes its name, the tensors last."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(folder)
-    with atomic(folder / PASSPORT_NAME) as staged:
-        pathlib.Path(staged).write_text(json.dumps(passport, indent=1), encoding="utf-8")
-    save_tensors(folder / WEIGHTS_NAME, tensors)
+    with contextlib.ExitStack() as stack:
+        weights, notes, fields = (
+            pathlib.Path(stack.enter_context(atomic(folder / name)))
+            for name in (WEIGHTS_NAME, PASSPORT_NAME, CONFIG_NAME)
+        )
+        save_tensors(weights, tensors)
+        notes.write_text(json.dumps(passport, indent=1), encoding="utf-8")
+        fields.write_text(config.to_json(), encoding="utf-8")
 
 
 def read_tensors(folder):

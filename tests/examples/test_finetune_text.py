@@ -63,10 +63,10 @@ def test_peft_gives_the_curve_of_the_layers_made_by_hand(method, data, tmp_path,
     results, run_method = [], finetune_text.run
     monkeypatch.setattr(finetune_text, "run", lambda *arguments: results.append(run_method(*arguments)))
     for arguments in ([], ["--peft"]):
-        arguments += ["--data", data, "--model", str(folder), "--method", method, "--seq-length", "8"]
+        arguments += ["--data", data, "--model", str(folder), "--method", method, "--seq-length", "8", "--epochs", "2"]
         assert run(tmp_path, *arguments) == 0
     by_hand, peft = results
-    assert len(by_hand.losses) == len(peft.losses) > 20
+    assert len(by_hand.losses) == len(peft.losses) > 15
     if method in ("prefixtuning", "ptuning2"):  # there the adapters have prefixes, and so start values, of their own
         assert np.mean(peft.losses[-5:]) < np.mean(peft.losses[:5])
         return

@@ -2,6 +2,10 @@
 
 import json
 import os
+import pathlib
+import subprocess
+import sys
+import time
 
 import mindspore as ms
 import numpy as np
@@ -239,6 +243,23 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
         model.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
     assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors", "mindpet_passport.json"]
+
+
+def test_a_save_that_is_killed_leaves_a_whole_adapter(tmp_path):
+    child = pathlib.Path(__file__).with_name("kill_child.py")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(child.parents[2]), str(child.parent)])}
+    for delay in (0.0, 0.003, 0.011, 0.023):
+        with subprocess.Popen(
+            [sys.executable, str(child), str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment
+        ) as process:
+            for _ in range(3):
+                process.stdout.readline()
+            time.sleep(delay)
+            process.kill()
+        tensors = TensorFile(tmp_path / "adapter_model.safetensors").read_all()
+        assert len(tensors) == 4 and len({float(v) for value in tensors.values() for v in np.unique(value)}) == 1
+        assert PeftConfig.from_pretrained(tmp_path).r == 64
+        json.loads((tmp_path / "mindpet_passport.json").read_text())
 
 
 def test_names_of_another_model_and_fused_layers(rng, tmp_path):
