@@ -74,10 +74,8 @@ def save_adapter(folder, config, tensors, passport):
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        weights, notes, fields = (
-            pathlib.Path(stack.enter_context(atomic(folder / name)))
-            for name in (WEIGHTS_NAME, PASSPORT_NAME, CONFIG_NAME)
-        )
+        names = (WEIGHTS_NAME, PASSPORT_NAME, CONFIG_NAME)
+        weights, notes, fields = (pathlib.Path(stack.enter_context(atomic(folder / name))) for name in names)
         save_tensors(weights, tensors)
         notes.write_text(json.dumps(passport, indent=1), encoding="utf-8")
         fields.write_text(config.to_json(), encoding="utf-8")
