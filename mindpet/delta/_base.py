@@ -107,7 +107,7 @@ class InFront(nn.Cell):
     """Trained keys and values in front of those of one attention.
 
     Args:
-        prefix (Cell): has the parameters.
+        delta (Cell): has the parameters.
 
     Inputs:
         key, value: `(batch, heads, seq, head_dim)`.
@@ -116,9 +116,9 @@ class InFront(nn.Cell):
         key, value: `(batch, heads, tokens + seq, head_dim)`.
     """
 
-    def __init__(self, prefix):
+    def __init__(self, delta):
         super().__init__(auto_prefix=False)
-        self.prefix = prefix
+        self.delta = delta
 
     def construct(self, key, value):
         past_key, past_value = self.past(key.shape[0], key.dtype)

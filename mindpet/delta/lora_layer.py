@@ -244,6 +244,13 @@ class LoraConv2d(LoraLayer):
         return down, ops.Conv2D(self.out_channels, 1, group=cell.group)
 
 
+# Parameter -> keyword of `fold_lora`; a bias is folded into the layer's own.
+FOLD = {
+    "mindpet_delta_lora_a": "lora_a",
+    "mindpet_delta_lora_b": "lora_b",
+    "mindpet_delta_lora_magnitude": "magnitude",
+    "mindpet_delta_lora_bias": "bias",
+}
 LORA_LAYERS = {"linear": LoraLayer, "embedding": LoraEmbedding, "conv2d": LoraConv2d}
 
 

@@ -137,12 +137,12 @@ class PrefixLayerInFront(InFront):
     """A PrefixLayer in front of the keys and values of its attention."""
 
     def past(self, batch, dtype):
-        key, value = self.prefix()
+        key, value = self.delta()
         return self.split_heads(key, batch, dtype), self.split_heads(value, batch, dtype)
 
     def split_heads(self, rows, batch, dtype):
         """`(tokens, heads * head_dim) -> (batch, heads, tokens, head_dim)`."""
-        tokens, heads = self.prefix.prefix_token_num, self.prefix.num_heads
+        tokens, heads = self.delta.prefix_token_num, self.delta.num_heads
         rows = ops.cast(ops.reshape(rows, (1, tokens, heads, -1)), dtype)
         return ops.tile(ops.transpose(rows, (0, 2, 1, 3)), (batch, 1, 1, 1))
 

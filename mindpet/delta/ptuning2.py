@@ -157,7 +157,7 @@ class PrefixEncoderInFront(InFront):
     """A PrefixEncoder of one layer in front of the keys and values of its attention."""
 
     def past(self, batch, dtype):
-        past = self.prefix(batch, dtype)[0]
+        past = self.delta(batch, dtype)[0]
         return past[0], past[1]
 
 

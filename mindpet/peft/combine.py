@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from mindpet.delta.lora_layer import FOLD
 from mindpet.errors import AdapterError
 from mindpet.layers.kinds import layer_kind
 from mindpet.peft.config import LoraConfig, PeftType
@@ -13,14 +14,7 @@ A, B, SCALING = "mindpet_delta_lora_a", "mindpet_delta_lora_b", "mindpet_lora_sc
 
 def fold_arguments(path, values):
     """The keywords of `fold_lora` for a layer, and its 'bias' if there is one."""
-    known = {
-        A: "lora_a",
-        B: "lora_b",
-        SCALING: "scaling",
-        "mindpet_delta_lora_magnitude": "magnitude",
-        "mindpet_delta_lora_bias": "bias",
-    }
-    found = {argument: values.get(f"{path}.{name}") for name, argument in known.items()}
+    found = {argument: values.get(f"{path}.{name}") for name, argument in {**FOLD, SCALING: "scaling"}.items()}
     return {argument: value.astype(np.float32) for argument, value in found.items() if value is not None}
 
 

@@ -10,30 +10,17 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
+from mindpet.delta.lora_layer import LoraEmbedding, LoraLayer
 from mindpet.errors import CheckpointError, ConfigError
 from mindpet.peft.config import CONFIG_NAME, LoraConfig, PeftConfig, get_peft_config
 from mindpet.peft.names import EMBEDDING, NameMap
 from mindpet.peft.state import PREFIX, PROMPT, WEIGHTS_NAME, is_adapter, read_passport, read_tensors, save_adapter
 from mindpet.utils.tensors import TensorFile, save_tensors
 
-# Name in a file of Hugging Face PEFT -> name of the Parameter beside a layer, and keyword of `fold_lora`.
-LORA_NAMES = {
-    "lora_A.weight": ("mindpet_delta_lora_a", "lora_a"),
-    "lora_B.weight": ("mindpet_delta_lora_b", "lora_b"),
-    "lora_embedding_A": ("mindpet_delta_lora_a", "lora_a"),
-    "lora_embedding_B": ("mindpet_delta_lora_b", "lora_b"),
-    "lora_B.bias": ("mindpet_delta_lora_bias", "bias"),
-    "lora_magnitude_vector": ("mindpet_delta_lora_magnitude", "magnitude"),
-}
+# Name in a file of Hugging Face PEFT -> name of the Parameter beside a layer.
+LORA_NAMES = {file: own for cls in (LoraLayer, LoraEmbedding) for own, file in cls.file_names.items()}
 LORA_KEY = re.compile(rf"(?P<path>.+)\.(?P<name>{'|'.join(map(re.escape, LORA_NAMES))})")
-DELTA_KEY = re.compile(r"(?P<path>.+)\.mindpet_delta_lora_(?P<name>a|b|A|B|bias|magnitude)")
-LORA_FILE_NAMES = {
-    "a": "lora_A.weight",
-    "b": "lora_B.weight",
-    "bias": "lora_B.bias",
-    "magnitude": "lora_magnitude_vector",
-}
-EMBEDDING_FILE_NAMES = {**LORA_FILE_NAMES, "a": "lora_embedding_A", "b": "lora_embedding_B"}
+DELTA_KEY = re.compile(r"(?P<path>.+)\.(?P<name>mindpet_delta_lora_(a|b|A|B|bias|magnitude))")
 TABLE = "mindpet_delta_ptuning2_embedding.embedding_table"
 
 
@@ -110,11 +97,11 @@ def from_delta(tensors, config, names):
         match = DELTA_KEY.fullmatch(name.replace("tk_delta", "mindpet_delta"))
         path = names.to_torch(match["path"] if match else name)
         if match is not None:
-            kind = LORA_FILE_NAMES if EMBEDDING.search(path) is None else EMBEDDING_FILE_NAMES
-            found[f"{PREFIX}{path}.{kind[match['name'].lower()]}"] = value
+            cls = LoraLayer if EMBEDDING.search(path) is None else LoraEmbedding
+            found[f"{PREFIX}{path}.{cls.file_names[match['name'].lower()]}"] = value
         elif not name.endswith("mindpet_lora_scaling"):
             found[PREFIX + path] = value
-        if match is not None and match["name"] in "aA":
+        if match is not None and match["name"].lower().endswith("_a"):
             ranks[path] = len(value)
     if ranks and isinstance(config, LoraConfig):
         config.target_modules = config.target_modules or sorted(ranks)
@@ -141,7 +128,7 @@ def to_delta(tensors, names, prefix_path="prefix_encoder"):
             result[f"{prefix_path}.{TABLE}"] = value
         elif match is not None:
             path = names.to_mindspore(match["path"][len(PREFIX) :])
-            result[f"{path}.{LORA_NAMES[match['name']][0]}"] = value
+            result[f"{path}.{LORA_NAMES[match['name']]}"] = value
         else:
             plain = re.sub(r"^base_model\.(model\.)?", "", key).replace(".base_layer.", ".")
             result[names.to_mindspore(plain)] = value

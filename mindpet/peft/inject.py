@@ -183,12 +183,12 @@ class Frame:
 
         MindSpore compiles such Cells once for all that were made with the same arguments.
         """
-        for layer in list_layers(self.network):
-            for path in layer.paths[:1] if hasattr(layer.cell, "_cell_init_args") else ():
-                inside = [name[len(path) :] for name in self.params if name.startswith(f"{path}.")]
-                mark = f"mindpet {inside}" if inside else ""
-                own = layer.cell._cell_init_args
-                layer.cell._cell_init_args = own.replace(mark, "") if remove else own + mark
+        lazy = [layer for layer in list_layers(self.network) if hasattr(layer.cell, "_cell_init_args")]
+        for layer in lazy:
+            inside = [name[len(layer.path) :] for name in self.params if name.startswith(f"{layer.path}.")]
+            mark = f"mindpet {inside}" if inside else ""
+            own = layer.cell._cell_init_args
+            layer.cell._cell_init_args = own.replace(mark, "") if remove else own + mark
 
 
 class Rows:
@@ -254,8 +254,7 @@ def carry_strategy(cell, kind, delta):
 
 def named_parameters(delta):
     """(name within the delta, Parameter) of those that belong to the delta, and not to its layer."""
-    wrapped = getattr(delta, "delta", getattr(delta, "prefix", None))
-    pairs = (wrapped or delta).parameters_and_names()
+    pairs = getattr(delta, "delta", delta).parameters_and_names()
     return [(name, param) for name, param in pairs if not name.startswith(("base_weight", "base_bias"))]
 
 

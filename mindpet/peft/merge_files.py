@@ -9,7 +9,7 @@ import tempfile
 import numpy as np
 from tqdm import tqdm
 
-from mindpet.delta.lora_layer import fold_lora
+from mindpet.delta.lora_layer import FOLD, fold_lora
 from mindpet.errors import MergeError
 from mindpet.layers.kinds import LayerKind
 from mindpet.peft.combine import start_from_weight
@@ -170,7 +170,7 @@ def assign_places(tensors, config, files, names):
                 whole[name or path] = value
             continue
         path = match["path"][len(PREFIX) :]
-        argument = LORA_NAMES[match["name"]][1]
+        argument = FOLD[LORA_NAMES[match["name"]]]
         name = place(f"{path}.{'bias' if argument == 'bias' else 'weight'}")
         if name is None:
             problems.append(f"{key}: no tensor of the base is called {path}.weight")

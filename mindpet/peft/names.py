@@ -8,13 +8,14 @@ from typing import Callable
 
 import numpy as np
 
+from mindpet.delta.lora_layer import LoraLayer
 from mindpet.errors import CheckpointError
 from mindpet.peft.config import pattern_value
 from mindpet.peft.match import ends_with, list_layers
 
 # MindSpore's names of parameters -> PyTorch's, at the end of a name.
 LEAVES = {"embedding_table": "weight", "gamma": "weight", "beta": "bias"}
-A, B, BIAS, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"
+A, B, BIAS, MAGNITUDE = (LoraLayer.file_names[f"mindpet_delta_lora_{name}"] for name in ("a", "b", "bias", "magnitude"))
 
 
 EMBEDDING = re.compile(r"(?i)(^|[._])(embed\w*|wte|wpe)$")

@@ -46,8 +46,8 @@ class Plan:
         method = self.config.peft_type.value
         rows = [(layer.path, type(layer.cell).__name__, method) for layer in self.targets + self.attentions]
         rows += [(layer.path, type(layer.cell).__name__, "trained as a whole") for layer in self.modules_to_save]
-        inside = [f"{layer.path}." for layer in self.modules_to_save]
-        rows += [(name, "Parameter", "trained") for name in self.owned if not name.startswith(tuple(inside) or ("\n",))]
+        inside = tuple(f"{layer.path}." for layer in self.modules_to_save)
+        rows += [(name, "Parameter", "trained") for name in self.owned if not name.startswith(inside)]
         widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
         return "\n".join(f"{path:<{widths[0]}}  {kind:<{widths[1]}}  {what}" for path, kind, what in rows)
 

@@ -70,6 +70,19 @@ class Small(nn.Cell):
         return self.classifier(ops.concat((hidden.mean(1), image), 1))
 
 
+class Tied(nn.Cell):
+    """An embedding whose table is the head's weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(10, 8)
+        self.head = nn.Dense(8, 10, has_bias=False)
+        self.head.weight = self.embed.embedding_table
+
+    def construct(self, ids):
+        return self.head(self.embed(ids))
+
+
 def config(**fields):
     """LoRA on every kind of layer."""
     return LoraConfig(**{"r": 2, "lora_alpha": 3, "target_modules": TARGETS, **fields})

@@ -7,7 +7,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, nn
-from small import Small, config, contents, ids, move, numbers
+from small import Small, Tied, config, contents, ids, move, numbers
 
 from mindpet.errors import AdapterError, CheckpointError, ConfigError, MergeError, NoMatchError
 from mindpet.graph import DeltaGuard
@@ -97,13 +97,6 @@ def test_nan_is_found_halfway_through_a_merge():
 
 
 def test_tied_embeddings_that_break_in_a_merge():
-    class Tied(nn.Cell):
-        def __init__(self):
-            super().__init__()
-            self.embed = nn.Embedding(10, 8)
-            self.head = nn.Dense(8, 10, has_bias=False)
-            self.head.weight = self.embed.embedding_table
-
     with pytest.raises(MergeError, match="embed has its weight in common with"):
         get_peft_model(Tied(), LoraConfig(target_modules=["embed"])).merge_and_unload()
 

@@ -4,7 +4,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, nn
-from small import LAYERS, Small, config, contents, ids, move, numbers
+from small import LAYERS, Small, Tied, config, contents, ids, move, numbers
 
 from mindpet.errors import AdapterError, MergeError
 from mindpet.peft import AdapterConfig, LoraConfig, get_peft_model
@@ -141,19 +141,6 @@ def test_all_problems_are_in_one_error():
         cell.mindpet_delta.mindpet_delta_lora_b.set_data(Tensor(np.full((8, 2), np.nan, np.float32)))
     with pytest.raises(MergeError, match="(?s)query would hold NaN.*shared has no bias.*shared would hold NaN"):
         model.merge_adapter()
-
-
-class Tied(nn.Cell):
-    """An embedding whose table is the head's weight."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(10, 8)
-        self.head = nn.Dense(8, 10, has_bias=False)
-        self.head.weight = self.embed.embedding_table
-
-    def construct(self, ids):
-        return self.head(self.embed(ids))
 
 
 @pytest.mark.parametrize("target, new", [("embed", "head.weight"), ("head", "head.weight")])

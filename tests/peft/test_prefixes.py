@@ -100,7 +100,7 @@ def test_an_attention_computes_the_formula(mode, rng):
     source = network.model.layers[0].self_attn.prefix_source
     key, value = (Tensor(rng.normal(size=(2, 2, 4, 8)).astype(np.float32)) for _ in range(2))
     got_key, got_value = source(key, value)
-    table = source.prefix.mindpet_delta_ptuning2_embedding.embedding_table.asnumpy().reshape(3, 2, 2, 8)
+    table = source.delta.mindpet_delta_ptuning2_embedding.embedding_table.asnumpy().reshape(3, 2, 2, 8)
     for got, given, slot in ((got_key, key, 0), (got_value, value, 1)):
         np.testing.assert_array_equal(got.asnumpy()[:, :, 3:], given.asnumpy())
         for row in range(2):
