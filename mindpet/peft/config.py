@@ -54,7 +54,7 @@ class TaskType(str, enum.Enum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
-CONFIGS = {}  # PeftType -> class
+CONFIGS = {}  # name of a method -> class
 
 
 @dataclass
@@ -93,7 +93,7 @@ class PeftConfig:
         super().__init_subclass__(**keywords)
         if peft_type is not None:
             cls.peft_type = peft_type
-            CONFIGS[peft_type] = cls
+            CONFIGS[str(peft_type.value)] = cls
 
     def __post_init__(self):
         check = Checker(type(self).__name__)
@@ -150,7 +150,7 @@ class PeftConfig:
             ConfigError: the configuration has no method; use one of the subclasses.
         """
         if self.peft_type is None:
-            raise ConfigError(f"{type(self).__name__}: no method to save; use one of {sorted(_names())}.")
+            raise ConfigError(f"{type(self).__name__}: no method to save; use one of {sorted(CONFIGS)}.")
         folder = pathlib.Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         with atomic(folder / CONFIG_NAME) as staged:
@@ -201,9 +201,9 @@ def get_peft_config(config_dict):
     """
     content = dict(config_dict)
     name = content.pop("peft_type", None)
-    if name not in _names():
-        raise ConfigError(f"'peft_type' must be one of {sorted(_names())}, but got {name!r}.")
-    cls = CONFIGS[PeftType(name)]
+    if name not in CONFIGS:
+        raise ConfigError(f"'peft_type' must be one of {sorted(CONFIGS)}, but got {name!r}.")
+    cls = CONFIGS[name]
     known = {f.name for f in dataclasses.fields(cls)}
     unknown = {**content.pop("unknown", {}), **{key: value for key, value in content.items() if key not in known}}
     return cls(**{key: value for key, value in content.items() if key in known}, unknown=unknown)
@@ -214,10 +214,6 @@ def check_names(check, name, value):
     names = [value] if isinstance(value, str) else [] if value is None else value
     listed = isinstance(names, (list, tuple, set)) and all(isinstance(entry, str) for entry in names)
     check.require(listed, TypeError, name, value, "a str, a list of str or None")
-
-
-def _names():
-    return {peft_type.value for peft_type in CONFIGS}
 
 
 def _to_json(value):

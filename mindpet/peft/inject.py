@@ -17,6 +17,7 @@ from mindpet.graph.parameters import matches
 from mindpet.layers.kinds import layer_kind
 from mindpet.parallel import shard_like
 from mindpet.peft.match import list_layers
+from mindpet.utils.sharding import slot_table
 
 
 def beside(self, x, *rest):
@@ -143,13 +144,14 @@ class Frame:
 
     def set_types(self, values, as_layer=False):
         """Give the parameters the types of `values`, a dict by name; the others that of their layer if `as_layer`."""
-        for layer in self.plan.targets:
-            own = layer_kind(layer.cell).weight_of(layer.cell).dtype if as_layer else ms.float32
-            for name in self.names[layer.path]:
+        layers = self.plan.targets if as_layer else ()
+        own = {layer.path: layer_kind(layer.cell).weight_of(layer.cell).dtype for layer in layers}
+        for path, names in self.names.items():
+            for name in names:
                 if name in values:
                     self.params[name].set_dtype(Tensor(values[name]).dtype)
                 elif matches(name, self.plan.method.trainable):
-                    self.params[name].set_dtype(own)
+                    self.params[name].set_dtype(own.get(path, ms.float32))
 
     @property
     def signature(self):
@@ -245,11 +247,12 @@ class Unchanged(ms.nn.Cell):
 def carry_strategy(cell, kind, delta):
     """Derive the delta's strategies from that of the layer's matmul, if it has one."""
     strategy = getattr(getattr(cell, "matmul", None), "in_strategy", None)
-    if strategy is None or kind.name != "linear":
+    delta = getattr(delta, "delta", delta)
+    if strategy is None or kind.name != "linear" or not slot_table(delta):
         return
     if kind.fan_in_fan_out:
         strategy = (strategy[0], strategy[1][::-1])
-    shard_like(getattr(delta, "delta", delta), strategy)
+    shard_like(delta, strategy)
 
 
 def named_parameters(delta):

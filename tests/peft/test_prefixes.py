@@ -12,7 +12,7 @@ from small import Small, contents, move, numbers
 
 from mindpet.errors import AdapterError, ConfigError, MergeError
 from mindpet.peft import PeftModel, PrefixTuningConfig, Ptuning2Config, get_peft_model
-from mindpet.utils.tensors import TensorFile
+from mindpet.utils.tensors import TensorFile, save_tensors
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 CONFIGS = {
@@ -78,6 +78,20 @@ def test_two_prefixes_of_one_shape_switch_and_train(mode, rng):
     assert losses[-1] < losses[0]
     model.set_adapter("default")
     np.testing.assert_array_equal(numbers(model.set_train(False), x), first)
+
+
+def test_types_are_kept(mode, rng, tmp_path):
+    model, x = get_peft_model(llama(), CONFIGS["table"]), ids(rng)
+    move(model, 1)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    half = {name: value.astype(np.float16) for name, value in TensorFile(path).read_all().items()}
+    save_tensors(path, half)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
+    assert {param.dtype for param in loaded.trainable_params()} == {ms.float16}
+    np.testing.assert_allclose(numbers(loaded, x), numbers(model, x), atol=1e-2)
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_a_head_is_saved_beside_the_prefix(rng, tmp_path):
