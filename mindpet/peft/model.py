@@ -596,20 +596,16 @@ class PeftModel(nn.Cell):
         return self.network
 
     def _base_values(self, plan):
-        """name -> function that gives the base's own value, for all but modules that a plan trains as a whole."""
-        replaced = {param.name for layer in plan.modules_to_save for param in layer.cell.get_parameters()}
-        own = {name for other in self.adapters.values() for name in other.frame.params}
-
+        """path -> function that gives the base's own value, for all but modules that a plan trains as a whole."""
+        left_out = {param.name for layer in plan.modules_to_save for param in layer.cell.get_parameters()}
+        left_out.update(name for other in self.adapters.values() for name in other.frame.params)
         held = {**(self._merged or {}), **self._base}
 
-        def read(name, param):
-            return held[name] if name in held else value_of(param)
+        def read(param):
+            return held[param.name] if param.name in held else value_of(param)
 
-        return {
-            name: functools.partial(read, name, param)
-            for name, param in model_parameters(self.network).items()
-            if name not in own and name not in replaced
-        }
+        named = self.network.parameters_and_names()
+        return {path: functools.partial(read, param) for path, param in named if param.name not in left_out}
 
     def _tensors(self, name):
         """What stands in an adapter's file."""

@@ -31,6 +31,7 @@ class Plan:
         attentions (list of Layer): attentions that get keys and values in front of theirs.
         modules_to_save (list of Layer): Cells that are trained and saved as they are.
         owned (dict): name -> Parameter of the network that the adapter trains.
+        paths (dict): name -> path of such a Parameter from the network; its name may begin further up.
         residual (dict): name -> weight of a target that a part is taken off, see `is_from_weight`.
     """
 
@@ -40,6 +41,7 @@ class Plan:
     attentions: list = field(default_factory=list)
     modules_to_save: list = field(default_factory=list)
     owned: dict = field(default_factory=dict)
+    paths: dict = field(default_factory=dict)
     residual: dict = field(default_factory=dict)
 
     def __str__(self):
@@ -47,7 +49,7 @@ class Plan:
         rows = [(layer.path, type(layer.cell).__name__, method) for layer in self.targets + self.attentions]
         rows += [(layer.path, type(layer.cell).__name__, "trained as a whole") for layer in self.modules_to_save]
         inside = tuple(f"{layer.path}." for layer in self.modules_to_save)
-        rows += [(name, "Parameter", "trained") for name in self.owned if not name.startswith(inside)]
+        rows += [(path, "Parameter", "trained") for path in self.paths.values() if not path.startswith(inside)]
         widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
         return "\n".join(f"{path:<{widths[0]}}  {kind:<{widths[1]}}  {what}" for path, kind, what in rows)
 
@@ -175,9 +177,13 @@ def _find_modules_to_save(network, plan):
 
 
 def _find_owned(network, plan):
-    config, params = plan.config, model_parameters(network)
+    config = plan.config
+    paths = {param.name: path for path, param in network.parameters_and_names()}
+    params = model_parameters(network)
     for layer in plan.modules_to_save:
-        plan.owned.update({param.name: param for param in layer.cell.get_parameters()})
+        for name, param in layer.cell.parameters_and_names():
+            plan.owned[param.name] = param
+            paths[param.name] = f"{layer.path}.{name}"  # of a tied weight the path here counts, not the other one
     if not (plan.method.kinds or plan.method.cells):  # a method that trains parameters of the base
         plan.owned.update({name: param for name, param in params.items() if matches(name, plan.method.trainable)})
     bias = getattr(config, "bias", "none")
@@ -189,6 +195,7 @@ def _find_owned(network, plan):
             plan.owned[kind.bias_of(layer.cell).name] = kind.bias_of(layer.cell)
         if is_from_weight(config):
             plan.residual[kind.weight_of(layer.cell).name] = kind.weight_of(layer.cell)
+    plan.paths = {name: paths[name] for name in plan.owned}
 
 
 def _name(cell):

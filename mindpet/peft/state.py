@@ -37,10 +37,10 @@ def file_keys(frame, plan, names):
             if inside is None or local in inside:
                 keys[name] = f"{start}{names.to_torch(layer.path)}.{(inside or {}).get(local, local)}"
     targets = {layer.path for layer in plan.targets}
-    for name in plan.owned:
-        path, _, leaf = names.to_torch(name).rpartition(".")
+    for name, own_path in plan.paths.items():
+        path, _, leaf = names.to_torch(own_path).rpartition(".")
         # Hugging Face PEFT keeps the layer itself inside of its own as `base_layer`.
-        keys[name] = f"{start}{path}{'.base_layer' if name.rpartition('.')[0] in targets else ''}.{leaf}"
+        keys[name] = f"{start}{path}{'.base_layer' if own_path.rpartition('.')[0] in targets else ''}.{leaf}"
     return keys
 
 

@@ -278,6 +278,27 @@ def test_names_of_another_model_and_fused_layers(rng, tmp_path):
     np.testing.assert_allclose(numbers(again, x), numbers(model, x), atol=1e-6)
 
 
+def test_a_network_inside_of_another_has_the_same_files(tmp_path):
+    """The names of its parameters begin with the outer one's, its paths do not."""
+
+    class Outer(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.inner = Small()
+
+    fields = {"bias": "lora_only", "modules_to_save": ["classifier"], "target_modules": ["query"]}
+    saved = []
+    for folder, make in (("one", lambda: Small()), ("two", lambda: Outer().inner)):
+        ms.set_seed(3)
+        model = get_peft_model(make(), config(**fields))
+        move(model, 1)
+        model.save_pretrained(tmp_path / folder)
+        saved.append({file: (tmp_path / folder / file).read_bytes() for file in os.listdir(tmp_path / folder)})
+    assert saved[0] == saved[1]
+    ms.set_seed(3)
+    assert PeftModel.from_pretrained(Outer().inner, tmp_path / "one").active_adapter == "default"
+
+
 def test_layers_that_are_apart_there_are_one_here(mode, rng, tmp_path):
     names = NameMap(fused={"query": {"q": 4, "k": 2, "v": 2}})
     tensors, delta = {}, np.zeros((8, 8), np.float32)
