@@ -30,6 +30,12 @@ def _cells(cell, seen):
             yield from _cells(child, seen)
 
 
+def outer_prefix(network):
+    """What the names of a network's parameters begin with before their paths: '' unless it is inside of another one."""
+    pairs = network.parameters_and_names()
+    return next((param.name[: -len(path)] for path, param in pairs if param.name.endswith(path)), "")
+
+
 def trainable_parameters(network):
     """`model_parameters` that have `requires_grad`."""
     return {name: param for name, param in model_parameters(network).items() if param.requires_grad}

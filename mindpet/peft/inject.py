@@ -13,7 +13,7 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from mindpet.errors import ConfigError
-from mindpet.graph.parameters import matches
+from mindpet.graph.parameters import matches, outer_prefix
 from mindpet.layers.kinds import layer_kind
 from mindpet.parallel import shard_like
 from mindpet.peft.match import list_layers
@@ -115,13 +115,15 @@ class Frame:
     Attributes:
         plan (Plan): what it was made from.
         deltas (dict): path of a layer -> its delta Cell.
-        names (dict): path of a layer -> names of the delta's parameters.
-        params (dict): name -> Parameter of the deltas.
+        names (dict): path of a layer -> paths of the delta's parameters, from the network.
+        params (dict): path -> Parameter of the deltas.
     """
 
     def __init__(self, network, plan, suffix=""):
         method = plan.method
-        self.network, self.plan, self.deltas, self.names, self.places = network, plan, {}, {}, []
+        self.outer = outer_prefix(network)
+        self.network, self.plan, self.deltas, self.places = network, plan, {}, []
+        self.names, self.params = {}, {}
         for layer in plan.targets:
             kind = layer_kind(layer.cell)
             delta = method.make(layer.cell, kind, **plan.config.sizes(layer.path))
@@ -135,12 +137,13 @@ class Frame:
         if plan.attentions:
             cells = [layer.cell for layer in list_layers(network) if hasattr(layer.cell, "position_offset")]
             self.places += [Attribute(cell, "position_offset", plan.config.num_virtual_tokens) for cell in cells]
-        self.params = {param.name: param for delta in self.deltas.values() for param in own_parameters(delta)}
 
     def _add(self, path, prefix, delta, suffix):
-        for name, param in named_parameters(delta):
-            param.name = f"{path}.{prefix}{name}{suffix}"
-        self.deltas[path], self.names[path] = delta, [param.name for param in own_parameters(delta)]
+        params = {f"{path}.{prefix}{name}{suffix}": param for name, param in named_parameters(delta)}
+        for name, param in params.items():
+            param.name = self.outer + name
+        self.params.update(params)
+        self.deltas[path], self.names[path] = delta, list(params)
 
     def set_types(self, values, as_layer=False):
         """Give the parameters the types of `values`, a dict by name; the others that of their layer if `as_layer`."""
@@ -156,10 +159,8 @@ class Frame:
     @property
     def signature(self):
         """What must be equal for two adapters to share a frame."""
-        return tuple(
-            (path, str(delta), tuple((param.name, param.shape, param.dtype) for param in own_parameters(delta)))
-            for path, delta in self.deltas.items()
-        )
+        kinds = tuple((path, str(delta)) for path, delta in self.deltas.items())
+        return kinds, tuple((name, param.shape, param.dtype) for name, param in self.params.items())
 
     def put(self):
         """Put the deltas into the network."""
@@ -259,8 +260,3 @@ def named_parameters(delta):
     """(name within the delta, Parameter) of those that belong to the delta, and not to its layer."""
     pairs = getattr(delta, "delta", delta).parameters_and_names()
     return [(name, param) for name, param in pairs if not name.startswith(("base_weight", "base_bias"))]
-
-
-def own_parameters(delta):
-    """The Parameters that belong to the delta, and not to its layer."""
-    return [param for _, param in named_parameters(delta)]

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from mindpet.delta.lora_layer import fold_lora
 from mindpet.errors import MergeError
+from mindpet.graph.parameters import outer_prefix
 from mindpet.layers.kinds import layer_kind
 
 
@@ -114,12 +115,13 @@ def untie(network, layers):
 
     The Parameter stays where it has its name from; the other side gets a new one, named by its path.
     """
+    outer = outer_prefix(network)
     for layer, others in shared_weights(network, layers):
         kind = layer_kind(layer.cell)
         own = [(layer.path, layer.cell, kind.weight)]
         weight = kind.weight_of(layer.cell)
-        is_namesake = any(f"{path}.{key}" == weight.name for path, _, key in own)
+        is_namesake = any(f"{outer}{path}.{key}" == weight.name for path, _, key in own)
         path, _, key = (others if is_namesake else own)[0]
-        copy = Parameter(Tensor(weight.asnumpy()), name=f"{path}.{key}", requires_grad=weight.requires_grad)
+        copy = Parameter(Tensor(weight.asnumpy()), name=f"{outer}{path}.{key}", requires_grad=weight.requires_grad)
         for _, cell, key in others if is_namesake else own:
             cell._params[key] = copy

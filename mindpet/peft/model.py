@@ -137,9 +137,8 @@ class PeftModel(nn.Cell):
 
     def get_nb_trainable_parameters(self):
         """Numbers of trainable parameters, and of all parameters with those of all adapters, as a tuple."""
-        own = {name for adapter in self.adapters.values() for name in adapter.frame.params}
-        params = {name: param for name, param in model_parameters(self.network).items() if name not in own}
-        total = sum(param.size for param in params.values())
+        own = {param.name for adapter in self.adapters.values() for param in adapter.frame.params.values()}
+        total = sum(param.size for name, param in model_parameters(self.network).items() if name not in own)
         for adapter in self.adapters.values():
             total += sum(adapter.values[name].size for name in adapter.frame.params if self._trains(adapter, name))
             for layer in adapter.plan.modules_to_save:
@@ -477,8 +476,11 @@ class PeftModel(nn.Cell):
                 self._frame.put()
 
     def _written(self):
-        """Everything that adapters write to, by name."""
-        return {**model_parameters(self.network), **(self._frame.params if self._frame else {})}
+        """Everything that adapters write to: the base's Parameters by name, those of deltas by path."""
+        deltas = self._frame.params if self._frame else {}
+        own = {param.name for param in deltas.values()}
+        base = {name: param for name, param in model_parameters(self.network).items() if name not in own}
+        return {**base, **deltas}
 
     def _write(self, values, is_new=False):
         """Set values by name; where graphs are compiled anew in any case, no operator is needed for it."""
@@ -598,7 +600,7 @@ class PeftModel(nn.Cell):
     def _base_values(self, plan):
         """path -> function that gives the base's own value, for all but modules that a plan trains as a whole."""
         left_out = {param.name for layer in plan.modules_to_save for param in layer.cell.get_parameters()}
-        left_out.update(name for other in self.adapters.values() for name in other.frame.params)
+        left_out.update(param.name for other in self.adapters.values() for param in other.frame.params.values())
         held = {**(self._merged or {}), **self._base}
 
         def read(param):

@@ -278,25 +278,39 @@ def test_names_of_another_model_and_fused_layers(rng, tmp_path):
     np.testing.assert_allclose(numbers(again, x), numbers(model, x), atol=1e-6)
 
 
-def test_a_network_inside_of_another_has_the_same_files(tmp_path):
+class Two(nn.Cell):
+    """Two networks of one class, each with adapters of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = Small(), Small()
+
+    def construct(self, ids):
+        return self.left(ids) + self.right(ids)
+
+
+def test_a_network_inside_of_another_has_the_same_files(mode, rng, tmp_path):
     """The names of its parameters begin with the outer one's, its paths do not."""
-
-    class Outer(nn.Cell):
-        def __init__(self):
-            super().__init__()
-            self.inner = Small()
-
-    fields = {"bias": "lora_only", "modules_to_save": ["classifier"], "target_modules": ["query"]}
+    fields = {"bias": "lora_only", "modules_to_save": ["classifier"], "target_modules": ["query", "embed"]}
     saved = []
-    for folder, make in (("one", lambda: Small()), ("two", lambda: Outer().inner)):
+    for folder, make in (("one", lambda: Small()), ("two", lambda: Two().left)):
         ms.set_seed(3)
         model = get_peft_model(make(), config(**fields))
-        move(model, 1)
+        for number, param in enumerate(model.trainable_params()):
+            param.set_data(Tensor(np.full(param.shape, 0.1 * number, np.float32)))
         model.save_pretrained(tmp_path / folder)
         saved.append({file: (tmp_path / folder / file).read_bytes() for file in os.listdir(tmp_path / folder)})
     assert saved[0] == saved[1]
+    assert {param.name.split(".")[0] for param in model.trainable_params()} == {"left"}
     ms.set_seed(3)
-    assert PeftModel.from_pretrained(Outer().inner, tmp_path / "one").active_adapter == "default"
+    outer, x = Two(), ids(rng)
+    left = PeftModel.from_pretrained(outer.left, tmp_path / "one")
+    right = get_peft_model(outer.right, config(init_lora_weights=False))
+    np.testing.assert_allclose(numbers(outer, x), numbers(left, x) + numbers(right, x), atol=1e-5)
+    with left.disable_adapter(), right.disable_adapter():
+        base = numbers(outer, x)
+    assert left.merge_and_unload() is outer.left and right.unload() is outer.right
+    assert np.abs(numbers(outer, x) - base).max() > 1e-4
 
 
 def test_layers_that_are_apart_there_are_one_here(mode, rng, tmp_path):
