@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import warnings
 
 import numpy as np
 from tqdm import tqdm
@@ -22,17 +23,8 @@ from mindpet.peft.state import PREFIX
 from mindpet.utils.tensors import TensorFile, write_tensors
 
 INDEX = "model.safetensors.index.json"
-WEIGHTS = (
-    ".bin",
-    ".ckpt",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".pt",
-    ".pth",
-    ".safetensors",
-)  # never merged: not copied
+# Files of weights are not copied: what is not merged would be mistaken for what is.
+WEIGHTS = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".safetensors")
 
 
 class Base:
@@ -116,9 +108,7 @@ def merge(base, adapter, output, config=None, name_map=None, progressbar=True):
     report = []
 
     def merged(shard, name):
-        if name in whole:
-            return whole[name].astype(shard.dtypes[name])
-        value = shard.read(name)
+        value = whole[name].astype(shard.dtypes[name]) if name in whole else shard.read(name)
         return _fold(name, value, config, deltas[name], report) if name in deltas else value
 
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.incomplete-") as folder:
@@ -184,7 +174,7 @@ def assign_places(tensors, config, files, names):
         if "bias" not in entry and not {"lora_a", "lora_b"} <= set(entry)
     ]
     if not problems:
-        problems = _orient(deltas, files, config)
+        problems = _orient(deltas, files, config) + _tied(deltas, files)
     if problems:
         raise MergeError("the adapter does not fit the base:\n  " + "\n  ".join(problems))
     return deltas, whole
@@ -219,6 +209,29 @@ def _orient(deltas, files, config):
         if shape != tuple(matrix):
             problems.append(f"{name}: {list(stored)} in the base, but the adapter is for {list(shape)}")
     return problems
+
+
+def _tied(deltas, files):
+    """A line for each embedding whose table is the head's weight too, which would change along.
+
+    A Hugging Face model with a language model head has them tied unless its configuration says otherwise.
+    """
+    embeddings = [name for name, entry in deltas.items() if entry["embedding"]]
+    path = files.path / "config.json"
+    if not embeddings or not path.is_file():
+        for name in embeddings:
+            warnings.warn(
+                f"{name}: if the head has this embedding's table as its weight, it changes too.", stacklevel=2
+            )
+        return []
+    content = json.loads(path.read_text(encoding="utf-8"))
+    has_head = any("LM" in name or "PreTraining" in name for name in content.get("architectures") or ())
+    tied = has_head and content.get("tie_word_embeddings", True)
+    return [
+        f"{name}: the head has this embedding's table as its weight (tie_word_embeddings), and would change too"
+        for name in embeddings
+        if tied and files.shapes[name][0] == content.get("vocab_size")
+    ]
 
 
 def _fold(name, value, config, entry, report):

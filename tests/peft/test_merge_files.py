@@ -146,6 +146,36 @@ def test_weights_of_a_network_that_has_them_the_other_way_up(tmp_path):
         np.testing.assert_allclose(value, deltas[name], atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "fields, tied",
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, True),
+        ({"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}, True),
+        ({"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}, False),
+        ({"architectures": ["BertModel"]}, False),
+    ],
+)
+def test_an_embedding_that_is_tied_to_the_head_is_refused(fields, tied, tmp_path):
+    trained(target_modules=["embed", "query"]).save_pretrained(tmp_path / "adapter")
+    save_base(tmp_path / "base")
+    (tmp_path / "base/config.json").write_text(json.dumps({"vocab_size": 10, **fields}))
+    if tied:
+        with pytest.raises(
+            MergeError, match="embed.embedding_table: the head has this embedding's table as its weight"
+        ):
+            merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", progressbar=False)
+        assert not (tmp_path / "out").exists()
+    else:
+        assert len(merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", progressbar=False)) == 2
+
+
+def test_an_embedding_in_a_file_that_does_not_tell_is_warned_of(tmp_path):
+    trained(target_modules=["embed"]).save_pretrained(tmp_path / "adapter")
+    save_base(tmp_path / "base.ckpt")
+    with pytest.warns(UserWarning, match="embed.embedding_table: if the head has this embedding's table"):
+        merge(tmp_path / "base.ckpt", tmp_path / "adapter", tmp_path / "out.ckpt", progressbar=False)
+
+
 @pytest.mark.parametrize("base", ["base.ckpt", "base"])
 def test_what_does_not_fit_writes_nothing(base, tmp_path):
     model = trained(target_modules=["query", "shared"])
