@@ -54,7 +54,7 @@ def test_it_learns_and_the_saved_delta_predicts_the_same(arguments, data, tmp_pa
     assert float(out.split("test accuracy ")[1].split()[0]) > 0.7  # chance is 0.5
 
 
-@pytest.mark.parametrize("method", list(finetune_text.PEFT_CONFIGS))
+@pytest.mark.parametrize("method", ["lora", "low_rank_adapter", "bitfit", "ptuning2"])
 def test_peft_gives_the_curve_of_the_layers_made_by_hand(method, data, tmp_path, monkeypatch):
     folder = shutil.copytree(GOLDEN, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
@@ -67,7 +67,7 @@ def test_peft_gives_the_curve_of_the_layers_made_by_hand(method, data, tmp_path,
         assert run(tmp_path, *arguments) == 0
     by_hand, peft = results
     assert len(by_hand.losses) == len(peft.losses) > 15
-    if method in ("prefixtuning", "ptuning2"):  # there the adapters have prefixes, and so start values, of their own
+    if method == "ptuning2":  # there every layer has a prefix, and so start values, of its own
         assert np.mean(peft.losses[-5:]) < np.mean(peft.losses[:5])
         return
     np.testing.assert_allclose(peft.losses, by_hand.losses, atol=1e-5)

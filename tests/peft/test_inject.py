@@ -3,7 +3,7 @@
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor, nn
+from mindspore import Tensor, mint, nn
 from small import LAYERS, Small, config, contents, ids, move, numbers
 
 from mindpet.errors import ConfigError, NoMatchError
@@ -163,6 +163,15 @@ def test_half_precision_bases_compute_and_keep_their_types(mode, rng):
         move(model, 0)
         out = model(Tensor(rng.normal(size=(2, 8)).astype(np.float16)))
         assert out.dtype == ms.float16 and np.isfinite(out.asnumpy()).all()
+
+
+def test_linear_layers_of_mint(mode, rng):
+    network = nn.SequentialCell(mint.nn.Linear(8, 3))
+    x = Tensor(rng.normal(size=(2, 8)).astype(np.float32))
+    base = numbers(network, x)
+    model = get_peft_model(network, LoraConfig(r=2, lora_alpha=4, target_modules=["0"], init_lora_weights=False))
+    a, b, _, _ = lora_of(model, "0")
+    np.testing.assert_allclose(numbers(model, x), base + 2 * x.asnumpy() @ a.T @ b.T, atol=1e-5)
 
 
 def test_rank_and_alpha_patterns():
