@@ -137,7 +137,7 @@ def test_import_paths(module, names):
 
 
 def test_the_package_itself():
-    assert mindpet.delta.LoRADense and mindpet.graph.summary
+    assert mindpet.delta.LoRADense and mindpet.graph.summary and mindpet.peft.get_peft_model
     assert mindpet.__version__.count(".") == 2
 
 
