@@ -7,7 +7,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, nn
-from small import Small, Tied, config, contents, ids, move, numbers
+from small import Small, Tied, config, contents, ids, move, numbers, same
 
 from mindpet.errors import AdapterError, CheckpointError, ConfigError, MergeError, NoMatchError
 from mindpet.graph import DeltaGuard
@@ -45,7 +45,7 @@ def test_a_head_that_is_random_after_reloading(rng, tmp_path):
     model, x = saved(tmp_path, task_type="SEQ_CLS"), ids(rng)
     network = fresh()
     network.classifier.weight.set_data(Tensor(rng.normal(size=(3, 12)).astype(np.float32)))
-    np.testing.assert_array_equal(numbers(PeftModel.from_pretrained(network, tmp_path), x), numbers(model, x))
+    same(numbers(PeftModel.from_pretrained(network, tmp_path), x), numbers(model, x))
 
 
 def test_a_head_that_is_missing_in_the_file(tmp_path):
@@ -65,7 +65,7 @@ def test_names_of_adapters_that_are_names_of_layers(name, rng, tmp_path):
     move(model, 1)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(fresh(), tmp_path / name, name)
-    np.testing.assert_array_equal(numbers(loaded, x), numbers(model, x))
+    same(numbers(loaded, x), numbers(model, x))
 
 
 def test_the_wrong_adapter_trains_after_a_second_one_is_added():

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn
-from small import Small, ids, move, numbers
+from small import Small, ids, move, numbers, same
 
 from mindpet.delta.registry import METHODS, Method
 from mindpet.graph import freeze_delta
@@ -50,7 +50,7 @@ def test_a_method_from_outside(mode, rng, tmp_path, monkeypatch):
     network, x = Small(), ids(rng)
     base = numbers(network, x)
     model = get_peft_model(network, ScaleConfig(target_modules=["query", "mlp.0"]))
-    np.testing.assert_array_equal(numbers(model, x), base)
+    same(numbers(model, x), base)
     freeze_delta(model, "scale")
     assert [param.name for param in model.trainable_params()] == [
         "query.mindpet_delta_scale",
@@ -59,8 +59,8 @@ def test_a_method_from_outside(mode, rng, tmp_path, monkeypatch):
     move(model, 0)
     expected = numbers(model, x)
     with model.disable_adapter():
-        np.testing.assert_array_equal(numbers(model, x), base)
+        same(numbers(model, x), base)
     model.save_pretrained(tmp_path)
     network = model.unload()
-    np.testing.assert_array_equal(numbers(network, x), base)
-    np.testing.assert_array_equal(numbers(PeftModel.from_pretrained(network, tmp_path), x), expected)
+    same(numbers(network, x), base)
+    same(numbers(PeftModel.from_pretrained(network, tmp_path), x), expected)

@@ -8,7 +8,7 @@ import pytest
 from mindspore import Tensor, nn
 from models.bert import BertClassifier, BertConfig
 from models.llama import LlamaForCausalLM
-from small import Small, contents, move, numbers
+from small import Small, contents, move, numbers, same
 
 from mindpet.errors import AdapterError, ConfigError, MergeError
 from mindpet.peft import PeftModel, PrefixTuningConfig, Ptuning2Config, get_peft_model
@@ -42,12 +42,12 @@ def test_save_load_disable_and_unload(name, mode, rng, tmp_path):
     expected = numbers(model, x)
     assert np.abs(expected - base).max() > 1e-3
     with model.disable_adapter():
-        np.testing.assert_array_equal(numbers(model, x), base)
-    np.testing.assert_array_equal(numbers(model, x), expected)
+        same(numbers(model, x), base)
+    same(numbers(model, x), expected)
     model.save_pretrained(tmp_path)
     assert TensorFile(tmp_path / "adapter_model.safetensors").shapes == {"prompt_embeddings": (3, 2 * 2 * 16)}
     assert model.unload() is network
-    np.testing.assert_array_equal(numbers(network, x), base)
+    same(numbers(network, x), base)
     assert contents(network) == before
     loaded = PeftModel.from_pretrained(network, tmp_path)
     np.testing.assert_allclose(numbers(loaded, x), expected, atol=1e-6)
@@ -77,7 +77,7 @@ def test_two_prefixes_of_one_shape_switch_and_train(mode, rng):
     losses = [float(step(x).asnumpy()) for _ in range(5)]
     assert losses[-1] < losses[0]
     model.set_adapter("default")
-    np.testing.assert_array_equal(numbers(model.set_train(False), x), first)
+    same(numbers(model.set_train(False), x), first)
 
 
 def test_types_are_kept(mode, rng, tmp_path):
@@ -116,9 +116,9 @@ def test_an_attention_computes_the_formula(mode, rng):
     got_key, got_value = source(key, value)
     table = source.delta.mindpet_delta_ptuning2_embedding.embedding_table.asnumpy().reshape(3, 2, 2, 8)
     for got, given, slot in ((got_key, key, 0), (got_value, value, 1)):
-        np.testing.assert_array_equal(got.asnumpy()[:, :, 3:], given.asnumpy())
+        same(got.asnumpy()[:, :, 3:], given.asnumpy())
         for row in range(2):
-            np.testing.assert_array_equal(got.asnumpy()[row, :, :3], table[:, slot].swapaxes(0, 1))
+            same(got.asnumpy()[row, :, :3], table[:, slot].swapaxes(0, 1))
 
 
 def test_what_cannot_be():

@@ -11,7 +11,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, nn
-from small import Small, config, contents, ids, move, numbers
+from small import Small, config, contents, ids, move, numbers, same
 from test_inject import METHODS
 
 from mindpet.errors import AdapterError, CheckpointError, ConfigError
@@ -47,7 +47,7 @@ def test_round_trip(method, mode, rng, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors", "mindpet_passport.json"]
     network = fresh()
     loaded = PeftModel.from_pretrained(network, tmp_path)
-    np.testing.assert_array_equal(numbers(loaded, x), expected)
+    same(numbers(loaded, x), expected)
     assert not loaded.trainable_params()
     assert PeftModel.from_pretrained(fresh(), tmp_path, is_trainable=True).trainable_params()
     loaded.save_pretrained(tmp_path / "again")
@@ -114,11 +114,11 @@ def test_several_adapters_in_one_directory(mode, rng, tmp_path):
     model.save_pretrained(tmp_path / "only", selected_adapters=["two"])
     assert sorted(os.listdir(tmp_path / "only")) == ["two"]
     loaded = PeftModel.from_pretrained(fresh(), tmp_path / "two", "two")
-    np.testing.assert_array_equal(numbers(loaded, x), second)
+    same(numbers(loaded, x), second)
     loaded.load_adapter(tmp_path, "default")
-    np.testing.assert_array_equal(numbers(loaded, x), second)
+    same(numbers(loaded, x), second)
     loaded.set_adapter("default")
-    np.testing.assert_array_equal(numbers(loaded, x), first)
+    same(numbers(loaded, x), first)
     with pytest.raises(AdapterError, match="no adapter 'nix'"):
         model.save_pretrained(tmp_path / "none", selected_adapters=["default", "nix"])
     assert not (tmp_path / "none").exists()
@@ -341,7 +341,7 @@ def test_delta_files_of_hand_made_networks_fit(rng, tmp_path):
     ms.save_checkpoint([{"name": name, "data": param} for name, param in values.items()], str(tmp_path / "d.ckpt"))
     other = get_peft_model(fresh(), config(target_modules=["query"]))
     load_delta(other, str(tmp_path / "d.ckpt"))
-    np.testing.assert_array_equal(numbers(other, x), numbers(model, x))
+    same(numbers(other, x), numbers(model, x))
 
 
 def test_a_configuration_of_another_class_is_refused(tmp_path):
