@@ -272,14 +272,14 @@ class Encoder(nn.Cell):
 
 
 class Pooler(nn.Cell):
-    """`tanh(W h_0 + b)` of the first token; by exp, since MindSpore's tanh is off by up to 1e-4 on a CPU."""
+    """`tanh(W h_0 + b)` of the first token; by sigmoid, since MindSpore's tanh is off by up to 1e-4 on a CPU."""
 
     def __init__(self, config):
         super().__init__()
         self.dense = dense(config.hidden_size, config.hidden_size)
 
     def construct(self, hidden):
-        return 1 - 2 / (ops.exp(2 * self.dense(hidden[:, 0])) + 1)
+        return 2 * ops.sigmoid(2 * self.dense(hidden[:, 0])) - 1
 
 
 class BertModel(nn.Cell):
