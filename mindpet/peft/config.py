@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import json
+import math
 import pathlib
 import re
 from dataclasses import dataclass, field
@@ -288,6 +289,15 @@ class LoraConfig(TargetConfig, peft_type=PeftType.LORA):
     alpha_pattern: dict = field(default_factory=dict)
     use_dora: bool = False
     lora_bias: bool = False
+
+    def scaling(self, path):
+        """The scale of the layer at `path`."""
+        sizes = self.sizes(path)
+        return sizes["alpha"] / self.divisor(sizes["rank"])
+
+    def divisor(self, rank):
+        """What alpha is divided by."""
+        return math.sqrt(rank) if self.use_rslora else rank
 
     def check_supported(self):
         super().check_supported()

@@ -13,7 +13,7 @@ from mindspore import Tensor
 from mindpet.delta.lora_layer import LoraEmbedding, LoraLayer
 from mindpet.errors import CheckpointError, ConfigError
 from mindpet.peft.config import CONFIG_NAME, LoraConfig, PeftConfig, get_peft_config
-from mindpet.peft.names import EMBEDDING, NameMap
+from mindpet.peft.names import EMBEDDING, NameMap, target_paths
 from mindpet.peft.state import PREFIX, PROMPT, WEIGHTS_NAME, is_adapter, read_passport, read_tensors, save_adapter
 from mindpet.utils.tensors import TensorFile, save_tensors
 
@@ -103,11 +103,13 @@ def from_delta(tensors, config, names):
             found[PREFIX + path] = value
         if match is not None and match["name"].lower().endswith("_a"):
             ranks[path] = len(value)
-    if ranks and isinstance(config, LoraConfig):
-        config.target_modules = config.target_modules or sorted(ranks)
-        config.r = max(ranks.values(), key=list(ranks.values()).count)
-        config.rank_pattern.update({re.escape(path): rank for path, rank in ranks.items() if rank != config.r})
-    return names.split(found, config)[::-1]
+    if not isinstance(config, LoraConfig):
+        return config, found
+    config.r = max(ranks.values(), key=list(ranks.values()).count) if ranks else config.r
+    config.rank_pattern.update({re.escape(path): rank for path, rank in ranks.items() if rank != config.r})
+    found, config = names.split(found, config)
+    config.target_modules = config.target_modules or sorted(target_paths(found))
+    return config, found
 
 
 def to_delta(tensors, names, prefix_path="prefix_encoder"):

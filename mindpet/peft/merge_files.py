@@ -14,7 +14,7 @@ from mindpet.delta.lora_layer import FOLD, fold_lora
 from mindpet.errors import MergeError
 from mindpet.layers.kinds import LayerKind
 from mindpet.peft.combine import start_from_weight
-from mindpet.peft.config import LoraConfig, pattern_value
+from mindpet.peft.config import LoraConfig
 from mindpet.peft.convert import LORA_KEY, LORA_NAMES, read_adapter, read_delta, write_delta
 from mindpet.peft.merge import describe
 from mindpet.peft.names import NameMap
@@ -237,10 +237,10 @@ def _tied(deltas, files):
 def _fold(name, value, config, entry, report):
     """A merged tensor."""
     if "bias" in entry:
-        scaling = _scaling(config, entry["path"])
+        scaling = config.scaling(entry["path"])
         result = (value.astype(np.float32) + np.float32(scaling) * entry["bias"]).astype(value.dtype)
     else:
-        kind, scaling = entry["kind"], _scaling(config, entry["path"])
+        kind, scaling = entry["kind"], config.scaling(entry["path"])
         lora_a, lora_b = entry["lora_a"], entry["lora_b"]
         before = kind.to_matrix(value.astype(np.float32))
         start = before
@@ -253,12 +253,6 @@ def _fold(name, value, config, entry, report):
     if not np.isfinite(result.astype(np.float32)).all():
         raise MergeError(f"{name} would hold NaN or infinite numbers as {value.dtype.name}; nothing was written.")
     return result
-
-
-def _scaling(config, path):
-    rank = pattern_value(config.rank_pattern, path, config.r)
-    alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
-    return alpha / (np.sqrt(rank) if config.use_rslora else rank)
 
 
 def _write_shard(path, shard, extra, merged, bar):

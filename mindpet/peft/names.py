@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Callable
@@ -58,7 +59,7 @@ class NameMap:
     def fuse(self, tensors, config):
         """The tensors and the configuration of a LoRA file, with one layer in place of those that are fused.
 
-        The layers' A stand below one another, their B are the blocks of one B. Scales stay what they are.
+        The layers' A stand below one another, their B are the blocks of one B.
 
         Raises:
             CheckpointError: layers that are fused have other inputs, or only some have what all must have.
@@ -68,11 +69,16 @@ class NameMap:
             starts = {key[: -len(f"{part}.{A}")] for part in parts for key in tensors if key.endswith(f".{part}.{A}")}
             for start in sorted(starts):
                 found = {part: _take(tensors, f"{start}{part}.") for part in parts}
+                before = start.split("base_model.model.", 1)[-1]
+                scales = {part: config.scaling(before + part) for part, own in found.items() if own}
+                scale = next(iter(scales.values()))
+                for part, own_scale in scales.items():
+                    if own_scale != scale:  # one layer has one scale
+                        found[part][B] = (found[part][B] * np.float32(own_scale / scale)).astype(found[part][B].dtype)
                 tensors.update({f"{start}{name}.{key}": value for key, value in _fuse(start, parts, found).items()})
-                ranks = sum(len(own[A]) for own in found.values() if own)
-                path = start.split("base_model.model.", 1)[-1] + name
-                factor = ranks / config.r
-                config.rank_pattern[path], config.alpha_pattern[path] = ranks, config.lora_alpha * factor
+                rank = len(tensors[f"{start}{name}.{A}"])
+                config.rank_pattern = {re.escape(before + name): rank, **config.rank_pattern}
+                config.alpha_pattern = {re.escape(before + name): scale * config.divisor(rank), **config.alpha_pattern}
         return tensors, config
 
     def split(self, tensors, config):
@@ -82,14 +88,17 @@ class NameMap:
             starts = [key[: -len(f"{name}.{A}")] for key in tensors if key.endswith(f".{name}.{A}")]
             for start in starts:
                 own = _take(tensors, f"{start}{name}.")
-                path = start.split("base_model.model.", 1)[-1] + name
-                rank, alpha = config.rank_pattern.pop(path, config.r), config.alpha_pattern.pop(path, config.lora_alpha)
+                before = start.split("base_model.model.", 1)[-1]
+                scale = config.scaling(before + name)
+                for pattern in (config.rank_pattern, config.alpha_pattern):
+                    pattern.pop(re.escape(before + name), None)
                 for part, values in _split(own, parts).items():
                     tensors.update({f"{start}{part}.{key}": value for key, value in values.items()})
-                    path = start.split("base_model.model.", 1)[-1] + part
-                    size = len(values[A])
-                    if size != config.r or alpha * size / rank != config.lora_alpha:
-                        config.rank_pattern[path], config.alpha_pattern[path] = size, alpha * size / rank
+                    rank, alpha = len(values[A]), scale * config.divisor(len(values[A]))
+                    if rank != config.r:
+                        config.rank_pattern = {re.escape(before + part): rank, **config.rank_pattern}
+                    if not math.isclose(alpha, config.lora_alpha):
+                        config.alpha_pattern = {re.escape(before + part): alpha, **config.alpha_pattern}
         return tensors, config
 
 

@@ -13,7 +13,8 @@ from small import Small, config, ids, move, numbers, same
 
 from mindpet.cli import main
 from mindpet.errors import MergeError
-from mindpet.peft import BitFitConfig, LoraConfig, PeftModel, get_peft_model
+from mindpet.peft import BitFitConfig, LoraConfig, NameMap, PeftConfig, PeftModel, get_peft_model
+from mindpet.peft.convert import convert
 from mindpet.peft.merge_files import merge
 from mindpet.utils.tensors import TensorFile, save_tensors
 
@@ -298,6 +299,32 @@ def test_names_from_a_function(tmp_path):
         main(["convert", str(tmp_path / "a"), str(tmp_path / "d.ckpt"), "--names", f"{tmp_path}/names.py:names"]) == 0
     )
     assert set(read(tmp_path / "d.ckpt")) == {"q_proj.mindpet_delta_lora_a", "q_proj.mindpet_delta_lora_b"}
+
+
+def test_a_fused_layer_of_a_delta_file_goes_apart_and_together_again(rng, tmp_path):
+    """One layer of rank 4 here is three of the same rank there, beside another layer of rank 2."""
+    tensors = {
+        "layers.0.w_qkv.mindpet_delta_lora_a": rng.normal(size=(4, 8)).astype(np.float32),
+        "layers.0.w_qkv.mindpet_delta_lora_b": rng.normal(size=(8, 4)).astype(np.float32),
+        "layers.0.wo.mindpet_delta_lora_a": rng.normal(size=(2, 8)).astype(np.float32),
+        "layers.0.wo.mindpet_delta_lora_b": rng.normal(size=(8, 2)).astype(np.float32),
+        "layers.1.wo.mindpet_delta_lora_a": rng.normal(size=(2, 8)).astype(np.float32),
+        "layers.1.wo.mindpet_delta_lora_b": rng.normal(size=(8, 2)).astype(np.float32),
+    }
+    save_tensors(tmp_path / "d.safetensors", tensors)
+    names = NameMap(fused={"w_qkv": {"q": 4, "k": 2, "v": 2}})
+    convert(tmp_path / "d.safetensors", tmp_path / "a", LoraConfig(lora_alpha=8), names)
+    saved = PeftConfig.from_pretrained(tmp_path / "a")
+    there = TensorFile(tmp_path / "a/adapter_model.safetensors").read_all()
+    assert saved.target_modules == [f"layers.{path}" for path in ("0.k", "0.q", "0.v", "0.wo", "1.wo")]
+    assert saved.r == 2 and set(saved.rank_pattern) == {rf"layers\.0\.{part}" for part in "qkv"}
+    a, b = (there[f"base_model.model.layers.0.q.lora_{which}.weight"] for which in "AB")
+    whole = tensors["layers.0.w_qkv.mindpet_delta_lora_b"] @ tensors["layers.0.w_qkv.mindpet_delta_lora_a"]
+    np.testing.assert_allclose(saved.scaling("layers.0.q") * b @ a, 8 / 4 * whole[:4], atol=1e-5)
+    convert(tmp_path / "a", tmp_path / "e.safetensors", None, names)
+    again = read(tmp_path / "e.safetensors")
+    together = again["layers.0.w_qkv.mindpet_delta_lora_b"] @ again["layers.0.w_qkv.mindpet_delta_lora_a"]
+    np.testing.assert_allclose(together, whole, atol=1e-5)
 
 
 def test_inspect(tmp_path, capsys):

@@ -313,16 +313,20 @@ def test_a_network_inside_of_another_has_the_same_files(mode, rng, tmp_path):
     assert np.abs(numbers(outer, x) - base).max() > 1e-4
 
 
-def test_layers_that_are_apart_there_are_one_here(mode, rng, tmp_path):
+@pytest.mark.parametrize(
+    "fields, scales",
+    [({}, (5 / 3, 5 / 3)), ({"use_rslora": True}, (5 / 3**0.5,) * 2), ({"alpha_pattern": {"v": 2}}, (5 / 3, 2 / 3))],
+)
+def test_layers_that_are_apart_there_are_one_here(fields, scales, rng, tmp_path):
     names = NameMap(fused={"query": {"q": 4, "k": 2, "v": 2}})
     tensors, delta = {}, np.zeros((8, 8), np.float32)
-    for part, rows in (("q", slice(0, 4)), ("v", slice(6, 8))):
+    for part, rows, scale in (("q", slice(0, 4), scales[0]), ("v", slice(6, 8), scales[1])):
         size = rows.stop - rows.start
         a, b = rng.normal(size=(3, 8)).astype(np.float32), rng.normal(size=(size, 3)).astype(np.float32)
         tensors.update({f"{BASE}{part}.lora_A.weight": a, f"{BASE}{part}.lora_B.weight": b})
-        delta[rows] = 5 / 3 * b @ a
+        delta[rows] = scale * b @ a
     save_tensors(tmp_path / "adapter_model.safetensors", tensors)
-    LoraConfig(r=3, lora_alpha=5, target_modules=["q", "v"]).save_pretrained(tmp_path)
+    LoraConfig(r=3, lora_alpha=5, target_modules=["q", "v"], **fields).save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(fresh(), tmp_path, name_map=names)
     weight = model.network.query.weight.asnumpy().copy()
     model.merge_adapter()
@@ -331,8 +335,11 @@ def test_layers_that_are_apart_there_are_one_here(mode, rng, tmp_path):
     model.save_pretrained(tmp_path / "again")
     again = TensorFile(tmp_path / "again/adapter_model.safetensors").read_all()
     assert set(again) >= set(tensors)
-    for name, value in tensors.items():
-        np.testing.assert_array_equal(again[name], value)
+    saved = PeftConfig.from_pretrained(tmp_path / "again")
+    for part, rows in (("q", slice(0, 4)), ("v", slice(6, 8))):
+        a, b = again[f"{BASE}{part}.lora_A.weight"], again[f"{BASE}{part}.lora_B.weight"]
+        assert a.shape == (3, 8)
+        np.testing.assert_allclose(saved.scaling(part) * b @ a, delta[rows], atol=1e-5)
 
 
 def test_delta_files_of_hand_made_networks_fit(rng, tmp_path):
