@@ -115,12 +115,12 @@ def merge(base, adapter, output, config=None, name_map=None, progressbar=True):
         total = sum(len(shard.shapes) for shard in files.shards.values())
         bar = tqdm(total=total, desc="merging", unit="tensor", disable=not progressbar)
         new = {name: value for name, value in whole.items() if name not in files.shapes}
+        last = list(files.shards)[-1]
         for path, shard in files.shards.items():
-            extra = new if path == list(files.shards)[-1] else {}
-            _write_shard(os.path.join(folder, path.name), shard, extra, merged, bar)
+            _write_shard(os.path.join(folder, path.name), shard, new if path == last else {}, merged, bar)
         bar.close()
         if files.path.is_dir():
-            _copy_others(files.path, folder, new, list(files.shards)[-1].name)
+            _copy_others(files.path, folder, new, last.name)
             os.chmod(folder, 0o755)
             os.rename(folder, output)
             os.mkdir(folder)  # for TemporaryDirectory to remove
@@ -133,7 +133,8 @@ def assign_places(tensors, config, files, names):
     """Which tensor of the base each tensor of an adapter goes to.
 
     Returns:
-        tuple: dict of name in the base -> keywords of `fold_lora` and 'init', 'rank'; dict of name -> whole value.
+        tuple: dict of name in the base -> keywords of `fold_lora`, 'path', 'embedding' and 'kind'; dict of name
+        -> whole value.
 
     Raises:
         MergeError: some have no place, or another shape; all are listed.
