@@ -5,78 +5,14 @@ A layer stays the object that it is: its class, parameters, operators and place 
 to the layer sees the delta, and taking it out leaves the layer as it was.
 """
 
-import contextlib
-import types
-
 import mindspore as ms
-import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor
 
-from mindpet.errors import ConfigError
 from mindpet.graph.parameters import matches, outer_prefix
 from mindpet.layers.kinds import layer_kind
-from mindpet.parallel import shard_like
 from mindpet.peft.match import list_layers
-from mindpet.utils.sharding import slot_table
-
-
-def beside(self, x, *rest):
-    """What takes the place of `construct` in a layer with a delta."""
-    out = self.mindpet_delta(x, self.mindpet_base_construct(x, *rest))
-    return self.activation(out) if self.mindpet_activates else out
-
-
-def by_rows(self, x, *rest):
-    """What takes the place of `construct` in a layer where each row of the batch has the delta of its own adapter."""
-    out = self.mindpet_base_construct(x, *rest)
-    if out.shape[0] != self.mindpet_rows.shape[0]:
-        raise ValueError("adapter_names: a layer got another number of rows than there are names.")
-    result = out
-    index = 0
-    for delta in self.mindpet_deltas:
-        chosen = ops.reshape(self.mindpet_rows == index, (-1,) + (1,) * (out.ndim - 1))
-        result = ops.select(chosen, delta(x, out), result)
-        index += 1
-    return self.activation(result) if self.mindpet_activates else result
-
-
-class Overlay:
-    """A layer with another `construct`, and what that needs; `remove()` leaves no trace.
-
-    Args:
-        cell (Cell): the layer.
-        construct (callable): takes the place of its `construct`.
-        before_activation (bool): whether the layer's own activation is left to `construct`.
-        cells, params (dict): attribute -> Cell or Parameter that `construct` needs.
-    """
-
-    def __init__(self, cell, construct, before_activation, cells, params=None):
-        self.cell, self.construct = cell, construct
-        self.activates = before_activation and bool(getattr(cell, "activation_flag", False))
-        self.cells, self.params = cells, params or {}
-
-    def put(self):
-        """Overlay the layer."""
-        self.cell.__dict__["mindpet_base_construct"] = self.cell.construct
-        self.cell.__dict__["mindpet_activates"] = self.activates
-        self.cell.__dict__["construct"] = types.MethodType(self.construct, self.cell)
-        self.cell._cells.update(self.cells)
-        self.cell._params.update(self.params)
-        if self.activates:
-            self.cell.activation_flag = False
-
-    def remove(self):
-        """Leave the layer as it was."""
-        if self.activates:
-            self.cell.activation_flag = True
-        attributes = ("construct", "mindpet_base_construct", "mindpet_activates")
-        for where, names in (
-            (self.cell.__dict__, attributes),
-            (self.cell._cells, self.cells),
-            (self.cell._params, self.params),
-        ):
-            for name in names:
-                del where[name]
+from mindpet.peft.overlay import Overlay, beside
+from mindpet.peft.strategies import carry_strategy
 
 
 class Attribute:
@@ -192,68 +128,6 @@ class Frame:
             mark = f"mindpet {inside}" if inside else ""
             own = layer.cell._cell_init_args
             layer.cell._cell_init_args = own.replace(mark, "") if remove else own + mark
-
-
-class Rows:
-    """Several adapters in one batch: every layer computes the delta of each, and every row takes its own.
-
-    Args:
-        network (Cell): the network; no frame is in place.
-        frames (list of Frame): one for each adapter, each with Cells of its own.
-    """
-
-    def __init__(self, network, frames):
-        self.frames = frames
-        self.rows = ms.Parameter(Tensor(np.zeros(1, np.int32)), name="mindpet_rows", requires_grad=False)
-        paths = dict.fromkeys(path for frame in frames for path in frame.deltas)
-        layers = {layer.path: layer for frame in frames for layer in frame.plan.targets}
-        self.places = []
-        for path in paths:
-            deltas = ms.nn.CellList([frame.deltas.get(path, Unchanged()) for frame in frames], auto_prefix=False)
-            before = {frame.plan.method.before_activation for frame in frames if path in frame.deltas}
-            if len(before) > 1 and getattr(layers[path].cell, "activation_flag", False):
-                raise ConfigError(f"adapter_names: {path} has deltas before and behind its activation.")
-            cells, params = {"mindpet_deltas": deltas}, {"mindpet_rows": self.rows}
-            self.places.append(Overlay(layers[path].cell, by_rows, True in before, cells, params))
-        self.root = Root(network)
-
-    def __call__(self, rows, inputs, keywords):
-        """The network's output with adapter `rows[i]` for row i of the batch; -1 is the base."""
-        self.rows.set_data(Tensor(np.array(rows, np.int32)), slice_shape=True)
-        with contextlib.ExitStack() as stack:
-            for place in self.places:
-                place.put()
-                stack.callback(place.remove)
-            return self.root(*inputs, **keywords)
-
-
-class Root(ms.nn.Cell):
-    """A Cell around a network, with compiled graphs of its own."""
-
-    def __init__(self, network):
-        super().__init__(auto_prefix=False)
-        self.network = network
-
-    def construct(self, *inputs, **keywords):
-        return self.network(*inputs, **keywords)
-
-
-class Unchanged(ms.nn.Cell):
-    """The delta of a layer that an adapter leaves alone."""
-
-    def construct(self, x, out):
-        return out
-
-
-def carry_strategy(cell, kind, delta):
-    """Derive the delta's strategies from that of the layer's matmul, if it has one."""
-    strategy = getattr(getattr(cell, "matmul", None), "in_strategy", None)
-    delta = getattr(delta, "delta", delta)
-    if strategy is None or kind.name != "linear" or not slot_table(delta):
-        return
-    if kind.fan_in_fan_out:
-        strategy = (strategy[0], strategy[1][::-1])
-    shard_like(delta, strategy)
 
 
 def named_parameters(delta):

@@ -13,8 +13,9 @@ import mindpet.peft.combine as combine
 import mindpet.peft.state as state
 from mindpet.errors import AdapterError, ConfigError, MergeError
 from mindpet.graph.parameters import matches, model_parameters
+from mindpet.peft.batch import Rows
 from mindpet.peft.config import LoraConfig, PeftConfig
-from mindpet.peft.inject import Frame, Rows
+from mindpet.peft.inject import Frame
 from mindpet.peft.merge import merge_layers, shared_weights, untie
 from mindpet.peft.names import NameMap, to_model, to_network
 from mindpet.peft.plan import is_from_weight, plan_targets
