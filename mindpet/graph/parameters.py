@@ -1,12 +1,25 @@
 """Which parameters belong to the model, and what they are called."""
 
+from collections import Counter
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
-from mindspore import nn
+from mindspore import Parameter, ParameterTuple, nn
+
+from mindpet.delta._base import Behind, InFront
+from mindpet.delta.registry import METHODS
 
 
 def model_parameters(network):
-    """The parameters of `network` by name, without the state of an optimizer that is a Cell inside of it.
+    """The parameters of `network` by key, without the state of an optimizer that is a Cell inside of it.
+
+    A key is the path of attributes from the network to the Parameter. In a network as it was built this is
+    `Parameter.name`, but that can change: MindSpore renames what is put into a list, and a slice of a CellList in
+    `construct`, `for layer in self.layers[:2]`, is a new list. As in MindSpore's names, the components down to the
+    first Cell with `auto_prefix` are left out (training cells, PeftModel), and what stands before the path in the names
+    of a network inside of another one stands before the keys. A Parameter of the network itself has its own name. A
+    delta that `mindpet.peft` put in has the path of its layer. A Parameter in several places has the path that its name
+    tells, else the first. Where keys would be equal, they are paths with nothing left out.
 
     Args:
         network (Cell): a model, or a Cell that trains one.
@@ -14,33 +27,98 @@ def model_parameters(network):
     Returns:
         dict of str -> Parameter, in the network's order.
     """
-    return {
-        param.name: param for cell in _cells(network, set()) for param in cell._params.values() if param is not None
-    }
-
-
-def _cells(cell, seen):
-    """`cell` and the Cells in it, each once; optimizers and what is in them are left out."""
-    if id(cell) in seen or isinstance(cell, nn.Optimizer):
-        return
-    seen.add(id(cell))
-    yield cell
-    for child in cell._cells.values():
-        if child is not None:
-            yield from _cells(child, seen)
-
-
-def outer_prefix(network):
-    """What the names of a network's parameters begin with before their paths: '' unless it is inside of another one."""
-    pairs = network.parameters_and_names()
-    return next((param.name[: -len(path)] for path, param in pairs if param.name.endswith(path)), "")
+    cells = list(_cells(network, "", "", set()))
+    places = _places(cells)
+    outer = _outer_prefix(places)
+    tops = [cell for cell, path, _ in cells if not path]
+    keys = [_key(place, outer, tops) for place in places]
+    while len(set(keys)) < len(keys):
+        counts = Counter(keys)
+        keys = [outer + place.full if counts[key] > 1 else key for key, place in zip(keys, places)]
+    return {key: place.param for key, place in zip(keys, places)}
 
 
 def trainable_parameters(network):
     """`model_parameters` that have `requires_grad`."""
-    return {name: param for name, param in model_parameters(network).items() if param.requires_grad}
+    return {key: param for key, param in model_parameters(network).items() if param.requires_grad}
+
+
+def outer_prefix(network):
+    """What the names of a network's parameters begin with before their paths: '' unless it is inside of another one."""
+    return _outer_prefix(_places(_cells(network, "", "", set())))
 
 
 def matches(name, patterns):
     """Whether a name fits one of the fnmatch patterns, letter case counting."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+class _Place(NamedTuple):
+    """Where a Parameter is.
+
+    Attributes:
+        param (Parameter): the Parameter.
+        path (str): of attributes, as in names.
+        full (str): the same with nothing left out.
+        is_top (bool): whether all components before the attribute are left out.
+        in_tuple (bool): whether a ParameterTuple holds it there; a training cell has one of all that it trains.
+    """
+
+    param: Parameter
+    path: str
+    full: str
+    is_top: bool
+    in_tuple: bool
+
+
+def _places(cells):
+    """The first place of each Parameter; one in a ParameterTuple counts if there is no other."""
+    places = {}
+    for cell, path, full in cells:
+        tuples = [value for value in cell.__dict__.values() if isinstance(value, ParameterTuple)]
+        in_tuple = {id(param) for params in tuples for param in params}
+        for name, param in cell._params.items():
+            if param is not None and (id(param) not in places or places[id(param)].in_tuple):
+                places[id(param)] = _Place(param, path + name, full + name, not path, id(param) in in_tuple)
+    return list(places.values())
+
+
+def _cells(cell, path, full, seen):
+    """`cell` and the Cells in it with their paths, each once; optimizers and what is in them are left out."""
+    if id(cell) in seen or isinstance(cell, nn.Optimizer):
+        return
+    seen.add(id(cell))
+    yield cell, path, full
+    for name, child in cell._cells.items():
+        if child is not None:
+            yield from _cells(child, path + _component(cell, path, name, child), f"{full}{name}.", seen)
+
+
+def _component(cell, path, name, child):
+    """What the attribute `name` of a Cell adds to the path."""
+    if name == "mindpet_delta" or isinstance(child, InFront):  # where mindpet.peft puts deltas
+        inner = getattr(child, "delta", child)
+        return next((method.prefix for method in METHODS.values() if isinstance(inner, method.cells)), "")
+    left_out = isinstance(cell, (Behind, InFront)) or (not path and not cell._auto_prefix)
+    return "" if left_out else f"{name}."
+
+
+def _outer_prefix(places):
+    """The most frequent difference between names and paths."""
+    pairs = [(place.param.name, place.path) for place in places]
+    found = Counter(name[: -len(path)] for name, path in pairs if f".{name}".endswith(f".{path}"))
+    return max(found, key=found.get, default="")
+
+
+def _key(place, outer, tops):
+    name = place.param.name
+    leads_to_it = name.startswith(outer) and any(_at(top, name[len(outer) :]) is place.param for top in tops)
+    return name if place.is_top or leads_to_it else outer + place.path
+
+
+def _at(cell, path):
+    """The Parameter at a path, or None."""
+    *parts, name = path.split(".")
+    for part in parts:
+        cell = cell and cell._cells.get(part)
+    return cell and cell._params.get(name)
