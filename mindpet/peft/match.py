@@ -63,7 +63,7 @@ def list_layers(network):
     return list(layers.values())
 
 
-def find_targets(network, config, supported):
+def find_targets(network, config, supported, unmatched=None):
     """The layers that a configuration means.
 
     A list matches a path or its end after a dot, a str is a regular expression for the whole path, 'all-linear' is
@@ -73,42 +73,51 @@ def find_targets(network, config, supported):
         network (Cell): the base network.
         config (TargetConfig): says which layers.
         supported (callable): whether a Cell can carry the method.
+        unmatched (list): where to note, for a file, entries that match nothing. Default: None, to refuse them.
 
     Returns:
         list of Layer, in the network's order.
 
     Raises:
-        NoMatchError: an entry matches no layer; the nearest names are in the message.
+        NoMatchError: an entry matches no layer, the nearest names are in the message; with `unmatched`, if there is
+            no layer at all.
         ConfigError: a matched layer is not supported, carries a delta already, or is shared by places of which only
             some match; no layers are given, and none are known.
     """
     layers = list_layers(network)
-    problems = []
+    missing = []
     targets = config.target_modules
     if targets is None:
         targets = default_targets(layers)
-    wanted = _matcher("target_modules", targets, layers, supported, problems)
+    wanted = _matcher("target_modules", targets, layers, missing)
     # A file may leave out parts of the model that this network does not have.
-    excluded = _matcher(
-        "exclude_modules", config.exclude_modules, layers, supported, [] if config.inference_mode else problems
-    )
-    numbered = _layer_numbers(config, layers, problems)
-    found = []
+    excluded = _matcher("exclude_modules", config.exclude_modules, layers, [] if config.inference_mode else missing)
+    numbered = _layer_numbers(config, layers, missing)
+    found, torn = [], []
     for layer in layers:
         hits = [wanted(layer, path) and not excluded(layer, path) and numbered(path) for path in layer.paths]
         if any(hits) and not all(hits):
             named = [path for path, hit in zip(layer.paths, hits) if hit]
-            problems.append(f"{named} is the same layer as {sorted(set(layer.paths) - set(named))}: match all or none")
+            torn.append(f"{named} is the same layer as {sorted(set(layer.paths) - set(named))}: match all or none")
         elif any(hits):
             found.append(layer)
-    if problems:
-        raise NoMatchError(f"{type(config).__name__}: " + "; ".join(problems) + ".")
+    if unmatched is not None and (found or torn):
+        unmatched += missing
+        missing = []
+    if missing or torn:
+        error = NoMatchError if missing else ConfigError
+        raise error(f"{type(config).__name__}: " + "; ".join(missing + torn) + ".")
     _check_supported(config, found, supported)
     return found
 
 
-def check_patterns(config, layers):
+def check_patterns(config, layers, unmatched=None):
     """Refuse keys of `rank_pattern` and `alpha_pattern` that fit none of the layers.
+
+    Args:
+        config (PeftConfig): the configuration.
+        layers (list of Layer): its targets.
+        unmatched (list): where to note such keys instead, for a file. Default: None.
 
     Raises:
         NoMatchError: a key fits no layer; the nearest names are in the message.
@@ -119,7 +128,9 @@ def check_patterns(config, layers):
         for pattern in getattr(config, name, {})
         if not any(pattern_value({pattern: True}, path, False) for layer in layers for path in layer.paths)
     ]
-    if problems:
+    if unmatched is not None:
+        unmatched += problems
+    elif problems:
         raise NoMatchError(f"{type(config).__name__}: " + "; ".join(problems) + ".")
 
 
@@ -136,7 +147,7 @@ def default_targets(layers):
     raise ConfigError("'target_modules' must be given: the network has none of the layers that are known.")
 
 
-def _matcher(name, entries, layers, supported, problems):
+def _matcher(name, entries, layers, problems):
     """A function (layer, path) -> bool; entries without a match are noted."""
     if entries is None:
         return lambda layer, path: False
@@ -162,22 +173,53 @@ def ends_with(path, entry):
     return path == entry or path.endswith(f".{entry}")
 
 
+def exactly(path):
+    """The key of `rank_pattern` or `alpha_pattern` that fits this path alone, here and in Hugging Face PEFT."""
+    return f"^{re.escape(path)}$"
+
+
+def exact_targets(paths, known=None):
+    """What `target_modules` must be to mean these paths alone, here and in Hugging Face PEFT.
+
+    Args:
+        paths (iterable of str): the paths.
+        known (iterable of str): every path that there is. Default: None, if that is not known.
+
+    Returns:
+        list of str, or, where one is the end of a path that is not meant, the str of a regular expression.
+    """
+    paths = sorted(set(paths))
+    others = None if known is None else set(known).difference(paths)
+    if others is None or any(ends_with(other, path) for other in others for path in paths):
+        return f"(?:{'|'.join(map(re.escape, paths))})"
+    return paths
+
+
 def _layer_numbers(config, layers, problems):
-    """A function path -> bool: whether the number of the layer is one of `layers_to_transform`."""
-    if config.layers_to_transform is None:
+    """A function path -> bool: whether the number of the layer is one of `layers_to_transform`.
+
+    An entry of `target_modules` that is a whole path counts whatever its number, as in Hugging Face PEFT.
+    """
+    if config.layers_to_transform in (None, [], ()):
         return lambda path: True
     wanted = [config.layers_to_transform] if is_int(config.layers_to_transform) else list(config.layers_to_transform)
+    entries = config.target_modules or ()
+    exact = () if isinstance(entries, str) else entries
     names = config.layers_pattern or []
     names = [names] if isinstance(names, str) else list(names)
     # The number after the name of the list of layers; without a name, the first number in the path.
-    pattern = rf"(?:.*\.)?(?:{'|'.join(names)})\.(\d+)\." if names else r"(?:[^.]+\.)*?(\d+)\."
-    found = {path: re.match(pattern, path + ".") for layer in layers for path in layer.paths}
+    starts = [rf"(?:.*\.)?{name}\." for name in names] or [r"(?:[^.]+\.)*?"]
+    found = {
+        path: next(filter(None, (re.match(rf"{start}(\d+)\.", f"{path}.") for start in starts)), None)
+        for layer in layers
+        for path in layer.paths
+    }
     numbers = {int(match.group(1)) for match in found.values() if match}
     missing = [number for number in wanted if number not in numbers]
     if missing:
         known = f"those of {names}" if names else "the numbers"
         problems.append(f"'layers_to_transform': no layer {missing}; {known} are {sorted(numbers)}")
-    return lambda path: found[path] is not None and int(found[path].group(1)) in wanted
+    return lambda path: path in exact or (found[path] is not None and int(found[path].group(1)) in wanted)
 
 
 def no_match(name, entry, layers):

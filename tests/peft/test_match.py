@@ -7,7 +7,7 @@ from mindpet.delta import LoRADense
 from mindpet.errors import ConfigError, NoMatchError
 from mindpet.peft import LoraConfig
 from mindpet.peft.config import pattern_value
-from mindpet.peft.match import check_patterns, find_targets, list_layers
+from mindpet.peft.match import check_patterns, exact_targets, exactly, find_targets, list_layers
 
 
 class Block(nn.Cell):
@@ -64,6 +64,15 @@ def both(names, other):
             {"target_modules": ["experts.0", "experts.1"], "layers_to_transform": [1], "layers_pattern": ["experts"]},
             [f"layers.{number}.experts.1" for number in range(3)],
         ),
+        (
+            {"target_modules": ["query", "experts.0"], "layers_to_transform": [1], "layers_pattern": ["x", "layers"]},
+            ["layers.1.query", "layers.1.experts.0"],
+        ),
+        (
+            {"target_modules": ["query", "layers.2.query"], "layers_to_transform": 0},
+            ["layers.0.query", "layers.2.query"],
+        ),
+        ({"target_modules": ["query"], "layers_to_transform": []}, QUERIES),
         ({"target_modules": ["shared"]}, ["layers.0.shared"]),
         ({}, both(QUERIES, VALUES)),
     ],
@@ -94,10 +103,10 @@ def test_a_shared_layer_is_one_with_all_its_places():
 
 
 def test_part_of_a_shared_layer_is_refused():
-    with pytest.raises(
-        NoMatchError, match=r"\['layers.1.shared'\] is the same layer as \['layers.0.shared', 'layers.2"
-    ):
+    with pytest.raises(ConfigError, match=r"\['layers.1.shared'\] is the same layer as \['layers.0.shared', 'layers.2"):
         paths(target_modules=["1.shared"])
+    with pytest.raises(NoMatchError, match="(?s)'nix'.*is the same layer as"):
+        paths(target_modules=["1.shared", "nix"])
 
 
 @pytest.mark.parametrize(
@@ -120,6 +129,76 @@ def test_an_entry_that_matches_nothing_is_an_error(fields, match):
 
 def test_a_file_may_exclude_what_the_network_does_not_have():
     assert paths(target_modules=["query"], exclude_modules=["vision_tower"], inference_mode=True) == QUERIES
+
+
+LOOSE = {
+    "target_modules": ["query", "gate_proj"],
+    "exclude_modules": ["vision_tower"],
+    "layers_to_transform": [1, 7],
+    "rank_pattern": {"query": 2, "gate_proj": 3},
+    "alpha_pattern": {"up_proj": 3},
+}
+
+
+def test_entries_of_a_file_that_match_nothing_are_noted():
+    config, unmatched = LoraConfig(**LOOSE), []
+    found = find_targets(Network(), config, supported, unmatched)
+    check_patterns(config, found, unmatched)
+    assert [layer.path for layer in found] == ["layers.1.query"]
+    text = "\n".join(unmatched)
+    for entry in ("'gate_proj'", "'vision_tower'", "[7]", "'rank_pattern': no layer matches 'gate_proj'", "'up_proj'"):
+        assert entry in text
+    assert len(unmatched) == 5
+    with pytest.raises(NoMatchError, match="(?s)gate_proj.*vision_tower.*7"):
+        find_targets(Network(), config, supported)
+
+
+@pytest.mark.parametrize("targets", [["gate_proj"], "gate_proj", ["gate_proj", "up_proj"]])
+def test_a_file_of_which_nothing_matches_is_refused(targets):
+    unmatched = []
+    with pytest.raises(NoMatchError, match="'target_modules': no layer matches 'gate_proj'"):
+        find_targets(Network(), LoraConfig(target_modules=targets), supported, unmatched)
+    assert not unmatched
+
+
+def test_layers_of_a_file_that_cannot_carry_it_are_refused_all_the_same():
+    with pytest.raises(ConfigError, match="of a type that cannot carry it"):
+        find_targets(Network(), LoraConfig(target_modules=["embed", "nix"]), supported, [])
+
+
+class Colliding(nn.Cell):
+    """Paths that are ends of others."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.block = nn.Dense(4, 4), nn.SequentialCell()
+        self.block.insert_child_to_cell("fc", nn.Dense(4, 4))
+        self.block.insert_child_to_cell("attn", nn.Dense(4, 4))
+
+
+KNOWN = ["fc", "block", "block.fc", "block.attn"]
+
+
+@pytest.mark.parametrize(
+    "chosen, known, expected",
+    [
+        (["fc"], KNOWN, "(?:fc)"),
+        (["block.attn", "fc"], KNOWN, r"(?:block\.attn|fc)"),
+        (["block.fc"], KNOWN, ["block.fc"]),
+        (["fc", "block.fc", "fc"], KNOWN, ["block.fc", "fc"]),
+        (["block.fc"], None, r"(?:block\.fc)"),
+    ],
+)
+def test_exact_targets(chosen, known, expected):
+    targets = exact_targets(chosen, known)
+    assert targets == expected
+    found = [layer.path for layer in find_targets(Colliding(), LoraConfig(target_modules=targets), supported)]
+    assert found == sorted(set(chosen), key=KNOWN.index)
+
+
+def test_an_exact_key_fits_one_path():
+    keys = {exactly("fc"): 2, exactly("a.b-c"): 3}
+    assert [pattern_value(keys, path, 8) for path in ("fc", "block.fc", "a.b-c", "x.a.b-c", "axb-c")] == [2, 8, 3, 8, 8]
 
 
 def test_all_that_match_nothing_are_in_one_error():
