@@ -14,6 +14,7 @@ from typing import NamedTuple
 import mindspore as ms
 import mindspore.dataset as ds
 import numpy as np
+from adamw import AdamW
 from mindspore import Tensor, nn
 from mindspore.communication import get_group_size, get_rank, init
 from mindspore.train import Callback, CheckpointConfig, Model
@@ -264,7 +265,7 @@ def run(method, arguments, folder, weights, num_labels, train, validation, test)
     dataset = samples.batch(batch_size // ranks, drop_remainder=True)
     steps = arguments.epochs * dataset.get_dataset_size()
     rates = (arguments.learning_rate or LEARNING_RATES[method]) * warm_up_and_decay(steps)
-    optimizer = nn.AdamWeightDecay(model.trainable_params(), rates.tolist())
+    optimizer = AdamW(model.trainable_params(), rates.tolist())
     progress = Progress(method, model, validation, batch_size, steps, hidden=rank > 0)
     directory = os.path.abspath(os.path.join(arguments.output, method))
     checkpoint = TrainableParamsCheckPoint(

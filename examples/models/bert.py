@@ -16,6 +16,7 @@ from mindspore.common.initializer import Normal
 
 from mindpet.delta import AdapterDense, LoRADense, LowRankAdapterDense, PrefixEncoder, PrefixLayer
 from models.config import make_config, read_config
+from models.masks import MASKED, seen_by_all
 from models.weights import read_folder
 
 METHODS = ("lora", "adapter", "low_rank_adapter", "prefixtuning", "ptuning2", "bitfit", "full", "head")
@@ -187,9 +188,7 @@ class SelfAttention(nn.Cell):
             value = ops.concat((past[1], value), 2)
         if self.prefix_source is not None:
             key, value = self.prefix_source(key, value)
-        if key.shape[2] > mask.shape[3]:
-            mask = ops.concat((ops.zeros(mask.shape[:3] + (key.shape[2] - mask.shape[3],), mask.dtype), mask), 3)
-        scores = ops.matmul(query, key.swapaxes(2, 3)) / math.sqrt(self.head_dim) + mask
+        scores = ops.matmul(query, key.swapaxes(2, 3)) / math.sqrt(self.head_dim) + seen_by_all(mask, key.shape[2])
         context = ops.matmul(self.dropout(ops.softmax(scores, -1)), value)
         return context.swapaxes(1, 2).reshape(hidden.shape)
 
@@ -306,7 +305,7 @@ class BertModel(nn.Cell):
         if token_type_ids is None:
             token_type_ids = ops.zeros_like(input_ids)
         hidden = self.embeddings(input_ids, token_type_ids)
-        mask = (1.0 - attention_mask.astype(hidden.dtype)).expand_dims(1).expand_dims(1) * -1e9
+        mask = (1.0 - attention_mask.astype(hidden.dtype)).expand_dims(1).expand_dims(1) * MASKED
         hidden = self.encoder(hidden, mask)
         return hidden, self.pooler(hidden) if self.pooler is not None else None
 

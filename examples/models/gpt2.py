@@ -16,6 +16,7 @@ from mindspore.common.initializer import Normal, initializer
 
 from mindpet.peft import register_layer
 from models.config import make_config, read_config
+from models.masks import MASKED, Padding, seen_by_all
 from models.weights import load_weights, read_folder
 
 UNDERSTOOD = {
@@ -31,7 +32,6 @@ RENAMED = (
     ("wte.weight", "wte.embedding_table"),
     ("wpe.weight", "wpe.embedding_table"),
 )
-MASKED = -1e9
 
 
 @dataclass
@@ -91,11 +91,11 @@ class Attention(nn.Cell):
         self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
 
-    def construct(self, hidden):
+    def construct(self, hidden, padding):
         query, key, value = (self.split_heads(part) for part in ops.split(self.c_attn(hidden), hidden.shape[-1], -1))
         if self.prefix_source is not None:
             key, value = self.prefix_source(key, value)
-        mask = causal_mask(query.shape[2], key.shape[2])
+        mask = seen_by_all(causal_mask(query.shape[2]) + padding, key.shape[2])
         scores = ops.matmul(query, key.swapaxes(2, 3)) / math.sqrt(self.head_dim) + mask
         context = ops.matmul(ops.softmax(scores, -1), value)
         return self.c_proj(context.swapaxes(1, 2).reshape(hidden.shape))
@@ -106,9 +106,9 @@ class Attention(nn.Cell):
 
 
 @ops.constexpr
-def causal_mask(queries, keys):
-    """What is added to the scores: the last `queries` of `keys` tokens see what is not after them."""
-    return Tensor(np.triu(np.full((queries, keys), MASKED, np.float32), keys - queries + 1))
+def causal_mask(length):
+    """What is added to the scores, `(1, 1, seq, seq)`: a token sees what is not after it."""
+    return Tensor(np.triu(np.full((length, length), MASKED, np.float32), 1)[None, None])
 
 
 class MLP(nn.Cell):
@@ -134,8 +134,8 @@ class Block(nn.Cell):
         self.ln_2 = layer_norm(config)
         self.mlp = MLP(config)
 
-    def construct(self, hidden):
-        hidden = hidden + self.attn(self.ln_1(hidden))
+    def construct(self, hidden, padding):
+        hidden = hidden + self.attn(self.ln_1(hidden), padding)
         return hidden + self.mlp(self.ln_2(hidden))
 
 
@@ -145,7 +145,7 @@ def layer_norm(config):
 
 
 class Gpt2Model(nn.Cell):
-    """The decoder without its head: `(batch, seq) -> (batch, seq, hidden)`."""
+    """The decoder without its head: ids and mask `(batch, seq)` to `(batch, seq, hidden)`."""
 
     def __init__(self, config):
         super().__init__()
@@ -155,12 +155,15 @@ class Gpt2Model(nn.Cell):
         self.ln_f = layer_norm(config)
         self.positions = Tensor(list(range(config.n_positions)), ms.int32)
         self.position_offset = 0  # prefix adapters of mindpet.peft count their tokens as positions
+        self.padding = Padding()
 
-    def construct(self, input_ids):
-        end = self.position_offset + input_ids.shape[1]
-        hidden = self.wte(input_ids) + self.wpe(self.positions[self.position_offset : end])
+    def construct(self, input_ids, attention_mask=None):
+        places, padding = self.positions[: input_ids.shape[1]], 0.0
+        if attention_mask is not None:
+            places, padding = self.padding(attention_mask)
+        hidden = self.wte(input_ids) + self.wpe(places + self.position_offset)
         for block in self.h:
-            hidden = block(hidden)
+            hidden = block(hidden, padding)
         return self.ln_f(hidden)
 
 
@@ -172,6 +175,7 @@ class Gpt2ForCausalLM(nn.Cell):
 
     Inputs:
         input_ids: `(batch, seq)`, int32.
+        attention_mask: `(batch, seq)`, int32; 0 where there is padding, on either side, else 1. None if there is none.
 
     Outputs:
         logits `(batch, seq, vocab)`, float32.
@@ -184,8 +188,8 @@ class Gpt2ForCausalLM(nn.Cell):
         self.lm_head = nn.Dense(config.n_embd, config.vocab_size, has_bias=False)
         self.lm_head.weight = self.transformer.wte.embedding_table
 
-    def construct(self, input_ids):
-        return self.lm_head(self.transformer(input_ids))
+    def construct(self, input_ids, attention_mask=None):
+        return self.lm_head(self.transformer(input_ids, attention_mask))
 
     @classmethod
     def from_pretrained(cls, folder):

@@ -21,12 +21,12 @@ from mindpet.layers import Dense
 from mindpet.layers.kinds import register_layer
 from mindpet.parallel import shard_like
 from models.config import make_config, read_config
+from models.masks import MASKED, Padding, seen_by_all
 from models.weights import load_weights, read_folder
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 UNDERSTOOD = {"model_type": "llama", "hidden_act": "silu", "mlp_bias": False, "rope_scaling": None}
 RENAMED = {"embed_tokens.weight": "embed_tokens.embedding_table"}
-MASKED = -1e9  # added to the score of a token that must not be seen; float16 has no such number, so scores are float32
 
 
 @dataclass
@@ -176,12 +176,28 @@ class RMSNorm(nn.Cell):
         self.mul.shard((layout, (1,)))
 
 
+class EachRow(nn.Cell):
+    """A primitive of x `(batch, ...)` and of y, one for all rows, `(1, ...)`, or one for each; cut as x is."""
+
+    def __init__(self, primitive):
+        super().__init__()
+        self.one, self.each = primitive(), primitive()
+
+    def construct(self, x, y):
+        return self.one(x, y) if y.shape[0] == 1 else self.each(x, y)
+
+    def shard(self, layout):
+        """Cut the batch and the heads."""
+        self.one.shard((layout, (1, 1, 1, 1)))
+        self.each.shard((layout, (layout[0], 1, 1, 1)))
+
+
 class Rotary(nn.Cell):
     """Rotary positions, Su et al. 2021, arXiv:2104.09864: `x cos + [-x_2, x_1] sin` with x = [x_1, x_2].
 
     Inputs:
         x: `(batch, heads, seq, head_dim)`.
-        cos, sin: `(1, 1, seq, head_dim)`.
+        cos, sin: `(1, 1, seq, head_dim)`, or `(batch, 1, seq, head_dim)`.
     """
 
     def __init__(self):
@@ -189,8 +205,8 @@ class Rotary(nn.Cell):
         self.split = ops.Split(axis=-1, output_num=2)
         self.neg = ops.Neg()
         self.concat = ops.Concat(axis=-1)
-        self.mul_cos = ops.Mul()
-        self.mul_sin = ops.Mul()
+        self.mul_cos = EachRow(ops.Mul)
+        self.mul_sin = EachRow(ops.Mul)
         self.add = ops.Add()
 
     def construct(self, x, cos, sin):
@@ -200,13 +216,12 @@ class Rotary(nn.Cell):
 
     def shard(self, layout):
         """Cut the batch and the heads."""
-        whole = (1, 1, 1, 1)
         for primitive in (self.split, self.neg):
             primitive.shard((layout,))
         self.concat.shard((layout, layout))
         self.add.shard((layout, layout))
-        for primitive in (self.mul_cos, self.mul_sin):
-            primitive.shard((layout, whole))
+        for cell in (self.mul_cos, self.mul_sin):
+            cell.shard(layout)
 
 
 class Attention(nn.Cell):
@@ -232,7 +247,7 @@ class Attention(nn.Cell):
         self.tile = ops.Tile()
         self.scores = ops.BatchMatMul(transpose_b=True)
         self.scale = ops.Mul()
-        self.add_mask = ops.Add()
+        self.add_mask = EachRow(ops.Add)
         self.softmax = ops.Softmax(axis=-1)
         self.context = ops.BatchMatMul()
         if config.is_sharded:
@@ -244,7 +259,7 @@ class Attention(nn.Cell):
         value = self.split_heads(self.v_proj(hidden), self.kv_heads)
         if self.prefix_source is not None:
             key, value = self.prefix_source(key, value)
-            mask = ops.concat((ops.zeros(mask.shape[:3] + (key.shape[2] - mask.shape[3],), mask.dtype), mask), 3)
+            mask = seen_by_all(mask, key.shape[2])
         key, value = self.repeat(key), self.repeat(value)
         scores = ops.cast(self.scores(query, key), ms.float32)
         scores = self.add_mask(self.scale(scores, 1 / math.sqrt(self.head_dim)), mask)
@@ -278,7 +293,7 @@ class Attention(nn.Cell):
         for primitive in (self.scores, self.context):
             primitive.shard((layout, layout))
         self.scale.shard((layout, ()))
-        self.add_mask.shard((layout, (1, 1, 1, 1)))
+        self.add_mask.shard(layout)
 
 
 class MLP(nn.Cell):
@@ -360,6 +375,7 @@ class LlamaModel(nn.Cell):
 
     Inputs:
         input_ids: `(batch, seq)`, int32.
+        attention_mask: `(batch, seq)`, int32; 0 where there is padding, on either side, else 1. None if there is none.
 
     Outputs:
         hidden `(batch, seq, hidden)`, in the compute type.
@@ -372,15 +388,31 @@ class LlamaModel(nn.Cell):
         self.layers = nn.CellList([DecoderLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config)
         self.position_offset = 0  # prefix adapters of mindpet.peft count their tokens as positions
+        self.padding = Padding()
+        self.pick = ops.Gather()
+        self.hide = ops.Add()
         if config.is_sharded:
             self.norm.shard(config.data_parallel)
+            self.padding.shard(config.data_parallel)
+            self.pick.shard(((1, 1), (config.data_parallel, 1)))
+            self.hide.shard(((1, 1, 1, 1), (config.data_parallel, 1, 1, 1)))
 
-    def construct(self, input_ids):
+    def construct(self, input_ids, attention_mask=None):
         hidden = ops.cast(self.embed_tokens(input_ids), self.config.compute_dtype)
         cos, sin, mask = positions(input_ids.shape[1], self.position_offset, self.config)
+        if attention_mask is not None:
+            places, padding = self.padding(attention_mask)
+            cos, sin = (self.at(part, places) for part in (cos, sin))
+            mask = self.hide(mask, padding)
         for layer in self.layers:
             hidden = layer(hidden, cos, sin, mask)
         return self.norm(hidden)
+
+    def at(self, table, places):
+        """The rows of a table `(1, 1, seq, head_dim)` at places `(batch, seq)`: `(batch, 1, seq, head_dim)`."""
+        width = table.shape[3]
+        rows = self.pick(ops.reshape(table, (-1, width)), places, 0)
+        return ops.reshape(rows, (places.shape[0], 1, places.shape[1], width))
 
 
 @ops.constexpr
@@ -401,6 +433,7 @@ class LlamaForCausalLM(nn.Cell):
 
     Inputs:
         input_ids: `(batch, seq)`, int32.
+        attention_mask: `(batch, seq)`, int32; 0 where there is padding, on either side, else 1. None if there is none.
 
     Outputs:
         logits `(batch, seq, vocab)`, float32.
@@ -422,8 +455,8 @@ class LlamaForCausalLM(nn.Cell):
         if config.is_sharded:
             shard_linear(self.lm_head, config.data_parallel, 1, config.model_parallel)
 
-    def construct(self, input_ids):
-        return ops.cast(self.lm_head(self.model(input_ids)), ms.float32)
+    def construct(self, input_ids, attention_mask=None):
+        return ops.cast(self.lm_head(self.model(input_ids, attention_mask)), ms.float32)
 
     @classmethod
     def from_pretrained(cls, folder, **overrides):
@@ -500,6 +533,7 @@ class CausalLoss(nn.Cell):
 
     Inputs:
         input_ids, labels: `(batch, seq)`, int32; the label of a token is the next token, or negative.
+        attention_mask: `(batch, seq)`, int32, or None; see LlamaForCausalLM. The label of padding is negative.
 
     Outputs:
         loss, float32.
@@ -516,8 +550,8 @@ class CausalLoss(nn.Cell):
             for cell in (self.network.model.norm, self.network.lm_head, self.loss):
                 cell.pipeline_stage = config.pipeline_stages - 1
 
-    def construct(self, input_ids, labels):
-        return self.loss(self.network(input_ids), labels)
+    def construct(self, input_ids, labels, attention_mask=None):
+        return self.loss(self.network(input_ids, attention_mask), labels)
 
 
 def load_folder(model, folder):
