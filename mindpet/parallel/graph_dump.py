@@ -25,7 +25,7 @@ BYTES = {
 _NODE = re.compile(r"  %(\d+)\(.*?\) = (?:PrimFunc_)?([^\s(\[]+)(.*)")
 _INSTANCE = re.compile(r"\{instance name: ([^}]*)\}")
 _SCOPE = re.compile(r"# (?:Fullname with scope|Scope): \((.*)\)")
-_CALL = re.compile(r" = call @([^\s(]+)\(| = %\d+\[@@?([^\]]+)\]\(")
+_CALL = re.compile(r" = call @([^\s(]+)\(| = %\d+\[@(?:@|Partial\(@)?([^\])]+)\)?\]\(")
 _PARAMETER = re.compile(r"%para\d+_.*?: <Ref\[Tensor\[\w+\]\], \(([\d, ]*)\), ref_key=([^,>]+)")
 _TENSOR = re.compile(r"Tensor\[(\w+)\]>?, \(([\d, ]*)\)")
 

@@ -92,6 +92,7 @@ subgraph @main_1() {
       : (<Tensor[Float32], (4, 8)>) -> (<Tensor[Float32], (4, 8)>)
   %1(CNode_2) = call @block_2(%0)
   %2(CNode_3) = %9[@@back_3](%1)
+  %3(CNode_4) = %10[@Partial(@back_4)](%2)
   Return(%2)
 }
 
@@ -117,11 +118,12 @@ def test_reading_a_graph(tmp_path):
         ("main_1", "0"),
         ("main_1", "1"),
         ("main_1", "2"),
+        ("main_1", "3"),
         ("block_2", "4"),
         ("block_2", "5"),
     ]
-    assert count_runs(nodes, "main_1") == {"main_1": 1, "block_2": 2, "back_3": 1}
-    matmul, gelu = nodes[3:]
+    assert count_runs(nodes, "main_1") == {"main_1": 1, "block_2": 2, "back_3": 1, "back_4": 1}
+    matmul, gelu = nodes[4:]
     assert (matmul.operator, matmul.instance, matmul.operands) == ("MatMul", "matmul", ["3"])
     assert matmul.strategy == matmul.asked_strategy == ((2, 1), (4, 1))
     assert (matmul.attribute("mindpet_name"), matmul.attribute("nothing")) == ("matmul", None)
