@@ -1,35 +1,55 @@
 """Which Cells are linear layers, embeddings or convolutions, and where they keep their weight."""
 
-from dataclasses import dataclass
+import functools
+import inspect
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
+import mindspore as ms
 from mindspore import mint, nn
 
-from mindpet.utils.validate import Checker
+from mindpet.layers.libraries import LIBRARIES
+from mindpet.layers.linear import Dense
+from mindpet.utils.validate import FLOAT_TYPES, Checker, is_int
 
-NAMES = ("linear", "embedding", "conv2d")
+# Name -> how many axes the weight can have; `nn.Conv1d` keeps an axis of length one.
+NAMES = {"linear": (2,), "embedding": (2,), "conv1d": (3, 4), "conv2d": (4,), "conv3d": (5,)}
 
 
 @dataclass(frozen=True)
 class LayerKind:
-    """How a class of Cells computes `weight * x + bias`.
+    """How a Cell computes `weight * x + bias`.
 
     Attributes:
-        name (str): 'linear', 'embedding' or 'conv2d'.
+        name (str): 'linear', 'embedding', 'conv1d', 'conv2d' or 'conv3d'.
         weight (str): attribute of the weight: of a linear layer `(out, in)`, of an embedding `(vocab, features)`, of a
-            convolution `(out, in / groups, height, width)`.
+            convolution `(out, in / groups, *kernel)`.
         bias (str): attribute of the bias `(out,)`, which may be missing or None.
         fan_in_fan_out (bool): whether a linear layer has its weight as `(in, out)`.
+        compute_dtype (mindspore.dtype): that the layer computes in.
+        adds_bias (bool): whether the bias is in the output.
+        flattens (bool): whether the layer's own activation takes `(rows, out)`.
+        batch_axis (int): axis of the output that the batch is on.
     """
 
-    name: str
+    name: str = "linear"
     weight: str = "weight"
     bias: str = "bias"
-    fan_in_fan_out: bool = False
+    fan_in_fan_out: Any = False
+    compute_dtype: Any = None
+    adds_bias: Any = True
+    flattens: bool = True
+    batch_axis: int = 0
 
     @property
     def transposed(self):
         """Whether the weight has the features that come out on its last axis."""
         return self.fan_in_fan_out or self.name == "embedding"
+
+    @property
+    def is_convolution(self):
+        """Whether it is a convolution."""
+        return self.name.startswith("conv")
 
     def weight_of(self, cell):
         """The Parameter of the weight."""
@@ -39,6 +59,10 @@ class LayerKind:
         """The Parameter of the bias, or None."""
         return getattr(cell, self.bias, None)
 
+    def groups_of(self, cell):
+        """The groups of a convolution; 1 for any other layer."""
+        return getattr(cell, "group", getattr(cell, "groups", 1)) if self.is_convolution else 1
+
     def to_matrix(self, weight):
         """A weight as `(out, rest)`; NumPy array or Tensor."""
         return weight.T if self.transposed else weight.reshape(weight.shape[0], -1)
@@ -47,43 +71,146 @@ class LayerKind:
         """The inverse of `to_matrix`."""
         return matrix.T if self.transposed else matrix.reshape(shape)
 
+    def of(self, cell):
+        """The kind of this very Cell: what the class leaves to the object has its value."""
+        values = {field.name: _value(getattr(self, field.name), cell) for field in fields(self) if field.type is Any}
+        if values["compute_dtype"] is None:
+            values["compute_dtype"] = getattr(cell, "compute_dtype", self.weight_of(cell).dtype)
+        return replace(self, **values)
 
+
+# Class, or its path for one of a library -> LayerKind.
 KINDS = {
-    nn.Dense: LayerKind("linear"),
-    mint.nn.Linear: LayerKind("linear"),
+    nn.Dense: LayerKind(),
+    Dense: LayerKind(),
+    mint.nn.Linear: LayerKind(),
     nn.Embedding: LayerKind("embedding", "embedding_table"),
     mint.nn.Embedding: LayerKind("embedding"),
+    nn.Conv1d: LayerKind("conv1d"),
+    mint.nn.Conv1d: LayerKind("conv1d"),
     nn.Conv2d: LayerKind("conv2d"),
+    mint.nn.Conv2d: LayerKind("conv2d"),
+    nn.Conv3d: LayerKind("conv3d"),
+    mint.nn.Conv3d: LayerKind("conv3d"),
+    **{path: LayerKind(**arguments) for path, arguments in LIBRARIES.items()},
 }
 
 
-def register_layer(cls, name="linear", weight="weight", bias="bias", fan_in_fan_out=False):
-    """Let Cells of a class, and of its subclasses, carry deltas.
+def register_layer(
+    cls,
+    name="linear",
+    weight="weight",
+    bias="bias",
+    fan_in_fan_out=False,
+    compute_dtype=None,
+    adds_bias=True,
+    flattens=True,
+    batch_axis=0,
+):
+    """Let Cells of a class carry deltas, and of its subclasses, as long as they compute as the class does.
 
-    The Cell's `construct` takes the input first and returns one Tensor. If it has an activation of its own, it is
-    called `activation` and is switched by `activation_flag`, as in `mindspore.nn.Dense`.
+    The Cell's `construct` takes the input first and returns one Tensor, or a tuple whose first entry is the output. If
+    it has an activation of its own, it is called `activation` and is switched by `activation_flag`, as in
+    `mindspore.nn.Dense`.
 
     Args:
-        cls (type): subclass of `mindspore.nn.Cell`.
-        name (str): 'linear', 'embedding' or 'conv2d'. Default: 'linear'.
+        cls (Union[type, str]): subclass of `mindspore.nn.Cell`, or the path of one, 'package.module.Class'.
+        name (str): 'linear', 'embedding', 'conv1d', 'conv2d' or 'conv3d'. Default: 'linear'.
         weight (str): attribute of the weight. Default: 'weight'.
         bias (str): attribute of the bias. Default: 'bias'.
-        fan_in_fan_out (bool): whether the weight of a linear layer is `(in, out)`. Default: False.
+        fan_in_fan_out (Union[bool, str, callable]): whether the weight of a linear layer is `(in, out)`; where the
+            object decides, the attribute that says so, or a function of the Cell. Default: False.
+        compute_dtype (Union[mindspore.dtype, str, callable]): type that the layer computes in, or the attribute that
+            has it, or a function of the Cell. Default: None, for the attribute `compute_dtype`, else the weight's type.
+        adds_bias (Union[bool, str, callable]): whether the bias is in the output, and not returned beside it, say; an
+            attribute or a function of the Cell, too. Default: True.
+        flattens (bool): whether the activation takes `(rows, out)`, as in `mindspore.nn.Dense`. Default: True.
+        batch_axis (int): axis of the output that the batch is on, for `adapter_names`. Default: 0.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: `name` is unknown.
+        ValueError: `name` is unknown, `batch_axis` negative.
     """
     check = Checker("register_layer")
-    check.require(isinstance(cls, type) and issubclass(cls, nn.Cell), TypeError, "cls", cls, "a subclass of Cell")
-    check.choice("name", name, NAMES)
+    is_class = isinstance(cls, str) or (isinstance(cls, type) and issubclass(cls, nn.Cell))
+    check.require(is_class, TypeError, "cls", cls, "a subclass of Cell, or the path of one")
+    check.choice("name", name, tuple(NAMES))
     for argument, value in (("weight", weight), ("bias", bias)):
         check.require(isinstance(value, str), TypeError, argument, value, "a str")
-    check.boolean(fan_in_fan_out=fan_in_fan_out)
+    for argument, value in (("fan_in_fan_out", fan_in_fan_out), ("adds_bias", adds_bias)):
+        fits = isinstance(value, (bool, str)) or callable(value)
+        check.require(fits, TypeError, argument, value, "a bool, an attribute's name or a function of the Cell")
+    fits = compute_dtype is None or isinstance(compute_dtype, str) or callable(compute_dtype)
+    fits = fits or compute_dtype in FLOAT_TYPES
+    check.require(fits, TypeError, "compute_dtype", compute_dtype, "a type, an attribute's name or a function")
+    check.boolean(flattens=flattens)
+    if check.require(is_int(batch_axis), TypeError, "batch_axis", batch_axis, "an int"):
+        check.require(batch_axis >= 0, ValueError, "batch_axis", batch_axis, "at least 0")
     check.done()
-    KINDS[cls] = LayerKind(name, weight, bias, fan_in_fan_out)
+    KINDS[cls] = LayerKind(name, weight, bias, fan_in_fan_out, compute_dtype, adds_bias, flattens, batch_axis)
 
 
 def layer_kind(cell):
-    """The LayerKind of a Cell, or None."""
-    return next((KINDS[cls] for cls in type(cell).__mro__ if cls in KINDS), None)
+    """The LayerKind of a Cell, or None: its class is unknown, or `why_not` says what is in the way."""
+    _, record = _registered(cell)
+    return None if record is None or why_not(cell) else record.of(cell)
+
+
+def why_not(cell):
+    """Why a Cell whose class, or a base of it, is registered cannot carry a delta.
+
+    Returns:
+        str, or None: nothing is in the way, or no class is registered.
+    """
+    cls, record = _registered(cell)
+    if cls is None:
+        return None
+    own = [name for name in _methods(cls) if getattr(type(cell), name, None) is not getattr(cls, name)]
+    if own:
+        return (
+            f"{type(cell).__name__} has {' and '.join(own)} of its own, so it may compute something else than a "
+            f"{cls.__name__}; if it does not, register_layer({type(cell).__name__}) says so"
+        )
+    weight = getattr(cell, record.weight, None)
+    if not isinstance(weight, ms.Parameter):
+        return f"it has no weight of its own: {record.weight!r} is {weight!r}"
+    if weight.ndim not in NAMES[record.name]:
+        wanted = " or ".join(map(str, NAMES[record.name]))
+        return f"its weight must have {wanted} axes, but has the shape {weight.shape}"
+    rules = (
+        ("data_format", lambda value: value.startswith("NC"), "the channels must be the second axis"),
+        ("max_norm", lambda value: value is None, "the layer rewrites its table"),
+    )
+    for attribute, fits, rule in rules:
+        if hasattr(cell, attribute) and not fits(getattr(cell, attribute)):
+            return f"{rule}, but {attribute!r} is {getattr(cell, attribute)!r}"
+    return None
+
+
+def _registered(cell):
+    """The nearest class of a Cell that is registered, and its LayerKind."""
+    for cls in type(cell).__mro__:
+        record = KINDS.get(cls) or KINDS.get(f"{cls.__module__}.{cls.__qualname__}")
+        if record is not None:
+            return cls, record
+    return None, None
+
+
+@functools.cache
+def _methods(cls):
+    """Names of `construct` and of the methods that it calls, and so on: what an object of a class computes with."""
+    found, names = [], ["construct"]
+    while names:
+        name = names.pop()
+        method = getattr(cls, name, None)
+        if inspect.isfunction(method) and name not in found:
+            found.append(name)
+            names += inspect.unwrap(method).__code__.co_names
+    return found
+
+
+def _value(value, cell):
+    """A value that may be an attribute's name or a function of the Cell."""
+    if isinstance(value, str):
+        return getattr(cell, value)
+    return value(cell) if callable(value) else value
