@@ -30,7 +30,8 @@ UNSUPPORTED = (
     "velora_config",
 )
 FOREIGN_INITS = ("corda", "lora_ga", "loftq")
-LORA_INITS = r"gaussian|pissa(_niter_\d+)?|olora"
+APPROXIMATE_INITS = r"pissa_niter_\d+"
+LORA_INITS = rf"gaussian|pissa|{APPROXIMATE_INITS}|olora"
 
 
 class PeftType(str, enum.Enum):
@@ -102,6 +103,7 @@ class PeftConfig:
             check.choice("task_type", self.task_type, [kind.value for kind in TaskType])
         check.boolean(inference_mode=self.inference_mode)
         check_names(check, "modules_to_save", self.modules_to_save)
+        check.require(isinstance(self.unknown, dict), TypeError, "unknown", self.unknown, "a dict")
         self.check_fields(check)
         check.done()
         self.task_type = None if self.task_type is None else TaskType(self.task_type)
@@ -113,8 +115,11 @@ class PeftConfig:
         """The keywords with which the method's delta is made for the layer at `path`, see `delta.registry`."""
         return {}
 
-    def check_supported(self):
+    def check_supported(self, from_file=False):
         """Refuse fields that would change what is computed, but have no place here.
+
+        Args:
+            from_file (bool): whether the adapter has its values already, from a file. Default: False.
 
         Raises:
             ConfigError: the file asks for something that mindpet does not do.
@@ -200,13 +205,17 @@ def get_peft_config(config_dict):
         ConfigError: `peft_type` is missing or unknown.
         TypeError, ValueError: a field is wrong.
     """
+    if not isinstance(config_dict, dict):
+        raise TypeError(f"'config_dict' must be a dict, but got {config_dict!r} ({type(config_dict).__name__}).")
     content = dict(config_dict)
     name = content.pop("peft_type", None)
-    if name not in CONFIGS:
+    if not isinstance(name, str) or name not in CONFIGS:
         raise ConfigError(f"'peft_type' must be one of {sorted(CONFIGS)}, but got {name!r}.")
+    if name == PeftType.PREFIX_TUNING and "dropout_prob" in content:
+        name = PeftType.PTUNING2
     cls = CONFIGS[name]
-    known = {f.name for f in dataclasses.fields(cls)}
-    unknown = {**content.pop("unknown", {}), **{key: value for key, value in content.items() if key not in known}}
+    known = {f.name for f in dataclasses.fields(cls)} - {"unknown"}
+    unknown = {key: value for key, value in content.items() if key not in known}
     return cls(**{key: value for key, value in content.items() if key in known}, unknown=unknown)
 
 
@@ -271,7 +280,8 @@ class LoraConfig(TargetConfig, peft_type=PeftType.LORA):
         bias (str): which biases train: 'none', 'all', or 'lora_only' for those of the targets. Default: 'none'.
         use_rslora (bool): scale by `lora_alpha / sqrt(r)`, Kalajdzievski 2023, arXiv:2312.03732. Default: False.
         init_lora_weights (Union[bool, str]): True for Kaiming A and zero B, False for both random, 'gaussian',
-            'pissa', 'pissa_niter_N' or 'olora'; of an adapter that is loaded, whatever it says. Default: True.
+            'pissa', 'pissa_niter_N', which is computed exactly here, or 'olora'; of an adapter that is loaded,
+            whatever it says. Default: True.
         rank_pattern (dict): layer name or regular expression -> another rank. Default: {}.
         alpha_pattern (dict): layer name or regular expression -> another alpha. Default: {}.
         use_dora (bool): magnitude and direction apart, Liu et al. 2024, arXiv:2402.09353. Default: False.
@@ -299,12 +309,16 @@ class LoraConfig(TargetConfig, peft_type=PeftType.LORA):
         """What alpha is divided by."""
         return math.sqrt(rank) if self.use_rslora else rank
 
-    def check_supported(self):
-        super().check_supported()
-        if self.init_lora_weights in FOREIGN_INITS:
+    def check_supported(self, from_file=False):
+        super().check_supported(from_file)
+        init = self.init_lora_weights
+        # A fresh adapter starts from the exact decomposition; in a file it was an approximation with random numbers.
+        random = isinstance(init, str) and re.fullmatch(APPROXIMATE_INITS, init) and (from_file or self.inference_mode)
+        if random or init in FOREIGN_INITS:
             raise ConfigError(
-                f"LoraConfig: not supported: init_lora_weights={self.init_lora_weights!r}, which takes a part off the "
-                "base that cannot be told from the file; save the adapter as plain LoRA."
+                f"LoraConfig: not supported: init_lora_weights={init!r}, which takes a part off the base that cannot "
+                "be told from the file; save the adapter as plain LoRA, with path_initial_model_for_weight_conversion of "
+                "save_pretrained in Hugging Face PEFT."
             )
 
     def sizes(self, path):
@@ -463,6 +477,8 @@ class PrefixTuningConfig(PromptLearningConfig, peft_type=PeftType.PREFIX_TUNING)
 class Ptuning2Config(PrefixTuningConfig, peft_type=PeftType.PTUNING2):
     """P-Tuning v2, Liu et al. 2021, arXiv:2110.07602: prefix tuning, with dropout on the prefix.
 
+    A file says PREFIX_TUNING, which Hugging Face PEFT knows, and has `dropout_prob` besides.
+
     Args beyond those of PrefixTuningConfig:
         dropout_prob (float): probability in [0, 1) of zeroing an element of the prefix. Default: 0.0.
     """
@@ -480,6 +496,9 @@ class Ptuning2Config(PrefixTuningConfig, peft_type=PeftType.PTUNING2):
     @property
     def method(self):
         return METHODS["ptuning2"]
+
+    def to_dict(self):
+        return {**super().to_dict(), "peft_type": PeftType.PREFIX_TUNING.value}
 
     def check_fields(self, check):
         super().check_fields(check)

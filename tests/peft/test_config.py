@@ -68,7 +68,9 @@ def test_round_trip(config, tmp_path):
     config.save_pretrained(tmp_path)
     text = (tmp_path / "adapter_config.json").read_text()
     content = json.loads(text)
-    assert text == json.dumps(content, indent=2, sort_keys=True) and content["peft_type"] == config.peft_type.value
+    # P-Tuning v2 goes by a name that Hugging Face PEFT knows.
+    name = "PREFIX_TUNING" if type(config) is Ptuning2Config else config.peft_type.value
+    assert text == json.dumps(content, indent=2, sort_keys=True) and content["peft_type"] == name
     again = PeftConfig.from_pretrained(tmp_path)
     assert type(again) is type(config) and again.to_dict() == config.to_dict()
     assert type(config).from_pretrained(tmp_path / "adapter_config.json", inference_mode=True).inference_mode
@@ -140,6 +142,43 @@ def test_starts_that_change_the_base_in_a_way_that_the_file_does_not_tell(init):
         get_peft_config({**json.loads(HF_LORA), "init_lora_weights": init}).check_supported()
 
 
+@pytest.mark.parametrize("init", ["pissa_niter_1", "pissa_niter_16"])
+def test_an_approximate_start_is_for_fresh_adapters(init):
+    """Hugging Face PEFT computes it with random numbers, and does not say which."""
+    LoraConfig(init_lora_weights=init).check_supported()
+    for config, from_file in (
+        (get_peft_config({**json.loads(HF_LORA), "init_lora_weights": init}), False),
+        (LoraConfig(init_lora_weights=init), True),
+    ):
+        with pytest.raises(
+            ConfigError, match=f"init_lora_weights='{init}', which takes a part off the base .* plain LoRA"
+        ):
+            config.check_supported(from_file=from_file)
+    LoraConfig(init_lora_weights="pissa").check_supported(from_file=True)
+
+
+def test_files_of_ptuning2_by_its_own_name(tmp_path):
+    content = {**json.loads(HF_PREFIX), "peft_type": "PTUNING2", "dropout_prob": 0.2}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(content))
+    config = PeftConfig.from_pretrained(tmp_path)
+    assert type(config) is Ptuning2Config and config.dropout_prob == 0.2
+    assert type(get_peft_config(config.to_dict())) is Ptuning2Config
+    assert type(get_peft_config(PrefixTuningConfig(num_virtual_tokens=1).to_dict())) is PrefixTuningConfig
+
+
+def test_a_field_of_a_file_that_is_called_unknown_is_kept():
+    config = get_peft_config({**json.loads(HF_LORA), "unknown": 3})
+    assert config.to_dict()["unknown"] == 3 and get_peft_config(config.to_dict()).to_dict() == config.to_dict()
+    with pytest.raises(TypeError, match="LoraConfig: 'unknown' must be a dict, but got 3"):
+        LoraConfig(unknown=3)
+
+
+@pytest.mark.parametrize("content, match", [(3, "'config_dict' must be a dict"), ([1], "'config_dict' must be a dict")])
+def test_a_configuration_from_something_else(content, match):
+    with pytest.raises(TypeError, match=match):
+        get_peft_config(content)
+
+
 def test_initial_values_of_a_loaded_adapter_do_not_matter():
     content = {**json.loads(HF_LORA), "init_lora_weights": "eva"}
     assert get_peft_config(content).init_lora_weights == "eva"
@@ -154,6 +193,7 @@ def test_initial_values_of_a_loaded_adapter_do_not_matter():
         ("[1]", "must hold an object"),
         ("{}", "'peft_type' must be one of .* but got None"),
         ('{"peft_type": "MAGIC"}', "'peft_type' must be one of .* but got 'MAGIC'"),
+        ('{"peft_type": ["LORA"]}', r"'peft_type' must be one of .* but got \['LORA'\]"),
         ('{"peft_type": "BITFIT"}', "is a BitFitConfig, but a LoraConfig is asked for"),
     ],
 )
