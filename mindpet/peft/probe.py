@@ -1,0 +1,199 @@
+"""Whether a layer with a merged weight computes what it computes with its deltas: tried on a small input."""
+
+import contextlib
+from typing import NamedTuple, Optional
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor
+
+from mindpet.delta.lora_layer import FOLD, fold_lora, lora_layer
+from mindpet.utils.sharding import PARALLEL_MODES
+
+INPUTS = 4
+# Relative error of an operation. Accelerators compute products of float32 with a shorter mantissa (HF32, TF32).
+ERRORS = {ms.float16: 2.0**-11, ms.bfloat16: 2.0**-8, ms.float32: 2.0**-23}
+ACCELERATOR = 2.0**-11
+UNUSABLE = (TypeError, ValueError, RuntimeError, AttributeError)  # what a layer raises for an input that it cannot take
+
+
+class Probe(NamedTuple):
+    """What a probe has found; both are None if the outputs are equal.
+
+    Attributes:
+        problem (str): how the outputs differ, to go behind the layer's name, or None.
+        skipped (str): why no probe could be made, or None.
+    """
+
+    problem: Optional[str] = None
+    skipped: Optional[str] = None
+
+
+def probe_merge(cell, kind, deltas, merged):
+    """Compare a layer beside its LoRA deltas with the layer that has the merged weight, on a small input.
+
+    That finds layers whose output is not linear in the weight, or whose weight is not what the kind says: the other way
+    round, standardised, scaled or quantised. The input has few numbers that are not zero, so that rounding hides
+    nothing. All is computed eagerly, in either mode, and without the layer's activation; the layer, its parameters and
+    the compiled graphs stay what they are. Deltas that the layer carries are passed over.
+
+    Args:
+        cell (Cell): the layer.
+        kind (LayerKind): of the layer.
+        deltas (list of dict): what is merged: for each delta the keywords of `fold_lora`, and 'bias' if there is one,
+            before the scale; numpy.ndarray, float32.
+        merged (dict): attribute -> numpy.ndarray that merging would set: the weight, and perhaps the bias.
+
+    Returns:
+        Probe.
+    """
+    if ms.get_auto_parallel_context("parallel_mode") in PARALLEL_MODES:
+        return Probe(skipped="a layer cannot be run by itself in this parallel mode")
+    if kind.weight_of(cell).has_init:
+        return Probe(skipped="its weight has no values yet")
+    inputs, columns = _inputs(cell, kind, deltas)
+    layers = _delta_layers(cell, kind, deltas)
+    refused = None
+    for x in inputs:
+        try:
+            with _eagerly(cell):
+                expected, beside = _run(cell, kind, x)
+                for layer in layers:
+                    expected = layer(x, expected)
+                expected, dtype = _float32(expected + beside), expected.dtype
+                with _attributes(cell, {name: Parameter(Tensor(value)) for name, value in merged.items()}):
+                    got = _float32(sum(_run(cell, kind, x)))
+        except UNUSABLE as error:
+            refused = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            continue
+        difference = float(np.abs(got - expected).max())
+        allowed = 8 * _error(kind, dtype, merged) * _size(cell, kind, deltas, merged, columns)
+        if difference <= allowed:  # False for NaN, too
+            return Probe()
+        return Probe(
+            f"computes something else with the merged weight than beside its delta: a probe's output is off by "
+            f"{difference:.3g}, where rounding explains {allowed:.3g}"
+        )
+    return Probe(skipped=f"it does not take the probe's input ({refused})")
+
+
+def _inputs(cell, kind, deltas):
+    """Inputs to try, of which the layer takes one, and the columns of the matrix that they multiply."""
+    weight = kind.weight_of(cell)
+    most = sum(
+        np.abs(delta["lora_a"] - delta.get("start_a", 0)).reshape(len(delta["lora_a"]), -1).sum(0) for delta in deltas
+    )
+    if not kind.is_convolution:
+        columns = np.argsort(most)[-INPUTS:]
+        if kind.name == "embedding":
+            return [Tensor(columns[None].astype(np.int32))], columns
+        rows = np.zeros((len(columns), len(most)), np.float32)
+        rows[np.arange(len(columns)), columns] = 1
+        return [Tensor(rows).astype(weight.dtype), Tensor(rows[None]).astype(weight.dtype)], columns
+    in_channels, kernel = weight.shape[1], weight.shape[2:]
+    channel = int(most.reshape(in_channels, -1).sum(1).argmax())
+    kernel = kernel[-1:] if kind.name == "conv1d" else kernel
+    sizes = [
+        2 * size * dilation + stride
+        for size, dilation, stride in zip(kernel, _of_axes(cell, "dilation", kernel), _of_axes(cell, "stride", kernel))
+    ]
+    image = np.zeros((1, in_channels * kind.groups_of(cell), *sizes), np.float32)
+    values = np.random.default_rng(0).choice([-1, 1], size=image[:, channel::in_channels].shape)
+    image[:, channel::in_channels] = values
+    taps = int(np.prod(kernel))
+    return [Tensor(image).astype(weight.dtype)], np.arange(channel * taps, (channel + 1) * taps)
+
+
+def _of_axes(cell, attribute, kernel):
+    """A convolution's attribute for each axis of the kernel."""
+    value = getattr(cell, attribute, 1)
+    return value[-len(kernel) :] if isinstance(value, tuple) else (value,) * len(kernel)
+
+
+def _delta_layers(cell, kind, deltas):
+    """The Cells of the deltas; each stands beside the layer with those before it merged."""
+    layers = []
+    matrix = kind.to_matrix(_float32(kind.weight_of(cell)))
+    for delta in deltas:
+        own = {argument: value for argument, value in delta.items() if argument != "bias"}
+        rank, init = len(delta["lora_a"]), "pissa" if "start_a" in delta else True
+        layer = lora_layer(
+            cell, kind, rank, float(delta["scaling"]) * rank, 0.0, False, "magnitude" in delta, "bias" in delta, init
+        )
+        for name, argument in FOLD.items():
+            if argument in delta:
+                layer._params[name] = Parameter(Tensor(delta[argument]), name=name)
+        if "magnitude" in delta and layers:
+            weight = kind.from_matrix(matrix, kind.weight_of(cell).shape)
+            layer.base_weight = Parameter(Tensor(np.ascontiguousarray(weight)), name="base_weight")
+        if len(deltas) > 1:
+            matrix = fold_lora(matrix, group=kind.groups_of(cell), **own)
+        layers.append(layer)
+    return layers
+
+
+def _run(cell, kind, x):
+    """The layer's output, and what the caller adds to it."""
+    result = vars(cell).get("mindpet_base_construct", cell.construct)(x)
+    if not isinstance(result, tuple):
+        return result, 0
+    return result[0], result[1] if not kind.adds_bias and isinstance(result[1], Tensor) else 0
+
+
+@contextlib.contextmanager
+def _eagerly(cell):
+    """A context in which the layer can be called as Python code, without its activation and dropout."""
+    mode = ms.get_context("mode")
+    with contextlib.ExitStack() as stack:
+        stack.callback(ms.set_context, mode=mode)
+        ms.set_context(mode=ms.PYNATIVE_MODE)
+        for _, inner in cell.cells_and_names():
+            stack.enter_context(_attributes(inner, {"training": False}))
+        if hasattr(cell, "activation_flag"):
+            stack.enter_context(_attributes(cell, {"activation_flag": False}))
+        yield
+
+
+@contextlib.contextmanager
+def _attributes(cell, values):
+    """A context in which attributes of the object have other values; those of a Parameter hide it.
+
+    Python looks there before it asks `Cell.__getattr__` (MindSpore 2.7 to 2.10).
+    """
+    own = vars(cell)
+    before = {name: own[name] for name in values if name in own}
+    own.update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            del own[name]
+        own.update(before)
+
+
+def _error(kind, dtype, merged):
+    """The relative error of the layer's coarsest type."""
+    stored = Tensor(merged[kind.weight].ravel()[:1]).dtype
+    return max(
+        ERRORS[ms.float32] if ms.get_context("device_target") == "CPU" else ACCELERATOR,
+        *(ERRORS.get(each, 0.0) for each in (dtype, kind.compute_dtype, stored)),
+    )
+
+
+def _size(cell, kind, deltas, merged, columns):
+    """How large the numbers are that a number of the output is summed from."""
+    weights = [kind.to_matrix(value)[:, columns] for value in (kind.weight_of(cell).asnumpy(), merged[kind.weight])]
+    size = len(columns) if kind.is_convolution else 1
+    size *= sum(np.abs(_float32(weight)).max() for weight in weights)
+    for delta in deltas:
+        for a, b in (("lora_a", "lora_b"), ("start_a", "start_b")):
+            if a in delta:
+                lora_a, lora_b = (np.abs(delta[name].reshape(len(delta[name]), -1)) for name in (a, b))
+                size += abs(delta["scaling"]) * lora_b.sum(1).max() * lora_a[:, columns].sum(1).max()
+        size += np.abs(delta["scaling"] * delta.get("bias", 0.0)).max()
+    bias = kind.bias_of(cell)
+    return float(size) + (0.0 if bias is None else float(np.abs(_float32(bias)).max()))
+
+
+def _float32(value):
+    return value.astype(np.float32) if isinstance(value, np.ndarray) else value.astype(ms.float32).asnumpy()
