@@ -1,14 +1,15 @@
 """LoRA beside a layer that stays as it is: linear, embedding or convolution."""
 
 import math
+import re
 import warnings
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
-from mindspore.common.initializer import HeUniform, Normal
+from mindspore.common.initializer import HeUniform, Normal, initializer
 
-from mindpet.delta._base import delta_parameter
+from mindpet.delta._base import delta_parameter, set_zeros
 from mindpet.layers.linear import from_rows, to_rows
 from mindpet.utils.sharding import apply_strategies
 from mindpet.utils.values import assign
@@ -23,7 +24,8 @@ class LoraLayer(nn.Cell):
         \\quad g = m / \\lVert W + s B A \\rVert
 
     with s = alpha / rank, or alpha / sqrt(rank) for rsLoRA, and the norm over all axes of W but the first, taken as
-    a constant in the backward pass. An embedding has its table's transpose as W. Use `lora_layer` to make one.
+    a constant in the backward pass. An embedding has its table's transpose as W. PiSSA and OLoRA take off W what A and B
+    start as: there the update is `s (B A dropout(x) - B_0 A_0 x)`. Use `lora_layer` to make one.
 
     Source: LoRA, Hu et al. 2021, arXiv:2106.09685, equation 3; rsLoRA, Kalajdzievski 2023, arXiv:2312.03732, equation
     2; DoRA, Liu et al. 2024, arXiv:2402.09353, equations 5 and 11.
@@ -38,11 +40,13 @@ class LoraLayer(nn.Cell):
         use_dora (bool): DoRA. Default: False.
         lora_bias (bool): adds `s * mindpet_delta_lora_bias`. Default: False.
         init (Union[bool, str]): True: A Kaiming uniform and B zero, of an embedding A zero and B normal; 'gaussian': A
-            normal with deviation 1 / rank; False: neither is zero. Default: True.
+            normal with deviation 1 / rank; False: neither is zero; 'pissa', 'olora': A_0 and B_0 are parameters, which
+            whoever knows the weight fills. Default: True.
 
     Parameters:
         mindpet_delta_lora_a, mindpet_delta_lora_b: see `shapes` of the class; mindpet_delta_lora_magnitude: `(out,)`,
-        of a convolution `(1, out, 1, 1)`; mindpet_delta_lora_bias: `(out,)`; mindpet_lora_scaling: `()`, not trained.
+        of a convolution `(1, out, 1, 1)`; mindpet_delta_lora_bias: `(out,)`; not trained: mindpet_lora_scaling: `()`,
+        mindpet_lora_start_a, mindpet_lora_start_b: A_0 and B_0.
     """
 
     # Parameter -> its name in an adapter's file, as Hugging Face PEFT has it.
@@ -69,9 +73,10 @@ class LoraLayer(nn.Cell):
         self.kind, self.rank, self.use_dora, self.lora_bias = kind, rank, use_dora, lora_bias
         weight = kind.weight_of(cell)
         self.compute_dtype = getattr(cell, "compute_dtype", weight.dtype)
-        self.scaling = alpha / math.sqrt(rank) if use_rslora else alpha / rank
+        self.use_rslora, self.starts_from_weight = use_rslora, starts_from_weight(init)
+        scaling = alpha / math.sqrt(rank) if use_rslora else alpha / rank
         # A Parameter, so that another adapter's scale can take its place without a new graph.
-        self.mindpet_lora_scaling = Parameter(Tensor(self.scaling, ms.float32), requires_grad=False)
+        self.mindpet_lora_scaling = Parameter(Tensor(scaling, ms.float32), requires_grad=False)
         shape_a, shape_b = self.shapes(cell, weight.shape)
         init_a, init_b = self.initial_values(init)
         self.mindpet_delta_lora_a = delta_parameter(init_a, shape_a, ms.float32, "mindpet_delta_lora_a")
@@ -85,6 +90,12 @@ class LoraLayer(nn.Cell):
         if lora_bias:
             shape = (self.out_channels,)
             self.mindpet_delta_lora_bias = delta_parameter("zeros", shape, ms.float32, "mindpet_delta_lora_bias")
+        self.lora_start_a_matmul, self.lora_start_b_matmul, self.sub = None, None, None
+        if self.starts_from_weight:
+            self.mindpet_lora_start_a = Parameter(initializer("zeros", shape_a, ms.float32), requires_grad=False)
+            self.mindpet_lora_start_b = Parameter(initializer("zeros", shape_b, ms.float32), requires_grad=False)
+            self.lora_start_a_matmul, self.lora_start_b_matmul = self.make_operators(cell)
+            self.sub = ops.Sub()
         self.lora_dropout = get_dropout(dropout)
         self.lora_a_matmul, self.lora_b_matmul = self.make_operators(cell)
         self.mul = ops.Mul()
@@ -94,6 +105,8 @@ class LoraLayer(nn.Cell):
         rows = self.rows(out)
         lora_a, lora_b = self.mindpet_delta_lora_a, self.mindpet_delta_lora_b
         delta = self.update(x, ops.cast(lora_a, self.compute_dtype), ops.cast(lora_b, self.compute_dtype))
+        if self.starts_from_weight:
+            delta = self.sub(delta, self.start(x))
         if self.lora_bias:
             delta = delta + self.channels(ops.cast(self.mindpet_delta_lora_bias, self.compute_dtype))
         delta = ops.cast(self.mul(delta, ops.cast(self.mindpet_lora_scaling, self.compute_dtype)), out.dtype)
@@ -107,9 +120,17 @@ class LoraLayer(nn.Cell):
         x = self.lora_dropout(ops.cast(to_rows(x), self.compute_dtype))
         return self.lora_b_matmul(self.lora_a_matmul(x, lora_a), lora_b)
 
+    def start(self, x):
+        """`B_0 A_0 x` in the compute type, of a linear layer."""
+        lora_a = ops.cast(self.mindpet_lora_start_a, self.compute_dtype)
+        lora_b = ops.cast(self.mindpet_lora_start_b, self.compute_dtype)
+        return self.lora_start_b_matmul(
+            self.lora_start_a_matmul(ops.cast(to_rows(x), self.compute_dtype), lora_a), lora_b
+        )
+
     def reset(self):
-        """Make the delta the identity: the scale is zero, and DoRA's magnitude the norm of W."""
-        assign(self.mindpet_lora_scaling, Tensor(0.0, ms.float32))
+        """Make the delta the identity, whatever its values were: all is zero, and DoRA's magnitude the norm of W."""
+        set_zeros(*(param for name, param in self._params.items() if re.fullmatch(r"mindpet_\w+_(a|b|bias)", name)))
         if self.use_dora:
             self.set_magnitude()
 
@@ -121,6 +142,11 @@ class LoraLayer(nn.Cell):
         magnitude = self.mindpet_delta_lora_magnitude
         assign(magnitude, ops.cast(self.norm(), magnitude.dtype))
 
+    @property
+    def scaling(self):
+        """s, a float; other adapters of the same shapes may have another one."""
+        return float(self.mindpet_lora_scaling.asnumpy())
+
     def gain(self):
         """`m / ||W + s B A||`, float32."""
         return ops.cast(self.mindpet_delta_lora_magnitude, ms.float32) / ops.stop_gradient(self.norm())
@@ -129,7 +155,10 @@ class LoraLayer(nn.Cell):
         """`||W + s B A||` in the magnitude's shape, float32."""
         weight, lora_a, lora_b = self.base_weight, self.mindpet_delta_lora_a, self.mindpet_delta_lora_b
         weight, lora_a, lora_b = (self.as_matrix(ops.cast(param, ms.float32)) for param in (weight, lora_a, lora_b))
-        update = self.mindpet_lora_scaling * ops.matmul(lora_b, lora_a)
+        update = ops.matmul(lora_b, lora_a)
+        if self.starts_from_weight:
+            update = update - ops.matmul(self.mindpet_lora_start_b, self.mindpet_lora_start_a)
+        update = self.mindpet_lora_scaling * update
         tuned = (ops.transpose(weight, (1, 0)) if self.kind.transposed else weight) + update
         return self.channels(ops.sqrt(ops.square(tuned).sum(1)))
 
@@ -174,6 +203,9 @@ class LoraLayer(nn.Cell):
             "strategy_lora_dropout": (self.lora_dropout.dropout, "ni"),
             "strategy_lora_a_matmul": (self.lora_a_matmul, "ni,ri"),
             "strategy_lora_b_matmul": (self.lora_b_matmul, "nr,or"),
+            "strategy_lora_start_a_matmul": (self.lora_start_a_matmul, "ni,ri"),
+            "strategy_lora_start_b_matmul": (self.lora_start_b_matmul, "nr,or"),
+            "strategy_lora_sub": (self.sub, "no,no"),
             "strategy_lora_mul": (self.mul, "no,"),
             "strategy_lora_add": (self.add, "no,no"),
         }
@@ -183,14 +215,30 @@ class LoraLayer(nn.Cell):
         strategy_lora_dropout=None,
         strategy_lora_a_matmul=None,
         strategy_lora_b_matmul=None,
+        strategy_lora_start_a_matmul=None,
+        strategy_lora_start_b_matmul=None,
+        strategy_lora_sub=None,
         strategy_lora_mul=None,
         strategy_lora_add=None,
     ):
         """Set the strategies of the operators of a linear layer's delta; see `LoRADense.shard`."""
         return apply_strategies(self, locals())
 
+    @property
+    def signature(self):
+        """What must be equal for two adapters to take turns in this Cell, besides shapes and types."""
+        return (
+            type(self),
+            self.rank,
+            self.use_dora,
+            self.lora_bias,
+            self.starts_from_weight,
+            self.lora_dropout.p,
+        )
+
     def extend_repr(self):
-        return f"rank={self.rank}, use_dora={self.use_dora}, lora_bias={self.lora_bias}"
+        alpha = self.scaling * (math.sqrt(self.rank) if self.use_rslora else self.rank)
+        return f"rank={self.rank}, alpha={alpha:g}, use_dora={self.use_dora}, lora_bias={self.lora_bias}"
 
 
 class LoraEmbedding(LoraLayer):
@@ -246,6 +294,8 @@ class LoraConv2d(LoraLayer):
 
 # Parameter -> keyword of `fold_lora`; a bias is folded into the layer's own.
 FOLD = {
+    "mindpet_lora_start_a": "start_a",
+    "mindpet_lora_start_b": "start_b",
     "mindpet_delta_lora_a": "lora_a",
     "mindpet_delta_lora_b": "lora_b",
     "mindpet_delta_lora_magnitude": "magnitude",
@@ -259,8 +309,13 @@ def lora_layer(cell, kind, *args, **keywords):
     return LORA_LAYERS[kind.name](cell, kind, *args, **keywords)
 
 
-def fold_lora(matrix, lora_a, lora_b, scaling, magnitude=None, group=1):
-    """`W + s B A`, or with DoRA `m (W + s B A) / ||W + s B A||`; see LoraLayer.
+def starts_from_weight(init):
+    """Whether A and B start from the layer's weight, and are taken off it: PiSSA and OLoRA."""
+    return isinstance(init, str) and init.startswith(("pissa", "olora"))
+
+
+def fold_lora(matrix, lora_a, lora_b, scaling, magnitude=None, group=1, start_a=None, start_b=None):
+    """`W + s (B A - B_0 A_0)`, or with DoRA `m (...) / ||...||`; see LoraLayer.
 
     Args:
         matrix (numpy.ndarray): W as `(out, rest)`, float32.
@@ -268,13 +323,17 @@ def fold_lora(matrix, lora_a, lora_b, scaling, magnitude=None, group=1):
         scaling (float): s.
         magnitude (numpy.ndarray): DoRA's m. Default: None.
         group (int): groups of a convolution. Default: 1.
+        start_a, start_b (numpy.ndarray): A_0 and B_0. Default: None, for zeros.
 
     Returns:
         numpy.ndarray, like `matrix`.
     """
     out_channels, rank = lora_b.shape[:2]
     delta = np.matmul(lora_b.reshape(group, out_channels // group, rank), lora_a.reshape(group, rank, -1))
-    merged = matrix + np.float32(scaling) * delta.reshape(matrix.shape)
+    delta = delta.reshape(matrix.shape)
+    if start_a is not None:
+        delta = delta - start_b @ start_a
+    merged = matrix + np.float32(scaling) * delta
     if magnitude is not None:
         merged = merged * (magnitude.reshape(-1) / np.linalg.norm(merged, axis=1))[:, None]
     return merged

@@ -1,4 +1,4 @@
-"""Several adapters in one batch."""
+"""Several adapters in one batch: every layer computes the delta of each, and every row takes its own."""
 
 import contextlib
 
@@ -6,41 +6,91 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from mindpet.errors import ConfigError
+from mindpet.errors import AdapterError, ConfigError
+from mindpet.peft.inject import Attribute, Frame
 from mindpet.peft.overlay import Overlay, by_rows
+from mindpet.utils.values import assign
+
+BASE = "__base__"  # stands for no adapter in `adapter_names`
 
 
-class Rows:
-    """Several adapters in one batch: every layer computes the delta of each, and every row takes its own.
+class MixedBatches:
+    """Computes batches whose rows have different adapters, with one graph for all adapters that can be mixed.
 
     Args:
-        network (Cell): the network; no frame is in place.
-        frames (list of Frame): one for each adapter, each with Cells of its own.
+        placement (Placement): has the adapters.
     """
 
-    def __init__(self, network, frames):
-        self.frames = frames
-        self.rows = ms.Parameter(Tensor(np.zeros(1, np.int32)), name="mindpet_rows", requires_grad=False)
-        paths = dict.fromkeys(path for frame in frames for path in frame.deltas)
-        layers = {layer.path: layer for frame in frames for layer in frame.plan.targets}
-        self.places = []
-        for path in paths:
-            deltas = ms.nn.CellList([frame.deltas.get(path, Unchanged()) for frame in frames], auto_prefix=False)
-            before = {frame.plan.method.before_activation for frame in frames if path in frame.deltas}
-            if len(before) > 1 and getattr(layers[path].cell, "activation_flag", False):
-                raise ConfigError(f"adapter_names: {path} has deltas before and behind its activation.")
-            cells, params = {"mindpet_deltas": deltas}, {"mindpet_rows": self.rows}
-            self.places.append(Overlay(layers[path].cell, by_rows, True in before, cells, params))
-        self.root = Root(network)
+    def __init__(self, placement):
+        self.placement = placement
+        self.root = None
+        self.adapters = {}  # name -> Adapter, of `root`
+        self.frames = {}
 
-    def __call__(self, rows, inputs, keywords):
-        """The network's output with adapter `rows[i]` for row i of the batch; -1 is the base."""
-        self.rows.set_data(Tensor(np.array(rows, np.int32)), slice_shape=True)
-        with contextlib.ExitStack() as stack:
-            for place in self.places:
-                place.put()
-                stack.callback(place.remove)
-            return self.root(*inputs, **keywords)
+    def run(self, names, inputs, keywords):
+        """The network's output with adapter `names[i]` for row i of the batch; see `PeftModel.__call__`."""
+        self._check(names, inputs, keywords)
+        used = set(names) - {BASE}
+        with self.placement.bare():
+            self._prepare(used)
+            for name in used:
+                values = self.adapters[name].values
+                for path, param in self.frames[name].params.items():
+                    assign(param, Tensor(values[path[: -len(f"@{name}")]]))
+            order = {BASE: -1, **{name: index for index, name in enumerate(self.adapters)}}
+            self.rows.set_data(Tensor(np.array([order[name] for name in names], np.int32)), slice_shape=True)
+            with contextlib.ExitStack() as stack:
+                for place in self.places:
+                    place.put()
+                    stack.callback(place.remove)
+                return self.root(*inputs, **keywords)
+
+    def _check(self, names, inputs, keywords):
+        adapters = self.placement.adapters
+        unknown = [name for name in dict.fromkeys(names) if name != BASE and name not in adapters]
+        if unknown:
+            raise AdapterError(f"adapter_names: there is no adapter {unknown}; there are {list(adapters)}.")
+        whole = [name for name in dict.fromkeys(names) if name != BASE and not _can_mix(adapters[name])]
+        if whole:
+            raise AdapterError(
+                f"adapter_names: {', '.join(map(repr, whole))} cannot share a batch, for there is more than deltas of "
+                "layers: modules_to_save, biases or a prefix."
+            )
+        values = (*inputs, *keywords.values())
+        first = next((value for value in values if isinstance(value, Tensor) and value.ndim), None)
+        if not names or (first is not None and len(names) != first.shape[0]):
+            rows = "" if first is None else f": {first.shape[0]}"
+            raise AdapterError(
+                f"adapter_names: the batch has another number of rows than there are names, {len(names)}{rows}."
+            )
+
+    def _prepare(self, used):
+        """Have Cells for the adapters: for all that can be mixed, else for those that are used."""
+        current = self.placement.adapters
+        if used <= set(self.adapters) and all(current.get(name) is own for name, own in self.adapters.items()):
+            return
+        try:
+            self._build({name: adapter for name, adapter in current.items() if _can_mix(adapter)})
+        except ConfigError:
+            self._build({name: adapter for name, adapter in current.items() if name in used})
+
+    def _build(self, adapters):
+        network = self.placement.network
+        frames = {name: Frame(network, adapter.plan, suffix=f"@{name}") for name, adapter in adapters.items()}
+        for name, frame in frames.items():
+            frame.set_types({f"{path}@{name}": value for path, value in adapters[name].values.items()})
+        self.rows = ms.Parameter(Tensor(np.zeros(1, np.int32)), name="mindpet_rows", requires_grad=False)
+        layers = {layer.path: layer.cell for adapter in adapters.values() for layer in adapter.plan.targets}
+        still = {id(cell): cell for adapter in adapters.values() for cell in adapter.plan.still}
+        self.places = [Attribute(cell, "use_batch_statistics", False) for cell in still.values()]
+        for path, cell in layers.items():
+            before = {frame.plan.method.before_activation for frame in frames.values() if path in frame.deltas}
+            if len(before) > 1 and getattr(cell, "activation_flag", False):
+                raise ConfigError(f"adapter_names: {path} has deltas before and behind its activation.")
+            deltas = [frame.deltas.get(path, Unchanged()) for frame in frames.values()]
+            cells = {"mindpet_deltas": ms.nn.CellList(deltas, auto_prefix=False)}
+            self.places.append(Overlay(cell, by_rows, True in before, cells, {"mindpet_rows": self.rows}))
+        self.adapters, self.frames, self.root = adapters, frames, Root(network)
 
 
 class Root(ms.nn.Cell):
@@ -59,3 +109,7 @@ class Unchanged(ms.nn.Cell):
 
     def construct(self, x, out):
         return out
+
+
+def _can_mix(adapter):
+    return not (adapter.plan.trained or adapter.plan.attentions)

@@ -2,46 +2,78 @@
 
 A layer stays the object that it is: its class, parameters, operators and place in the network do not change. Only its
 `construct` is overlaid, on the object, by one that calls the original and then the delta. So whoever holds a reference
-to the layer sees the delta, and taking it out leaves the layer as it was.
+to the layer sees the delta, and taking it out leaves the layer as it was. A parameter of the base that an adapter
+trains stays where it is, too: the adapter has a copy, which hides it from the layer's `construct`.
 """
 
+import inspect
+
 import mindspore as ms
-from mindspore import Tensor
+from mindspore import Parameter, Tensor
+from mindspore.common._register_for_recompute import recompute_registry
 
 from mindpet.graph.parameters import matches, outer_prefix
 from mindpet.layers.kinds import layer_kind
 from mindpet.peft.match import list_layers
 from mindpet.peft.overlay import Overlay, beside
 from mindpet.peft.strategies import carry_strategy
+from mindpet.utils.values import assign, digest, value_of
+
+TRAINED = "mindpet_trained_"  # before the attribute whose Parameter is copied
 
 
 class Attribute:
-    """An attribute of a Cell with another value: a prefix, or the offset of positions.
+    """An attribute of a Cell with another value: a prefix, the offset of positions, how a BatchNorm normalises.
 
     Args:
         cell (Cell): the Cell.
-        name (str): the attribute.
-        value (Union[Cell, int]): its value.
+        name (str): the attribute; it may be one of the class.
+        value (Union[Cell, int, bool]): its value.
     """
 
     def __init__(self, cell, name, value):
         self.cell, self.name, self.value = cell, name, value
+        self.where = cell._cells if isinstance(value, ms.nn.Cell) else vars(cell)
 
     def put(self):
         """Set the value."""
-        self.before = self.cell.__dict__.pop(self.name)
-        where = self.cell.__dict__ if isinstance(self.value, int) else self.cell._cells
-        where[self.name] = self.value
+        self.before = {self.name: vars(self.cell).pop(self.name)} if self.name in vars(self.cell) else {}
+        self.where[self.name] = self.value
 
     def remove(self):
         """Set the value that was there before."""
-        where = self.cell.__dict__ if isinstance(self.value, int) else self.cell._cells
-        del where[self.name]
-        self.cell.__dict__[self.name] = self.before
+        del self.where[self.name]
+        vars(self.cell).update(self.before)
+
+
+class Copy:
+    """A Parameter that takes the place of another one in a Cell.
+
+    The attribute of the object hides the Cell's own: Python looks there before it asks `Cell.__getattr__`, in PyNative
+    and in graph mode (MindSpore 2.7 to 2.10).
+
+    Args:
+        cell (Cell): the Cell.
+        name (str): the attribute.
+        param (Parameter): takes the place.
+    """
+
+    def __init__(self, cell, name, param):
+        self.cell, self.name, self.param = cell, name, param
+
+    def put(self):
+        """Hide the Cell's own Parameter."""
+        self.cell._params[TRAINED + self.name] = self.param
+        vars(self.cell)[self.name] = self.param
+
+    def remove(self):
+        """Let the Cell have its own Parameter again."""
+        del self.cell._params[TRAINED + self.name]
+        del vars(self.cell)[self.name]
 
 
 class Frame:
-    """The delta Cells of a configuration, and where they go. Adapters of the same shapes share a frame.
+    """The delta Cells and copies of an adapter, and where they go. Adapters of the same shapes may share a frame.
 
     Args:
         network (Cell): the network; `put` changes it.
@@ -52,37 +84,60 @@ class Frame:
         plan (Plan): what it was made from.
         deltas (dict): path of a layer -> its delta Cell.
         names (dict): path of a layer -> paths of the delta's parameters, from the network.
-        params (dict): path -> Parameter of the deltas.
+        copies (dict): path of a copy -> path of the Parameter that it is of.
+        params (dict): path -> Parameter of the deltas, and copies.
+        holder (Adapter): whose values are in the parameters, or None.
+        hidden (dict): path -> digest, of parameters that hold a neutral value instead of that of the holder.
     """
 
     def __init__(self, network, plan, suffix=""):
         method = plan.method
         self.outer = outer_prefix(network)
         self.network, self.plan, self.deltas, self.places = network, plan, {}, []
-        self.names, self.params = {}, {}
+        self.names, self.params, self.copies = {}, {}, {}
+        self.holder, self.hidden = None, {}
+        self._layers = []  # (delta, the Cell that it belongs to)
+        copies = self._copy_trained(suffix)
         for layer in plan.targets:
             kind = layer_kind(layer.cell)
             delta = method.make(layer.cell, kind, **plan.config.sizes(layer.path))
+            if getattr(delta, "use_dora", False):
+                delta.base_bias = copies.get(id(delta.base_bias), delta.base_bias)
             carry_strategy(layer.cell, kind, delta)
-            self._add(layer.path, method.prefix, delta, suffix)
+            self._add(layer, method.prefix, delta, suffix)
             self.places.append(Overlay(layer.cell, beside, method.before_activation, {"mindpet_delta": delta}))
         for layer in plan.attentions:
             delta = method.make(layer.cell.kv_heads, layer.cell.head_dim, **plan.config.sizes(layer.path))
-            self._add(layer.path, method.prefix, delta, suffix)
+            self._add(layer, method.prefix, delta, suffix)
             self.places.append(Attribute(layer.cell, "prefix_source", delta))
         if plan.attentions:
             cells = [layer.cell for layer in list_layers(network) if hasattr(layer.cell, "position_offset")]
             self.places += [Attribute(cell, "position_offset", plan.config.num_virtual_tokens) for cell in cells]
+        self.places += [Attribute(cell, "use_batch_statistics", False) for cell in plan.still]
 
-    def _add(self, path, prefix, delta, suffix):
-        params = {f"{path}.{prefix}{name}{suffix}": param for name, param in named_parameters(delta)}
+    def _copy_trained(self, suffix):
+        """The copies of the base's parameters, by the id of what they are copies of."""
+        found = {}
+        for path, places in self.plan.places.items():
+            own, _, attribute = places[0]
+            name = ".".join(filter(None, (own, TRAINED + attribute))) + suffix
+            base = self.plan.trained[path]
+            copy = Parameter(Tensor(value_of(base)), name=self.outer + name, requires_grad=False)
+            self.params[name], self.copies[name] = copy, path
+            found.setdefault(id(base), copy)
+            self.places += [Copy(cell, key, copy) for _, cell, key in places]
+        return found
+
+    def _add(self, layer, prefix, delta, suffix):
+        params = {f"{layer.path}.{prefix}{name}{suffix}": param for name, param in named_parameters(delta)}
         for name, param in params.items():
             param.name = self.outer + name
         self.params.update(params)
-        self.deltas[path], self.names[path] = delta, list(params)
+        self.deltas[layer.path], self.names[layer.path] = delta, list(params)
+        self._layers.append((delta, layer.cell))
 
     def set_types(self, values, as_layer=False):
-        """Give the parameters the types of `values`, a dict by name; the others that of their layer if `as_layer`."""
+        """Give the parameters the types of `values`, a dict by path; the others that of their layer if `as_layer`."""
         layers = self.plan.targets if as_layer else ()
         own = {layer.path: layer_kind(layer.cell).weight_of(layer.cell).dtype for layer in layers}
         for path, names in self.names.items():
@@ -95,27 +150,63 @@ class Frame:
     @property
     def signature(self):
         """What must be equal for two adapters to share a frame."""
-        kinds = tuple((path, str(delta)) for path, delta in self.deltas.items())
-        return kinds, tuple((name, param.shape, param.dtype) for name, param in self.params.items())
+        kinds = tuple((path, getattr(delta, "signature", str(delta))) for path, delta in self.deltas.items())
+        shapes = tuple((name, param.shape, param.dtype) for name, param in self.params.items())
+        return kinds, shapes, tuple(map(id, self.plan.still))
+
+    @property
+    def trained(self):
+        """Paths of the parameters that train."""
+        own = {path for path, base in self.copies.items() if base not in self.plan.buffers}
+        return [path for path in self.params if path in own or matches(path, self.plan.method.trainable)]
 
     def put(self):
-        """Put the deltas into the network."""
+        """Put the deltas and copies into the network, in the mode, training or not, of their layers."""
         for place in self.places:
             place.put()
+        for delta, cell in self._layers:
+            delta.set_train(cell.training)
         self._mark()
 
     def remove(self):
-        """Take the deltas out of the network."""
+        """Take the deltas and copies out of the network."""
         for place in self.places:
             place.remove()
         self._mark(remove=True)
 
-    def reset(self):
-        """Make the deltas the identity; returns whether they can be."""
-        able = all(hasattr(delta, "reset") for delta in self.deltas.values())
-        for delta in self.deltas.values() if able else ():
+    def fill(self, holder, values, is_new=False):
+        """Set the parameters; where graphs are compiled anew in any case, no operator is needed for it.
+
+        Args:
+            holder (Adapter): whose values they are.
+            values (dict): path -> numpy.ndarray.
+            is_new (bool): whether graphs are compiled anew. Default: False.
+        """
+        self.holder, self.hidden = holder, {}
+        for name, value in values.items():
+            if is_new:
+                self.params[name].set_data(Tensor(value))
+            else:
+                assign(self.params[name], Tensor(value))
+
+    @property
+    def can_reset(self):
+        """Whether the deltas can be made the identity."""
+        return all(hasattr(delta, "reset") for delta in self.deltas.values())
+
+    def hide(self, copies):
+        """Make the deltas the identity, and with `copies` (bool) the copies what they are copies of."""
+        for delta in self.deltas.values():
             delta.reset()
-        return able
+        for name, path in self.copies.items() if copies else ():
+            assign(self.params[name], Tensor(value_of(self.plan.trained[path])))
+        self.hidden = {
+            name: digest(value_of(param)) for name, param in self.params.items() if copies or name not in self.copies
+        }
+
+    def changed(self):
+        """Paths of hidden parameters that somebody has written to."""
+        return [name for name, before in self.hidden.items() if digest(value_of(self.params[name])) != before]
 
     def _mark(self, remove=False):
         """Have Cells with `lazy_inline` compiled apart where their deltas differ.
@@ -128,6 +219,21 @@ class Frame:
             mark = f"mindpet {inside}" if inside else ""
             own = layer.cell._cell_init_args
             layer.cell._cell_init_args = own.replace(mark, "") if remove else own + mark
+
+
+def renew_recompute(network):
+    """Have Cells that recompute do so with the `construct` and the parameters that they have now.
+
+    In PyNative mode `Cell.recompute()` keeps both as they are when it is called (MindSpore 2.7 to 2.10, attribute
+    `_recompute_cell`).
+    """
+    for _, cell in list(network.cells_and_names()):
+        old = cell._recompute_cell
+        if isinstance(old, ms.nn.Cell):
+            cell._recompute_cell = recompute_registry.get()(cell.construct)
+        elif old is not None:  # use_reentrant=False, MindSpore 2.10: a function that has its options in its closure
+            options = {**inspect.getclosurevars(old).nonlocals, "block": cell.construct, "use_reentrant": False}
+            cell._recompute_cell = recompute_registry.get()(**options)
 
 
 def named_parameters(delta):

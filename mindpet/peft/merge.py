@@ -1,6 +1,8 @@
 """Folding adapters into the weights of layers: all is computed, in float32, and checked before anything is set."""
 
+import functools
 from dataclasses import dataclass
+from typing import Callable
 
 import numpy as np
 from mindspore import Parameter, Tensor
@@ -56,6 +58,25 @@ def describe(path, stored, before, after, kind):
     return MergedLayer(path, stored.dtype.name, float(np.abs(after - before).max()), float(np.abs(back - after).max()))
 
 
+@dataclass(frozen=True)
+class Fold:
+    """A Parameter that deltas are folded into.
+
+    Attributes:
+        path (str): of the layer.
+        cell (Cell): the layer.
+        attribute (str): of the Parameter.
+        apply (callable): from its own value to the merged one, both numpy.ndarray.
+        value (numpy.ndarray): the merged value.
+    """
+
+    path: str
+    cell: object
+    attribute: str
+    apply: Callable
+    value: np.ndarray
+
+
 def merge_layers(layers, deltas, progressbar=False):
     """The merged weights and biases.
 
@@ -65,63 +86,79 @@ def merge_layers(layers, deltas, progressbar=False):
         progressbar (bool): whether to show progress. Default: False.
 
     Returns:
-        tuple: list of (Cell, attribute, numpy.ndarray), and list of MergedLayer.
+        tuple: list of Fold, and list of MergedLayer.
 
     Raises:
         MergeError: a merged weight is not finite; a bias has no place; all of them are in the message.
     """
-    values, report, problems = [], [], []
+    folds, report, problems = [], [], []
     for layer in tqdm(layers, desc="merging", unit="layer", disable=not progressbar):
-        kind = layer_kind(layer.cell)
+        kind, group = layer_kind(layer.cell), getattr(layer.cell, "group", 1)
         weight, bias = kind.weight_of(layer.cell), kind.bias_of(layer.cell)
         own = [dict(delta) for delta in deltas[layer.path]]
         shifts = [delta.pop("bias") * np.float32(delta["scaling"]) for delta in own if "bias" in delta]
-        merged, before, after = fold(weight.asnumpy(), kind, getattr(layer.cell, "group", 1), own)
+        merged, before, after = fold(weight.asnumpy(), kind, group, own)
         report.append(describe(layer.path, merged, before, after, kind))
-        found = [(layer.cell, kind.weight, merged)]
+        apply = functools.partial(_folded, kind=kind, group=group, tensors=own)
+        found = [Fold(layer.path, layer.cell, kind.weight, apply, merged)]
         if shifts and bias is None:
             problems.append(f"{layer.path} has no bias that 'lora_bias' could go to")
         elif shifts:
-            shifted = bias.asnumpy().astype(np.float32) + sum(shifts)
-            found.append((layer.cell, kind.bias, shifted.astype(bias.asnumpy().dtype)))
-        if not all(np.isfinite(value.astype(np.float32)).all() for _, _, value in found):
+            apply = functools.partial(_shifted, shift=sum(shifts))
+            found.append(Fold(layer.path, layer.cell, kind.bias, apply, apply(bias.asnumpy())))
+        if not all(np.isfinite(one.value.astype(np.float32)).all() for one in found):
             problems.append(f"{layer.path} would hold NaN or infinite numbers as {merged.dtype.name}")
-        values += found
+        folds += found
     if problems:
         raise MergeError("merging would not work, nothing was changed: " + "; ".join(problems) + ".")
-    return values, report
+    return folds, report
 
 
-def shared_weights(network, layers):
-    """Weights of layers that other Cells hold too, say a head tied to an embedding.
+def _folded(weight, kind, group, tensors):
+    return fold(weight, kind, group, tensors)[0]
+
+
+def _shifted(bias, shift):
+    return (bias.astype(np.float32) + shift).astype(bias.dtype)
+
+
+def shared_weights(network, owners):
+    """Parameters of which only some places are meant, say a head tied to an embedding.
+
+    Args:
+        network (Cell): the network.
+        owners (dict): path -> list of (path of a Cell, Cell, attribute), the places that are meant.
 
     Returns:
-        list of tuple: (Layer, list of (path, Cell, attribute) of the other Cells).
+        dict: path -> list of such tuples, the places that are not.
     """
     places = {}
     for path, cell in network.cells_and_names():
         for key, param in cell._params.items():
             places.setdefault(id(param), []).append((path, cell, key))
-    found = []
-    for layer in layers:
-        weight = layer_kind(layer.cell).weight_of(layer.cell)
-        others = [place for place in places[id(weight)] if place[1] is not layer.cell]
-        found += [(layer, others)] if others else []
+    found = {}
+    for path, own in owners.items():
+        _, cell, key = own[0]
+        meant = {(id(cell), key) for _, cell, key in own}
+        others = [place for place in places[id(cell._params[key])] if (id(place[1]), place[2]) not in meant]
+        if others:
+            found[path] = others
     return found
 
 
-def untie(network, layers):
-    """Give layers whose weights other Cells hold too weights of their own, with equal values.
+def untie(network, owners):
+    """Give the places that are meant a Parameter of their own, where others have the same one; see `shared_weights`.
 
     The Parameter stays where it has its name from; the other side gets a new one, named by its path.
     """
     outer = outer_prefix(network)
-    for layer, others in shared_weights(network, layers):
-        kind = layer_kind(layer.cell)
-        own = [(layer.path, layer.cell, kind.weight)]
-        weight = kind.weight_of(layer.cell)
-        is_namesake = any(f"{outer}{path}.{key}" == weight.name for path, _, key in own)
-        path, _, key = (others if is_namesake else own)[0]
-        copy = Parameter(Tensor(weight.asnumpy()), name=f"{outer}{path}.{key}", requires_grad=weight.requires_grad)
-        for _, cell, key in others if is_namesake else own:
+    for path, others in shared_weights(network, owners).items():
+        own = owners[path]
+        _, cell, key = own[0]
+        param = cell._params[key]
+        is_namesake = any(f"{outer}{path}.{key}" == param.name for path, _, key in own)
+        places = others if is_namesake else own
+        name = ".".join(filter(None, (outer.rstrip("."), places[0][0], places[0][2])))
+        copy = Parameter(Tensor(param.asnumpy()), name=name, requires_grad=param.requires_grad)
+        for _, cell, key in places:
             cell._params[key] = copy

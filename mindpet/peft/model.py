@@ -1,60 +1,39 @@
-"""A network with adapters: one is in place, the others wait as values."""
+"""A network with adapters: one is active, the others wait as values."""
 
 import contextlib
 import copy
 import dataclasses
-import functools
 import re
 
-from mindspore import Tensor, nn
+from mindspore import nn
 
 import mindpet
 import mindpet.peft.combine as combine
 import mindpet.peft.state as state
 from mindpet.errors import AdapterError, ConfigError, MergeError
-from mindpet.graph.parameters import matches, model_parameters
-from mindpet.peft.batch import Rows
+from mindpet.graph.parameters import model_parameters
+from mindpet.peft.batch import BASE, MixedBatches
 from mindpet.peft.config import LoraConfig, PeftConfig
 from mindpet.peft.inject import Frame
-from mindpet.peft.merge import merge_layers, shared_weights, untie
 from mindpet.peft.names import NameMap, to_model, to_network
-from mindpet.peft.plan import is_from_weight, plan_targets
-from mindpet.utils.values import assign, forget_graphs, value_of
-
-BASE = "__base__"  # stands for no adapter in `adapter_names`
-
-
-@dataclasses.dataclass
-class Adapter:
-    """An adapter: what it is, where it goes, and its values while it is not in place.
-
-    Attributes:
-        plan (Plan): its configuration, and what of the network it concerns.
-        frame (Frame): the Cells of its deltas, perhaps shared with other adapters.
-        values (dict): name -> numpy.ndarray, of the deltas, of what it trains in the base, and of the weights that a
-            part is taken off.
-        trainable (bool): whether it trains when it is in place.
-    """
-
-    plan: object
-    frame: Frame
-    values: dict
-    trainable: bool
-
-    @property
-    def config(self):
-        """Its configuration."""
-        return self.plan.config
+from mindpet.peft.placement import MARK, Placement
+from mindpet.peft.plan import plan_targets
 
 
 class PeftModel(nn.Cell):
-    """A network with adapters. One adapter is in place: the network computes with it, and only it trains.
+    """A network with adapters. One adapter is active: the network computes with it, and only it trains.
 
-    The network's layers stay the Cells that they are, and its parameters keep their names, values and order. Adapters
-    of equal shapes take turns in the same Parameters: switching copies values and compiles nothing. A call that changes
-    what is computed has every graph compiled anew, those of `mindspore.jit` and of Cells around the network too.
+    The network's layers stay the Cells that they are, and its parameters keep their names, values and order: what an
+    adapter trains of the base is a copy. So base weights can be loaded at any time; what a fresh adapter takes from
+    them follows. An adapter that trains has Parameters of its own, so that a training step never reaches another one.
+    Adapters that do not train, and are of equal shapes, take turns in the same Parameters: switching among them copies
+    values and compiles nothing. A call that changes what is computed has every graph compiled anew, those of
+    `mindspore.jit` and of Cells around the network too.
 
-    Attributes that a PeftModel does not have are those of the network. Use `get_peft_model` or `from_pretrained`.
+    The running statistics of the network's BatchNorms stay while adapters are there, also while training.
+
+    Attributes that a PeftModel does not have are those of the network. Use `get_peft_model` or `from_pretrained`. It is
+    not made for several threads at once.
 
     Args:
         network (Cell): the base network; it is changed.
@@ -63,27 +42,34 @@ class PeftModel(nn.Cell):
         autocast_adapter_dtype (bool): whether adapters are float32 where the layer is in half precision; else they have
             the layer's type. Default: True.
         name_map (NameMap): to the names of the PyTorch model, for files. Default: None, see `NameMap`.
+        batch_statistics (bool): whether BatchNorms normalise with their batch while training, as without adapters; then
+            their running statistics belong to the adapter, and are saved with it. Default: False.
 
     Raises:
         TypeError, NoMatchError, ConfigError: see `plan_targets`.
         AdapterError: the name cannot be one; the network has adapters already.
     """
 
-    def __init__(self, network, peft_config=None, adapter_name="default", autocast_adapter_dtype=True, name_map=None):
+    def __init__(
+        self,
+        network,
+        peft_config=None,
+        adapter_name="default",
+        autocast_adapter_dtype=True,
+        name_map=None,
+        batch_statistics=False,
+    ):
         _check_bare(network)
         super().__init__(auto_prefix=False)
         self.network = network
         self.name_map = name_map or NameMap()
-        self.autocast_adapter_dtype = autocast_adapter_dtype
-        self.adapters = {}
+        self.autocast_adapter_dtype, self.batch_statistics = autocast_adapter_dtype, batch_statistics
         self.merge_report = []
-        self._flags = {param.name: param.requires_grad for param in network.get_parameters()}
-        self._base = {}  # the base's own values of what adapters have other values of
-        self._frame = None  # in the network
-        self._active = None
-        self._is_disabled = False
-        self._merged = None  # or the weights before a merge, by name
-        self._rows = {}
+        self._placement = Placement(network)
+        self._mixed = MixedBatches(self._placement)
+        self._merged_names = []
+        self.add_flags(training=network.training)
+        self._phase = network._phase  # 'train' or 'predict', with `training`
         if peft_config is not None:
             self.add_adapter(adapter_name, peft_config)
             self.set_adapter(adapter_name)
@@ -104,7 +90,8 @@ class PeftModel(nn.Cell):
         """
         if adapter_names is None:
             return super().__call__(*inputs, **keywords)
-        return self._mixed(list(adapter_names), inputs, keywords)
+        self._check_state("adapter_names")
+        return self._mixed.run(list(adapter_names), inputs, keywords)
 
     def __getattr__(self, name):
         try:
@@ -118,33 +105,46 @@ class PeftModel(nn.Cell):
     # What there is
 
     @property
+    def adapters(self):
+        """dict of name -> Adapter."""
+        return self._placement.adapters
+
+    @property
     def peft_config(self):
         """dict of name -> configuration."""
         return {name: adapter.config for name, adapter in self.adapters.items()}
 
     @property
     def active_adapter(self):
-        """Name of the adapter that is in place, or None."""
-        return self._active
+        """Name of the active adapter, or None."""
+        return self._placement.active
 
     @property
     def active_adapters(self):
-        """The adapter that is in place, as a list: there is at most one."""
-        return [] if self._active is None else [self._active]
+        """The active adapter, as a list: there is at most one."""
+        return [] if self.active_adapter is None else [self.active_adapter]
+
+    @property
+    def merged_adapters(self):
+        """Names of the adapters that are merged."""
+        return list(self._merged_names)
 
     def get_base_model(self):
-        """The network; it computes with the adapter that is in place."""
+        """The network; it computes with the active adapter."""
         return self.network
 
     def get_nb_trainable_parameters(self):
-        """Numbers of trainable parameters, and of all parameters with those of all adapters, as a tuple."""
-        own = {param.name for adapter in self.adapters.values() for param in adapter.frame.params.values()}
-        total = sum(param.size for name, param in model_parameters(self.network).items() if name not in own)
+        """Numbers of trainable parameters, and of all parameters with those of all adapters, as a tuple.
+
+        As in Hugging Face PEFT, a module that is trained as a whole counts twice, a bias once.
+        """
+        own = self._adapter_ids()
+        total = sum(param.size for param in self.network.get_parameters() if id(param) not in own)
         for adapter in self.adapters.values():
-            total += sum(adapter.values[name].size for name in adapter.frame.params if self._trains(adapter, name))
-            for layer in adapter.plan.modules_to_save:
-                total += sum(param.size for param in layer.cell.get_parameters())
-        trainable = sum(param.size for param in model_parameters(self.network).values() if param.requires_grad)
+            frame, modules = adapter.frame, tuple(f"{layer.path}." for layer in adapter.plan.modules_to_save)
+            counted = set(frame.trained) - {path for path in frame.copies if not path.startswith(modules)}
+            total += sum(frame.params[path].size for path in counted)
+        trainable = sum(param.size for param in self.network.get_parameters() if param.requires_grad)
         return trainable, total
 
     def print_trainable_parameters(self):
@@ -169,31 +169,37 @@ class PeftModel(nn.Cell):
         """
         self._check_state("add_adapter")
         _check_name(adapter_name, self.adapters)
-        with self._bare():
-            plan = plan_targets(self.network, peft_config)
-            self._add(adapter_name, plan, not peft_config.inference_mode)
+        with self._placement.bare():
+            plan = plan_targets(self.network, peft_config, self.batch_statistics)
+            trainable = not peft_config.inference_mode
+            self._placement.add(adapter_name, plan, trainable, as_layer=not self.autocast_adapter_dtype)
 
     def set_adapter(self, adapter_name):
-        """Put an adapter in place; no other one is computed or trains.
+        """Make an adapter the active one; no other one is computed or trains.
 
-        An optimizer belongs to the adapter that was in place when it was made.
+        An optimizer belongs to the adapter that was active when it was made: make a new one, and a new training step.
 
         Args:
-            adapter_name (str): its name.
+            adapter_name (Union[str, list of str]): its name; a list has one name.
 
         Raises:
-            AdapterError: there is no such adapter; one is merged, or the call is inside of `disable_adapter`.
+            AdapterError: there is no such adapter; one is merged, or the call is inside of `disable_adapter`; several
+                names (see `add_weighted_adapter`, and `adapter_names` of the call).
         """
         self._check_state("set_adapter")
-        adapter = self._get(adapter_name)
-        self._store()
-        is_new = self._put(adapter.frame)
-        self._write(adapter.values, is_new)
-        self._active = adapter_name
-        self._set_flags()
+        if not isinstance(adapter_name, str):
+            names = list(adapter_name)
+            if len(names) != 1:
+                raise AdapterError(
+                    f"set_adapter: one adapter is active at a time, but got {names}; add_weighted_adapter() makes one "
+                    "of several."
+                )
+            (adapter_name,) = names
+        self._get(adapter_name)
+        self._placement.activate(adapter_name)
 
     def delete_adapter(self, adapter_name):
-        """Remove an adapter. If it is in place, the first of the others takes its place.
+        """Remove an adapter. If it is active, the first of the others takes its place.
 
         Raises:
             AdapterError: there is no such adapter, or no other; one is merged.
@@ -203,54 +209,57 @@ class PeftModel(nn.Cell):
         others = [name for name in self.adapters if name != adapter_name]
         if not others:
             raise AdapterError(f"delete_adapter: {adapter_name!r} is the only adapter; use unload() to have the base.")
-        if adapter_name == self._active:
+        if adapter_name == self.active_adapter:
             self.set_adapter(others[0])
         del self.adapters[adapter_name]
-        self._rows.clear()
 
     @contextlib.contextmanager
     def disable_adapter(self):
         """A context in which the network computes as the base does. Where a delta can be the identity, nothing is
-        compiled; a prefix is taken out, and its graphs are compiled anew."""
-        if self._is_disabled or self._active is None:
+        compiled; a prefix is taken out, and its graphs are compiled anew.
+
+        Raises:
+            AdapterError: an adapter is merged; at the end, if the adapter was trained meanwhile.
+        """
+        if self._placement.disabled or self.active_adapter is None:
             yield
             return
         self._check_state("disable_adapter")
-        self._store()
-        self._is_disabled = True
-        if not self._frame.reset():
-            self._put(None)
-        try:
+        with self._placement.disable():
             yield
-        finally:
-            self._is_disabled = False
-            adapter = self.adapters[self._active]
-            is_new = self._put(adapter.frame)
-            self._write(adapter.values, is_new)
 
-    def add_weighted_adapter(self, adapters, weights, adapter_name, combination_type="svd", svd_rank=None):
-        """Add a LoRA adapter that is a sum of others with weights.
+    def add_weighted_adapter(
+        self,
+        adapters,
+        weights,
+        adapter_name,
+        combination_type="svd",
+        svd_rank=None,
+        svd_clamp=None,
+        svd_full_matrices=True,
+        svd_driver=None,
+        density=None,
+        majority_sign_method="total",
+    ):
+        """Add a LoRA adapter that is a sum of others with weights; it does not train.
 
         Args:
             adapters (list of str): names of LoRA adapters.
             weights (list of float): one for each.
             adapter_name (str): of the new adapter.
-            combination_type (str): 'linear' sums A and B by themselves, each with the root of weight and scale, for
-                equal ranks; 'cat' puts them side by side, which is exact, its rank the sum of ranks; 'svd' has the best
-                approximation of the sum of B A of rank `svd_rank`. Default: 'svd'.
-            svd_rank (int): Default: None, for the largest rank.
+            combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method: see
+                `mindpet.peft.combine.combine`.
 
         Raises:
             AdapterError: a name is unknown or taken; an adapter cannot be summed; an adapter is merged.
-            ValueError: `combination_type` is unknown, the numbers of adapters and weights differ.
+            TypeError, ValueError: an argument is wrong.
         """
         self._check_state("add_weighted_adapter")
         _check_name(adapter_name, self.adapters)
         parts = [self._get(name) for name in adapters]
-        self._refresh()
         config, values = combine.combine(parts, list(weights), combination_type, svd_rank)
-        with self._bare():
-            self._add(adapter_name, plan_targets(self.network, config), False, values)
+        with self._placement.bare():
+            self._placement.add(adapter_name, plan_targets(self.network, config), False, values)
 
     def prepare_for_training(self, adapter_name=None):
         """Put an adapter in place and let it train, say one that was loaded with `is_trainable=False`.
@@ -264,8 +273,9 @@ class PeftModel(nn.Cell):
         Raises:
             AdapterError: there is no such adapter, or it is merged.
         """
-        name = self._active if adapter_name is None else adapter_name
-        self._get(name).trainable = True
+        name = self.active_adapter if adapter_name is None else adapter_name
+        self._check_state("prepare_for_training")
+        self._placement.make_trainable(self._get(name))
         self.set_adapter(name)
         self.set_train()
         return self.trainable_params()
@@ -275,30 +285,30 @@ class PeftModel(nn.Cell):
     def merge_adapter(self, adapter_names=None, safe_merge=True):
         """Fold adapters into the weights of the network; `unmerge_adapter` undoes it. `merge_report` has the errors.
 
-        All is computed in float32, and checked for NaN and infinite numbers before the first weight is set.
+        All is computed in float32, and checked for NaN and infinite numbers before the first weight is set. What the
+        active adapter trains of the base goes on training meanwhile, if it is among those that are merged.
 
         Args:
-            adapter_names (list of str): Default: None, for the one that is in place.
+            adapter_names (list of str): Default: None, for the active one.
             safe_merge (bool): kept for Hugging Face PEFT; every merge is checked. Default: True.
 
         Raises:
-            AdapterError: an adapter is unknown, or one is merged already.
+            AdapterError: an adapter is unknown or named twice, or one is merged already.
             MergeError: an adapter cannot be merged, a weight would not be finite, or another Cell has the same weight;
                 all is in the message, and nothing was changed.
         """
-        self._merge(adapter_names, progressbar=False)
+        self._merge(adapter_names)
 
     def unmerge_adapter(self):
         """Undo `merge_adapter`: every weight has the bits that it had before.
 
         Raises:
-            AdapterError: no adapter is merged.
+            AdapterError: no adapter is merged; at the end, if a merged delta was trained meanwhile.
         """
-        if self._merged is None:
+        if self._placement.merged is None:
             raise AdapterError("unmerge_adapter: no adapter is merged.")
-        self._write(self._merged)
-        self._merged = None
-        self._write(self.adapters[self._active].values)
+        self._merged_names = []
+        self._placement.unmerge()
 
     def merge_and_unload(self, progressbar=False, safe_merge=True, adapter_names=None, untie_weights=False):
         """Fold adapters into the weights for good, and take everything else out.
@@ -306,9 +316,9 @@ class PeftModel(nn.Cell):
         Args:
             progressbar (bool): whether to show progress. Default: False.
             safe_merge (bool): kept for Hugging Face PEFT; every merge is checked. Default: True.
-            adapter_names (list of str): Default: None, for the one that is in place.
-            untie_weights (bool): whether a layer whose weight another Cell has too, say an embedding that is tied to
-                the head, gets a weight of its own; else that is an error. Default: False.
+            adapter_names (list of str): Default: None, for those that are merged, or else the active one.
+            untie_weights (bool): whether a parameter that another Cell has too, say an embedding that is tied to the
+                head, is given to each; else that is an error. Default: False.
 
         Returns:
             Cell, the network, with base Cells only.
@@ -316,9 +326,17 @@ class PeftModel(nn.Cell):
         Raises:
             AdapterError, MergeError: as in `merge_adapter`.
         """
-        if self._merged is None:
-            self._merge(adapter_names, progressbar, untie_weights)
-        self._merged = None
+        merged = self.merged_adapters
+        if merged:
+            if adapter_names is not None and sorted(adapter_names) != sorted(merged):
+                raise AdapterError(f"merge: {merged} are merged already; call unmerge_adapter() first.")
+            self.unmerge_adapter()
+        try:
+            self._merge(merged or adapter_names, progressbar, True, untie_weights)
+        except (AdapterError, MergeError):
+            if merged:
+                self._merge(merged)
+            raise
         return self._close()
 
     def unload(self):
@@ -327,15 +345,14 @@ class PeftModel(nn.Cell):
         Raises:
             AdapterError: the call is inside of `disable_adapter`.
         """
-        if self._merged is not None:
+        if self._placement.merged is not None:
             self.unmerge_adapter()
         self._check_state("unload")
-        self._store()
         return self._close()
 
     # Files
 
-    def save_pretrained(self, save_directory, selected_adapters=None, step=None):
+    def save_pretrained(self, save_directory, safe_serialization=True, selected_adapters=None, step=None):
         """Save adapters as Hugging Face PEFT does: 'default' into the directory, others into folders of their names.
 
         Each has `adapter_model.safetensors`, in the parameters' types, `adapter_config.json`, and
@@ -343,25 +360,27 @@ class PeftModel(nn.Cell):
 
         Args:
             save_directory (str): the directory; it is made if it is missing.
+            safe_serialization (bool): kept for Hugging Face PEFT: files are safetensors. Default: True.
             selected_adapters (list of str): Default: None, for all.
             step (int): training step, for the passport. Default: None.
 
         Raises:
-            AdapterError: there is no such adapter.
+            AdapterError: there is no such adapter; a parameter of the base is trainable, which would be lost.
+            ValueError: `safe_serialization` is False.
             CheckpointError: the parameters are cut over ranks; see docs/peft.md for how to save them.
         """
+        if not safe_serialization:
+            raise ValueError("save_pretrained: 'safe_serialization' must be True: files are safetensors.")
         names = list(self.adapters) if selected_adapters is None else list(selected_adapters)
-        for name in names:
-            self._get(name)
+        adapters = {name: self._get(name) for name in names}
         state.refuse_slices(self.network)
-        self._refresh()
-        for name in names:
-            adapter = self.adapters[name]
+        self._refuse_lost()
+        for name, adapter in adapters.items():
             config = dataclasses.replace(adapter.config, inference_mode=True)
             config.auto_mapping = config.auto_mapping or state.auto_mapping(self.network)
             config.peft_version = config.peft_version or f"mindpet {mindpet.__version__}"
             passport = state.make_passport(self._base_values(adapter.plan), self.network, step)
-            tensors, config = self.name_map.split(self._tensors(name), config)
+            tensors, config = self.name_map.split(self._tensors(adapter), config)
             if self._has_other_names(config):
                 config = to_model(config, tensors, adapter.plan, self.name_map)
             state.save_adapter(state.folder_of(save_directory, name), config, tensors, passport)
@@ -374,8 +393,10 @@ class PeftModel(nn.Cell):
         adapter_name="default",
         is_trainable=False,
         config=None,
+        autocast_adapter_dtype=True,
         force=False,
         name_map=None,
+        batch_statistics=False,
     ):
         """A network with an adapter from a folder that mindpet or Hugging Face PEFT wrote. Types are kept.
 
@@ -385,8 +406,12 @@ class PeftModel(nn.Cell):
             adapter_name (str): Default: 'default'.
             is_trainable (bool): whether the adapter trains. Default: False.
             config (PeftConfig): takes the place of the one in the folder. Default: None.
+            autocast_adapter_dtype (bool): of the PeftModel, for adapters that are added; a file's types are kept.
+                Default: True.
             force (bool): whether to load an adapter that was trained on another base. Default: False.
             name_map (NameMap): to the names of the PyTorch model. Default: None, see `NameMap`.
+            batch_statistics (bool): see `PeftModel`; of an adapter whose file has running statistics it is True.
+                Default: False.
 
         Returns:
             PeftModel.
@@ -396,27 +421,39 @@ class PeftModel(nn.Cell):
             CheckpointError: the tensors do not fit, all are listed; the base is another one.
             TypeError, NoMatchError, ConfigError, AdapterError: see `PeftModel`.
         """
-        peft_model = cls(model, name_map=name_map)
-        peft_model.load_adapter(model_id, adapter_name, is_trainable, config, force)
+        peft_model = cls(
+            model,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            name_map=name_map,
+            batch_statistics=batch_statistics,
+        )
+        try:
+            peft_model.load_adapter(model_id, adapter_name, is_trainable, config, force=force)
+        except BaseException:
+            peft_model.unload()
+            raise
         peft_model.set_adapter(adapter_name)
         return peft_model
 
-    def load_adapter(self, model_id, adapter_name, is_trainable=False, config=None, force=False):
-        """Add an adapter from a folder; the one that is in place stays in place. See `from_pretrained`."""
+    def load_adapter(
+        self, model_id, adapter_name, is_trainable=False, config=None, autocast_adapter_dtype=True, force=False
+    ):
+        """Add an adapter from a folder; the active one stays active. See `from_pretrained`."""
         self._check_state("load_adapter")
         _check_name(adapter_name, self.adapters)
         config = copy.deepcopy(config) if config is not None else PeftConfig.from_pretrained(model_id)
-        with self._bare():
+        with self._placement.bare():
             # A file has the table that a projection computed, and not the projection.
             tensors, config = self.name_map.fuse(state.read_tensors(model_id), config)
             if self._has_other_names(config):
                 config = to_network(config, tensors, self.network, self.name_map)
-            plan = plan_targets(self.network, state.without_projection(config))
+            moving = self.batch_statistics or state.has_statistics(tensors)
+            plan = plan_targets(self.network, state.without_projection(config), moving)
             values = state.load(model_id, tensors, Frame(self.network, plan), self.name_map)
             if not force:
                 state.check_passport(model_id, self._base_values(plan))
-            self._add(adapter_name, plan, is_trainable, values)
-            plan.config = state.with_projection(plan.config, config)
+            shown = state.with_projection(plan.config, config)
+            self._placement.add(adapter_name, plan, is_trainable, values, config=shown)
 
     # How it is done
 
@@ -429,205 +466,72 @@ class PeftModel(nn.Cell):
         return isinstance(config, LoraConfig) and self.name_map != NameMap()
 
     def _check_state(self, owner):
-        if self._merged is not None:
+        if self._placement.merged is not None:
             raise AdapterError(f"{owner}: an adapter is merged; call unmerge_adapter() first.")
-        if self._is_disabled:
+        if self._placement.disabled:
             raise AdapterError(f"{owner}: not inside of disable_adapter().")
 
-    def _add(self, name, plan, trainable, values=None):
-        """Register an adapter; no frame is in the network."""
-        values = values or {}
-        for key, param in {**plan.owned, **plan.residual}.items():
-            self._base.setdefault(key, value_of(param))
-        frame = Frame(self.network, plan)
-        frame.set_types(values, as_layer=not self.autocast_adapter_dtype)
-        for delta in frame.deltas.values():
-            if getattr(delta, "use_dora", False):
-                delta.set_magnitude()
-        fresh = {key: value_of(param) for key, param in frame.params.items()}
-        fresh.update({key: self._base[key] for key in (*plan.owned, *plan.residual)})
-        if is_from_weight(plan.config):
-            fresh.update(combine.initial_from_weight(frame, self._base))
-        own = {key: value if key in frame.params else value.astype(fresh[key].dtype) for key, value in values.items()}
-        twins = [other.frame for other in self.adapters.values() if other.frame.signature == frame.signature]
-        self.adapters[name] = Adapter(plan, (twins or [frame])[0], {**fresh, **own}, trainable)
-        self._rows.clear()
-
-    def _put(self, frame):
-        """Have this frame, and no other, in the network; returns whether another one was there."""
-        if frame is self._frame:
-            return False
-        if self._frame is not None:
-            self._frame.remove()
-        if frame is not None:
-            frame.put()
-        self._frame = frame
-        forget_graphs()
-        return True
-
-    @contextlib.contextmanager
-    def _bare(self):
-        """A context in which no deltas are in the network; it must not be called."""
-        if self._frame is not None:
-            self._frame.remove()
-        try:
-            yield
-        finally:
-            if self._frame is not None:
-                self._frame.put()
-
-    def _written(self):
-        """Everything that adapters write to: the base's Parameters by name, those of deltas by path."""
-        deltas = self._frame.params if self._frame else {}
-        own = {param.name for param in deltas.values()}
-        base = {name: param for name, param in model_parameters(self.network).items() if name not in own}
-        return {**base, **deltas}
-
-    def _write(self, values, is_new=False):
-        """Set values by name; where graphs are compiled anew in any case, no operator is needed for it."""
-        params = self._written()
-        for name, value in values.items():
-            if is_new:
-                params[name].set_data(Tensor(value))
-            else:
-                assign(params[name], Tensor(value))
-
-    def _refresh(self):
-        """Bring the stored values of the adapter in place up to date."""
-        if self._active is None or self._is_disabled or self._merged is not None:
-            return
-        adapter, params = self.adapters[self._active], self._written()
-        adapter.values = {name: value_of(params[name]) for name in adapter.values}
-
-    def _store(self):
-        """Store the values of the adapter in place, and give the base back its own."""
-        self._refresh()
-        if self._active is not None:
-            held = self.adapters[self._active].values
-            self._write({name: self._base[name] for name in held if name in self._base})
-
-    def _trains(self, adapter, name):
-        return name in adapter.plan.owned or matches(name, adapter.plan.method.trainable)
-
-    def _set_flags(self):
-        adapter = self.adapters[self._active]
-        for name, param in self._written().items():
-            param.requires_grad = adapter.trainable and name in adapter.values and self._trains(adapter, name)
-
-    def _mixed(self, names, inputs, keywords):
-        """The network's output, every row with its own adapter."""
-        self._check_state("adapter_names")
-        distinct = sorted(set(names) - {BASE})
-        for name in distinct:
-            plan = self._get(name).plan
-            if plan.owned or plan.residual or plan.attentions:
-                raise AdapterError(
-                    f"adapter_names: {name!r} cannot share a batch, for it has more than deltas of layers: "
-                    "modules_to_save, biases, a prefix, or weights that it starts from."
-                )
-
-        self._store()
-        try:
-            with self._bare():
-                rows = [distinct.index(name) if name != BASE else -1 for name in names]
-                return self._rows_of(distinct)(rows, inputs, keywords)
-        finally:
-            if self._active is not None:
-                self._write(self.adapters[self._active].values)
-
-    def _rows_of(self, names):
-        """The Rows of these adapters, with their values."""
-        key = tuple(names)
-        if key not in self._rows:
-            plans = [self.adapters[name].plan for name in names]
-            frames = [Frame(self.network, plan, suffix=f"@{name}") for name, plan in zip(names, plans)]
-            self._rows[key] = Rows(self.network, frames)
-        for name, frame in zip(names, self._rows[key].frames):
-            values = {f"{own}@{name}": value for own, value in self.adapters[name].values.items()}
-            frame.set_types(values)
-            for own, param in frame.params.items():
-                assign(param, Tensor(values[own]))
-        return self._rows[key]
-
-    def _merge(self, adapter_names, progressbar, untie_weights=False):
+    def _merge(self, adapter_names, progressbar=False, for_good=False, untie_weights=False):
         self._check_state("merge")
         names = self.active_adapters if adapter_names is None else list(adapter_names)
-        if not names:
-            raise AdapterError("merge: there is no adapter.")
-        chosen = [self._get(name) for name in names]
-        problems = []
-        for name, adapter in zip(names, chosen):
-            if not adapter.plan.method.mergeable and adapter.frame.deltas:
-                problems.append(f"{name!r} is of {adapter.config.peft_type.value}, which cannot be folded into weights")
-            elif (adapter.plan.owned or adapter.plan.residual) and name != self._active:
-                problems.append(f"{name!r} changes the base's own parameters; only the adapter in place may")
-        layers = {layer.path: layer for adapter in chosen for layer in adapter.plan.targets}
-        with self._bare():
-            tied = [] if untie_weights else shared_weights(self.network, layers.values())
-        problems += [
-            f"{layer.path} has its weight in common with {[path for path, _, _ in others]}, which would change too; "
-            "merge_and_unload(untie_weights=True) gives each its own"
-            for layer, others in tied
-        ]
-        if problems:
-            raise MergeError("merge: " + "; ".join(problems) + ".")
-        self._refresh()
-        if self._active not in names:
-            self._store()  # what it changes in the base is not to be merged
-        deltas = {path: [] for path in layers}
-        for adapter in chosen:
-            for path in adapter.frame.deltas:
-                deltas[path].append(combine.fold_arguments(path, adapter.values))
-        values, self.merge_report = merge_layers(list(layers.values()), deltas, progressbar)
-        if untie_weights:
-            with self._bare():
-                untie(self.network, layers.values())
-            forget_graphs()
-        merged = {getattr(cell, attribute).name: value for cell, attribute, value in values}
-        params = self._written()
-        self._merged = {name: value_of(params[name]) for name in merged}
-        self._write(merged)
-        self._frame.reset()
+        for name in names:
+            self._get(name)
+        if not names or len(set(names)) < len(names):
+            raise AdapterError(f"merge: there is no adapter, or one is named twice: {names}.")
+        self.merge_report = self._placement.merge(names, progressbar, for_good, untie_weights)
+        self._merged_names = names
 
     def _close(self):
-        """Take the frame out, and let train again what trained before."""
-        self._put(None)
-        for name, param in model_parameters(self.network).items():
-            param.requires_grad = self._flags.get(name, True)
-        self.adapters, self._active, self._base = {}, None, {}
-        self._rows.clear()
+        self._placement.close()
+        self._merged_names = []
         return self.network
 
+    def _adapter_ids(self):
+        """The ids of all parameters of adapters."""
+        return {id(param) for adapter in self.adapters.values() for param in adapter.frame.params.values()}
+
+    def _refuse_lost(self):
+        """Refuse to save while a parameter trains that would be in no file."""
+        own = self._adapter_ids()
+        params = model_parameters(self.network)
+        lost = [path for path, param in params.items() if param.requires_grad and id(param) not in own]
+        if lost:
+            raise AdapterError(
+                f"save_pretrained: {lost} are trainable, but belong to no adapter, and would not be saved; name their "
+                "Cells in 'modules_to_save', or freeze them."
+            )
+
     def _base_values(self, plan):
-        """path -> function that gives the base's own value, for all but modules that a plan trains as a whole."""
-        left_out = {param.name for layer in plan.modules_to_save for param in layer.cell.get_parameters()}
-        left_out.update(param.name for other in self.adapters.values() for param in other.frame.params.values())
-        held = {**(self._merged or {}), **self._base}
+        """path -> Parameter, or the base's own value, of all but modules that a plan trains as a whole."""
+        own = [param for path, param in plan.trained.items() if path in plan.buffers or _is_inside(path, plan)]
+        left_out = self._adapter_ids() | set(map(id, own))
+        return {
+            path: self._placement.base_value(param) if self._placement.merged else param
+            for path, param in self.network.parameters_and_names()
+            if id(param) not in left_out
+        }
 
-        def read(param):
-            return held[param.name] if param.name in held else value_of(param)
-
-        named = self.network.parameters_and_names()
-        return {path: functools.partial(read, param) for path, param in named if param.name not in left_out}
-
-    def _tensors(self, name):
+    def _tensors(self, adapter):
         """What stands in an adapter's file."""
-        adapter = self.adapters[name]
         keys = state.file_keys(adapter.frame, adapter.plan, self.name_map)
-        tensors = {key: adapter.values[own] for own, key in keys.items()}
+        tensors = {key: adapter.value(own) for own, key in keys.items()}
         if adapter.plan.attentions:
-            before = self._active
-            self.set_adapter(name)
-            tensors[state.PROMPT] = state.prefix_table(adapter.frame, adapter.values)
-            self.set_adapter(before)
+            with self._placement.bare():
+                frame = Frame(self.network, adapter.plan)
+            tensors[state.PROMPT] = state.prefix_table(frame, adapter.values)
         return tensors
+
+
+def _is_inside(path, plan):
+    """Whether a parameter is in one of the modules that a plan trains as a whole."""
+    return path.startswith(tuple(f"{layer.path}." for layer in plan.modules_to_save))
 
 
 def _check_bare(network):
     """Refuse a network that has adapters already."""
     if not isinstance(network, nn.Cell):
         raise TypeError(f"'network' must be a Cell, but got {network!r} ({type(network).__name__}).")
-    if any({"mindpet_delta", "prefix_source"} & set(cell._cells) for _, cell in network.cells_and_names()):
+    if any(isinstance(cell, PeftModel) or MARK in vars(cell) for _, cell in network.cells_and_names()):
         raise ConfigError(
             f"the {type(network).__name__} has adapters already; use add_adapter() or load_adapter() of its PeftModel, "
             "or unload() it first."
@@ -644,9 +548,26 @@ def _check_name(name, taken):
         raise AdapterError(f"'adapter_name': there is an adapter {name!r} already.")
 
 
-def get_peft_model(model, peft_config, adapter_name="default", autocast_adapter_dtype=True, name_map=None):
-    """A network with a fresh adapter; see `PeftModel` for arguments and errors."""
-    return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype, name_map)
+def get_peft_model(
+    model,
+    peft_config,
+    adapter_name="default",
+    mixed=False,
+    autocast_adapter_dtype=True,
+    name_map=None,
+    batch_statistics=False,
+):
+    """A network with a fresh adapter.
+
+    Args:
+        mixed (bool): kept for Hugging Face PEFT; every PeftModel takes adapters of several methods. Default: False.
+        model, peft_config, adapter_name, autocast_adapter_dtype, name_map, batch_statistics: see `PeftModel`, with the
+            errors.
+
+    Returns:
+        PeftModel.
+    """
+    return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype, name_map, batch_statistics)
 
 
 def inject_adapter_in_model(peft_config, model, adapter_name="default"):

@@ -1,12 +1,16 @@
 """What a configuration would do to a network. Everything is found, and checked, before anything is changed."""
 
 import copy
+import math
 from dataclasses import dataclass, field
 
+import mindspore as ms
+import numpy as np
 from mindspore import nn
 
+from mindpet.delta.lora_layer import starts_from_weight
 from mindpet.errors import ConfigError, MindPetError, NoMatchError
-from mindpet.graph.parameters import matches, model_parameters
+from mindpet.graph.parameters import matches
 from mindpet.layers.kinds import layer_kind
 from mindpet.peft.config import PeftType, TaskType
 from mindpet.peft.match import check_patterns, default_targets, ends_with, find_targets, list_layers, no_match
@@ -17,6 +21,7 @@ TASK_HEADS = {
     TaskType.TOKEN_CLS: ("classifier", "score"),
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
+STATISTICS = ("moving_mean", "moving_variance")  # of a BatchNorm
 BIASES = ("*.bias", "*.beta", "bias", "beta")  # a LayerNorm calls its bias beta
 
 
@@ -30,9 +35,10 @@ class Plan:
         targets (list of Layer): layers that get a delta.
         attentions (list of Layer): attentions that get keys and values in front of theirs.
         modules_to_save (list of Layer): Cells that are trained and saved as they are.
-        owned (dict): name -> Parameter of the network that the adapter trains.
-        paths (dict): name -> path of such a Parameter from the network; its name may begin further up.
-        residual (dict): name -> weight of a target that a part is taken off, see `is_from_weight`.
+        trained (dict): path -> Parameter of the network that the adapter has a copy of, and trains.
+        places (dict): path -> list of (path of a Cell, Cell, attribute) where the copy takes its place.
+        buffers (set): paths in `trained` that are not trained, but move: running statistics of a BatchNorm.
+        still (list of Cell): BatchNorms whose running statistics stay.
     """
 
     config: object
@@ -40,26 +46,33 @@ class Plan:
     targets: list = field(default_factory=list)
     attentions: list = field(default_factory=list)
     modules_to_save: list = field(default_factory=list)
-    owned: dict = field(default_factory=dict)
-    paths: dict = field(default_factory=dict)
-    residual: dict = field(default_factory=dict)
+    trained: dict = field(default_factory=dict)
+    places: dict = field(default_factory=dict)
+    buffers: set = field(default_factory=set)
+    still: list = field(default_factory=list)
 
     def __str__(self):
         method = self.config.peft_type.value
         rows = [(layer.path, type(layer.cell).__name__, method) for layer in self.targets + self.attentions]
         rows += [(layer.path, type(layer.cell).__name__, "trained as a whole") for layer in self.modules_to_save]
         inside = tuple(f"{layer.path}." for layer in self.modules_to_save)
-        rows += [(path, "Parameter", "trained") for path in self.paths.values() if not path.startswith(inside)]
+        rows += [
+            (path, "Parameter", "moves with the adapter" if path in self.buffers else "trained")
+            for path in self.trained
+            if not path.startswith(inside)
+        ]
         widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
         return "\n".join(f"{path:<{widths[0]}}  {kind:<{widths[1]}}  {what}" for path, kind, what in rows)
 
 
-def plan_targets(network, config):
+def plan_targets(network, config, batch_statistics=False):
     """What `get_peft_model` would do; the network is not changed. `print` the result to see it.
 
     Args:
         network (Cell): the base network.
         config (PeftConfig): the configuration.
+        batch_statistics (bool): whether the running statistics of BatchNorms move while training; then they belong to
+            the adapter. Default: False.
 
     Returns:
         Plan.
@@ -76,14 +89,15 @@ def plan_targets(network, config):
     config.check_supported()
     plan = Plan(copy.deepcopy(config), config.method)
     errors = []
-    for step in (_find_layers, _find_attentions, _find_modules_to_save, _find_owned):
+    for step in (_find_layers, _find_attentions, _find_modules_to_save):
         try:
             step(network, plan)
         except MindPetError as error:
             errors.append(error)
     if errors:
         raise type(errors[0])("\n".join(map(str, errors)))
-    if not (plan.targets or plan.attentions or plan.owned):
+    _find_trained(network, plan, batch_statistics)
+    if not (plan.targets or plan.attentions or plan.trained):
         raise ConfigError(f"{type(config).__name__}: there is nothing to train in {type(network).__name__}.")
     return plan
 
@@ -111,6 +125,10 @@ def _check_lora(config, targets):
             problems.append(f"{layer.path}: no DoRA beside a convolution in groups")
         if name == "conv2d" and getattr(layer.cell, "data_format", "NCHW") != "NCHW":
             problems.append(f"{layer.path}: its data format must be NCHW, but is {layer.cell.data_format}")
+        weight = layer_kind(layer.cell).weight_of(layer.cell)
+        scale, dtype = config.scaling(layer.path), getattr(layer.cell, "compute_dtype", weight.dtype)
+        if not 0 < abs(float(np.asarray(scale, ms.dtype_to_nptype(dtype)))) < math.inf:
+            problems.append(f"{layer.path}: the scale, {scale:g}, must be a number of {dtype}, in which it computes")
         if config.use_dora and getattr(getattr(layer.cell, "matmul", None), "in_strategy", None) is not None:
             problems.append(f"{layer.path}: no DoRA beside a layer with strategies")
         if name == "embedding" and config.lora_bias:
@@ -123,8 +141,7 @@ def _check_lora(config, targets):
 
 def is_from_weight(config):
     """Whether A and B start from the layer's weight, and are taken off it: PiSSA and OLoRA."""
-    init = getattr(config, "init_lora_weights", None)
-    return isinstance(init, str) and init.startswith(("pissa", "olora"))
+    return starts_from_weight(getattr(config, "init_lora_weights", None))
 
 
 def _find_attentions(network, plan):
@@ -176,26 +193,55 @@ def _find_modules_to_save(network, plan):
         raise (NoMatchError if missing else ConfigError)(f"{type(config).__name__}: " + "; ".join(problems) + ".")
 
 
-def _find_owned(network, plan):
-    config = plan.config
-    paths = {param.name: path for path, param in network.parameters_and_names()}
-    params = model_parameters(network)
+def _find_trained(network, plan, batch_statistics):
+    """The base's parameters that the adapter has copies of, and where the copies go.
+
+    A copy of a module's own parameter goes into that module only, also where another Cell has the same Parameter.
+    """
+    everywhere = _parameter_places("", network)
+    patterns = plan.method.trainable if not (plan.method.kinds or plan.method.cells) else ()
+    bias = getattr(plan.config, "bias", "none")
+    patterns += BIASES if bias == "all" else ()
+    for path, places in everywhere.items():
+        if matches(path, patterns) and not _is_statistic(places[0]):
+            plan.places[path] = places
+    if bias == "lora_only":
+        own = {id(layer_kind(layer.cell).bias_of(layer.cell)) for layer in plan.targets}
+        for path, places in everywhere.items():
+            if id(_parameter(places)) in own:
+                plan.places[path] = places
     for layer in plan.modules_to_save:
-        for name, param in layer.cell.parameters_and_names():
-            plan.owned[param.name] = param
-            paths[param.name] = f"{layer.path}.{name}"  # of a tied weight the path here counts, not the other one
-    if not (plan.method.kinds or plan.method.cells):  # a method that trains parameters of the base
-        plan.owned.update({name: param for name, param in params.items() if matches(name, plan.method.trainable)})
-    bias = getattr(config, "bias", "none")
-    if bias == "all":
-        plan.owned.update({name: param for name, param in params.items() if matches(name, BIASES)})
-    for layer in plan.targets:
-        kind = layer_kind(layer.cell)
-        if bias == "lora_only" and kind.bias_of(layer.cell) is not None:
-            plan.owned[kind.bias_of(layer.cell).name] = kind.bias_of(layer.cell)
-        if is_from_weight(config):
-            plan.residual[kind.weight_of(layer.cell).name] = kind.weight_of(layer.cell)
-    plan.paths = {name: paths[name] for name in plan.owned}
+        inside = _parameter_places(layer.path, layer.cell)
+        plan.places.update(inside)
+    statistics = {path: places for path, places in everywhere.items() if _is_statistic(places[0])}
+    if batch_statistics:
+        plan.places.update(statistics)
+    plan.trained = {path: _parameter(places) for path, places in plan.places.items()}
+    plan.buffers = {path for path, places in plan.places.items() if _is_statistic(places[0])}
+    moving = {id(cell) for path in plan.buffers for _, cell, _ in plan.places[path]}
+    still = {id(cell): cell for places in statistics.values() for _, cell, _ in places}
+    plan.still = [cell for key, cell in still.items() if key not in moving and hasattr(cell, "use_batch_statistics")]
+
+
+def _parameter_places(prefix, network):
+    """path -> list of (path of a Cell, Cell, attribute), of every Parameter in a network; several if it is shared."""
+    places = {}
+    for name, cell in network.cells_and_names():
+        own = ".".join(filter(None, (prefix, name)))
+        for key, param in cell._params.items():
+            if param is not None:
+                places.setdefault(id(param), []).append((own, cell, key))
+    return {".".join(filter(None, (found[0][0], found[0][2]))): found for found in places.values()}
+
+
+def _parameter(places):
+    _, cell, key = places[0]
+    return cell._params[key]
+
+
+def _is_statistic(place):
+    _, cell, key = place
+    return key in STATISTICS and set(STATISTICS) <= set(cell._params)
 
 
 def _name(cell):

@@ -9,6 +9,7 @@ import re
 
 import mindspore as ms
 import numpy as np
+from mindspore import Parameter, Tensor, ops
 
 import mindpet
 from mindpet.errors import CheckpointError
@@ -37,10 +38,11 @@ def file_keys(frame, plan, names):
             if inside is None or local in inside:
                 keys[name] = f"{start}{names.to_torch(layer.path)}.{(inside or {}).get(local, local)}"
     targets = {layer.path for layer in plan.targets}
-    for name, own_path in plan.paths.items():
-        path, _, leaf = names.to_torch(own_path).rpartition(".")
+    for name, base in frame.copies.items():
+        path, _, leaf = names.to_torch(base).rpartition(".")
         # Hugging Face PEFT keeps the layer itself inside of its own as `base_layer`.
-        keys[name] = f"{start}{path}{'.base_layer' if own_path.rpartition('.')[0] in targets else ''}.{leaf}"
+        inner = f"{path}.base_layer" if base.rpartition(".")[0] in targets else path
+        keys[name] = start + ".".join(filter(None, (inner, leaf)))
     return keys
 
 
@@ -48,14 +50,19 @@ def prefix_table(frame, values):
     """The keys and values of all layers as one table `(tokens, layers * 2 * width)`.
 
     Layer i has its keys in slot 2i and its values in slot 2i + 1.
+
+    Args:
+        frame (Frame): of no adapter; it computes the table.
+        values (dict): path -> numpy.ndarray, of its parameters.
     """
     parts = []
+    frame.fill(None, values, is_new=True)
     for path, delta in frame.deltas.items():
         plain = f"{path}.mindpet_delta_ptuning2_embedding.embedding_table"
         if plain in values and len(frame.names[path]) == 2:  # nothing is computed: bit for bit
             parts.append(values[plain])
             continue
-        key, value = (part.asnumpy()[0].swapaxes(0, 1) for part in delta.set_train(False).past(1, ms.float32))
+        key, value = (part.asnumpy()[0].swapaxes(0, 1) for part in delta.past(1, ms.float32))
         parts += [key.reshape(key.shape[0], -1), value.reshape(value.shape[0], -1)]
     return np.concatenate(parts, 1)
 
@@ -103,6 +110,11 @@ def read_tensors(folder):
     return {name: value for name, value in tensors.items() if not TWICE.search(name)}
 
 
+def has_statistics(tensors):
+    """Whether a file has running statistics of BatchNorms."""
+    return any(name.endswith((".running_mean", ".moving_mean")) for name in tensors)
+
+
 def make_passport(base, network, step):
     """What is written beside an adapter: for which base it was trained, with what, and how long."""
     return {
@@ -111,17 +123,34 @@ def make_passport(base, network, step):
         "step": step,
         "base": {
             "network": type(network).__name__,
-            "parameters": {name: fingerprint(get()) for name, get in base.items()},
+            "parameters": {path: fingerprint(value) for path, value in base.items()},
         },
     }
 
 
 def fingerprint(value):
-    """Shape, type and a hash of up to 64 evenly spaced values, compared in float32."""
-    flat = value.reshape(-1)
-    chosen = flat[np.linspace(0, flat.size - 1, min(SAMPLES, flat.size)).astype(np.int64)] if flat.size else flat
-    content = np.ascontiguousarray(chosen.astype(np.float32)).tobytes()
-    return f"{list(value.shape)} {value.dtype.name} {hashlib.sha256(content).hexdigest()[:16]}"
+    """Shape, type and a hash of up to 64 evenly spaced values, compared in float32.
+
+    Args:
+        value (Union[numpy.ndarray, Parameter]): of a Parameter only the samples leave the device.
+    """
+    if isinstance(value, Parameter):
+        dtype = np.dtype(ms.dtype_to_nptype(value.dtype)).name
+        flat = value.asnumpy().reshape(-1) if _is_on_host(value) else ops.reshape(value, (-1,))
+    else:
+        dtype, flat = value.dtype.name, value.reshape(-1)
+    places = np.linspace(0, flat.size - 1, min(SAMPLES, flat.size)).astype(np.int64)
+    if isinstance(flat, Tensor):
+        flat = ops.gather(flat, Tensor(places), 0).asnumpy()
+    elif flat.size:
+        flat = flat[places]
+    content = np.ascontiguousarray(flat.astype(np.float32)).tobytes()
+    return f"{list(value.shape)} {dtype} {hashlib.sha256(content).hexdigest()[:16]}"
+
+
+def _is_on_host(param):
+    """Whether a Parameter's value is read without a copy from a device, or cannot be gathered there."""
+    return param.size == 0 or ms.get_context("device_target") == "CPU"
 
 
 def read_passport(folder):
@@ -138,7 +167,7 @@ def check_passport(folder, base):
 
     Args:
         folder (str): of the adapter.
-        base (dict): name -> function that gives the value.
+        base (dict): path -> Parameter, or numpy.ndarray, with the base's own value.
 
     Raises:
         CheckpointError: the base differs; the parameters are in the message.
@@ -146,7 +175,7 @@ def check_passport(folder, base):
     expected = read_passport(folder).get("base", {}).get("parameters", {})
     problems = []
     for name, print_there in expected.items():
-        here = fingerprint(base[name]()) if name in base else None
+        here = fingerprint(base[name]) if name in base else None
         if here is None:
             problems.append(f"{name}: not in this network")
         elif here != print_there:
@@ -177,7 +206,7 @@ def load(folder, found, frame, names):
     """
     plan = frame.plan
     keys = file_keys(frame, plan, names)
-    shapes = {name: param.shape for name, param in {**frame.params, **plan.owned}.items()}
+    shapes = {name: param.shape for name, param in frame.params.items()}
     wanted = {key: shapes[name] for name, key in keys.items()}
     if plan.attentions:
         config = plan.config
@@ -197,9 +226,7 @@ def _check_base_layers(folder, found, plan, names):
     for layer in plan.targets:
         theirs = found.pop(f"{PREFIX}{names.to_torch(layer.path)}.base_layer.weight", None)
         weight = layer_kind(layer.cell).weight_of(layer.cell)
-        if theirs is not None and (
-            theirs.shape != weight.shape or fingerprint(theirs) != fingerprint(weight.asnumpy())
-        ):
+        if theirs is not None and (theirs.shape != weight.shape or fingerprint(theirs) != fingerprint(weight)):
             raise CheckpointError(
                 f"{folder}: trained on another base: {weight.name} {list(weight.shape)} is not the same."
             )

@@ -1,5 +1,7 @@
 """Values of Parameters, read and set so that what MindSpore has compiled sees them."""
 
+import hashlib
+
 import mindspore as ms
 from mindspore import ops
 from mindspore.common import api
@@ -24,14 +26,53 @@ def assign(param, value):
     """
     cannot = param.dtype == ms.bfloat16 and ms.get_context("device_target") == "CPU"  # there is no kernel
     if param.has_init or cannot:
-        param.set_data(value)
+        type(param).set_data(param, value)  # not what `watch` has put in its place
         forget_graphs()
     else:
         ops.assign(param, value)
 
 
+def load(param, value):
+    """`assign` a value that comes from a file; who watches the Parameter is told."""
+    assign(param, value)
+    if "set_data" in vars(param):
+        param.set_data.mindpet_watcher()
+
+
+def watch(param, watcher):
+    """Have `watcher()` called after each `set_data` of a Parameter, as `mindspore.load_param_into_net` does it.
+
+    The method is overlaid on the object; MindSpore 2.7 to 2.10 set what they load through it. `unwatch` undoes it.
+
+    Args:
+        param (Parameter): the Parameter; one that is watched gets another watcher.
+        watcher (callable): takes no argument.
+    """
+
+    def set_data(*arguments, **keywords):
+        result = type(param).set_data(param, *arguments, **keywords)
+        watcher()
+        return result
+
+    set_data.mindpet_watcher = watcher
+    vars(param)["set_data"] = set_data
+
+
+def unwatch(param):
+    """Undo `watch`."""
+    vars(param).pop("set_data", None)
+
+
+def digest(value):
+    """A hash of an array's bytes."""
+    return hashlib.blake2b(value.tobytes(), digest_size=16).digest()
+
+
 def forget_graphs():
-    """Have everything compiled anew: MindSpore does not see that a network that it has compiled has changed."""
+    """Drop MindSpore's compiled graphs; every network is compiled anew on its next call.
+
+    MindSpore (2.7 to 2.10) does not see that a network that it has compiled has changed.
+    """
     for cache in api.cells_compile_cache.values():
         cache.clear()
     api.ms_compile_cache.clear()

@@ -143,13 +143,18 @@ def test_a_convolution_computes_with_its_merged_weight(use_dora, group, mode, rn
     np.testing.assert_allclose(numbers(network, x), got, atol=1e-5)
 
 
-def test_pissa_and_olora_take_off_the_weight_what_they_start_with():
+def test_pissa_and_olora_take_off_the_weight_what_they_start_with(rng):
+    x = rng.normal(size=(5, 8)).astype(np.float32)
     for init in ("pissa", "pissa_niter_4", "olora"):
-        network = Small()
-        weight = network.query.weight.asnumpy()
-        model = get_peft_model(network, config(target_modules=["query"], init_lora_weights=init))
-        a, b, _, _ = lora_of(model, "query")
-        np.testing.assert_allclose(network.query.weight.asnumpy() + 1.5 * b @ a, weight, atol=1e-6)
+        network = nn.SequentialCell(nn.Dense(8, 6))
+        weight, bias = network[0].weight.asnumpy(), network[0].bias.asnumpy()
+        model = get_peft_model(network, LoraConfig(target_modules=["0"], r=2, lora_alpha=3, init_lora_weights=init))
+        a, b, _, _ = lora_of(model, "0")
+        np.testing.assert_array_equal(network[0].weight.asnumpy(), weight)
+        move(model, 1)
+        moved_a, moved_b, _, _ = lora_of(model, "0")
+        expected = x @ (weight - 1.5 * b @ a + 1.5 * moved_b @ moved_a).T + bias
+        np.testing.assert_allclose(numbers(model, Tensor(x)), expected, atol=1e-5)
         if init != "olora":
             best = np.linalg.svd(weight)[1][:2]
             np.testing.assert_allclose(np.linalg.svd(1.5 * b @ a)[1][:2], best, atol=1e-5)

@@ -166,7 +166,7 @@ def test_what_cannot_be_merged():
     with pytest.raises(MergeError, match="'default' is of ADAPTER, which cannot be folded"):
         model.merge_adapter()
     model.add_adapter("saved", config(modules_to_save=["classifier"]))
-    with pytest.raises(MergeError, match="'saved' changes the base's own parameters; only the adapter in place may"):
+    with pytest.raises(MergeError, match="'saved' changes the base's own parameters; only the active adapter may"):
         model.merge_adapter(["saved"])
     with pytest.raises(AdapterError, match="there is no adapter 'nix'"):
         model.merge_and_unload(adapter_names=["nix"])

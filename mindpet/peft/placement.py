@@ -1,0 +1,342 @@
+"""Which adapter is in a network, and where the values of the others are.
+
+What always holds between two calls:
+
+* The base's Parameters have the base's own values, but for those in `merged`, which keeps their own values.
+* At most one frame is in the network: that of the active adapter.
+* An adapter that can train has a frame of its own; others share one with adapters of the same signature.
+* The values of an adapter are in its frame's parameters if it is the frame's `holder`, but for the `hidden` ones;
+  these, and all of the other adapters, are in `stored`.
+* Of the adapters' parameters only those have `requires_grad` that the active adapter trains and that are not hidden.
+"""
+
+import contextlib
+import functools
+
+from mindspore import Tensor
+
+from mindpet.errors import AdapterError, MergeError
+from mindpet.layers.kinds import layer_kind
+from mindpet.peft.combine import fold_arguments
+from mindpet.peft.inject import Frame, renew_recompute
+from mindpet.peft.merge import merge_layers, shared_weights, untie
+from mindpet.peft.start import starts
+from mindpet.utils.values import assign, digest, forget_graphs, unwatch, value_of, watch
+
+MARK = "mindpet_wrapped"  # attribute of a network that has adapters
+
+
+class Adapter:
+    """An adapter: what it is, where it goes, and its values.
+
+    Args:
+        config (PeftConfig): its configuration; of a prefix from a file it tells of a projection that is not there.
+        plan (Plan): what of the network it concerns.
+        frame (Frame): the Cells of its deltas, perhaps shared with other adapters.
+        stored (dict): path -> numpy.ndarray, its values.
+        trainable (bool): whether it trains when it is active.
+        given (set): paths of the values that it was made with; the others are fresh.
+    """
+
+    def __init__(self, config, plan, frame, stored, trainable, given):
+        self.config, self.plan, self.frame = config, plan, frame
+        self.stored, self.trainable, self.given = stored, trainable, given
+        self.starts = starts(frame)
+        self.started = {path: digest(stored[path]) for start in self.starts for path in start.paths}
+
+    @property
+    def values(self):
+        """path -> numpy.ndarray."""
+        return {path: self.value(path) for path in self.frame.params}
+
+    def value(self, path):
+        """One of its values."""
+        is_held = self.frame.holder is self and path not in self.frame.hidden
+        return value_of(self.frame.params[path]) if is_held else self.stored[path]
+
+    def write(self, values):
+        """Set some of its values, wherever they are."""
+        for path, value in values.items():
+            if self.frame.holder is self and path not in self.frame.hidden:
+                assign(self.frame.params[path], Tensor(value))
+            else:
+                self.stored[path] = value
+
+    def follow(self, base):
+        """Take from a Parameter of the base, which has other values now, what was taken from it at the start.
+
+        What has been trained since stays, and so does what came from a file.
+        """
+        for start in self.starts:
+            if start.base is base and all(digest(self.value(path)) == self.started[path] for path in start.paths):
+                fresh = start.compute({path: self.value(path) for path in self.frame.params})
+                values = {path: value.astype(self.stored[path].dtype) for path, value in fresh.items()}
+                self.write({path: value for path, value in values.items() if path not in self.given})
+                self.started.update({path: digest(self.value(path)) for path in start.paths})
+
+
+class Placement:
+    """The adapters of a network, and what of them is in it. `PeftModel` is the interface.
+
+    Args:
+        network (Cell): the network.
+
+    Attributes:
+        adapters (dict): name -> Adapter.
+        active (str): name of the active adapter, or None.
+        frame (Frame): the frame that is in the network, or None.
+        disabled (bool): whether the active adapter is hidden by `disable`.
+        merged (dict): id of a Parameter -> (Parameter, its own value, function from that to the merged one), or None.
+    """
+
+    def __init__(self, network):
+        self.network = network
+        self.adapters, self.active, self.frame = {}, None, None
+        self.disabled, self.merged = False, None
+        self._base = []  # pairs of a Parameter of the base and its `requires_grad` without adapters
+
+    def _open(self):
+        """Freeze the base, and see to it that adapters follow what is loaded into it."""
+        self._base = [(param, param.requires_grad) for param in self.network.get_parameters()]
+        for param, _ in self._base:
+            param.requires_grad = False
+            watch(param, functools.partial(self._follow, param))
+        vars(self.network)[MARK] = True
+
+    def close(self):
+        """Take everything out of the network, and let train again what trained before."""
+        self._put(None)
+        for param, flag in self._base:
+            param.requires_grad = flag
+            unwatch(param)
+        vars(self.network).pop(MARK, None)
+        self.adapters, self.active, self.merged, self._base = {}, None, None, []
+
+    # Adapters
+
+    def add(self, name, plan, trainable, values=None, as_layer=False, config=None):
+        """Register an adapter, fresh or with values. The context `bare` is around the call.
+
+        Args:
+            name (str): its name.
+            plan (Plan): what goes where.
+            trainable (bool): whether it can train.
+            values (dict): path -> numpy.ndarray. Default: None, for a fresh one.
+            as_layer (bool): whether parameters without a value have the type of their layer. Default: False.
+            config (PeftConfig): see `Adapter`. Default: None, for that of the plan.
+        """
+        values = values or {}
+        frame = Frame(self.network, plan)
+        frame.set_types(values, as_layer)
+        stored = {path: value_of(param) for path, param in frame.params.items()}
+        for start in starts(frame):
+            stored.update({path: new.astype(stored[path].dtype) for path, new in start.compute(stored).items()})
+        stored.update({path: new.astype(stored[path].dtype) for path, new in values.items()})
+        free = [other.frame for other in self.adapters.values() if not (trainable or other.trainable)]
+        frame = next((other for other in free if other.signature == frame.signature), frame)
+        if not self.adapters:
+            self._open()
+        self.adapters[name] = Adapter(config or plan.config, plan, frame, stored, trainable, set(values))
+
+    def activate(self, name):
+        """Have an adapter in the network, and no other."""
+        adapter = self.adapters[name]
+        self._hold(adapter, self._put(adapter.frame))
+        self.active = name
+        self.set_flags()
+
+    def make_trainable(self, adapter):
+        """Let an adapter train from now on, in a frame of its own."""
+        if any(other.frame is adapter.frame for other in self.adapters.values() if other is not adapter):
+            adapter.stored = adapter.values
+            if adapter.frame.holder is adapter:
+                adapter.frame.holder = None
+            with self.bare():
+                adapter.frame = Frame(self.network, adapter.plan)
+            adapter.frame.set_types(adapter.stored)
+        adapter.trainable = True
+
+    def set_flags(self):
+        """Let what trains in the active adapter have gradients, and nothing else of the adapters."""
+        active = self.adapters.get(self.active)
+        for adapter in self.adapters.values():
+            frame = adapter.frame
+            trained = set(frame.trained) if active and active.trainable and active.frame is frame else ()
+            for path, param in frame.params.items():
+                param.requires_grad = path in trained and path not in frame.hidden
+
+    @contextlib.contextmanager
+    def bare(self):
+        """A context in which nothing of an adapter is in the network; it must not be called."""
+        frame = self.frame
+        if frame is not None:
+            frame.remove()
+        try:
+            yield
+        finally:
+            if frame is not None:
+                frame.put()
+
+    @contextlib.contextmanager
+    def disable(self):
+        """A context in which the network computes as the base does.
+
+        Raises:
+            AdapterError: at the end, if parameters of the adapter were written to.
+        """
+        adapter = self.adapters[self.active]
+        try:
+            self._hide(adapter, copies=True)
+            self.disabled = True
+            yield
+            self._refuse_changes(adapter, "disable_adapter")
+        finally:
+            self.disabled = False
+            self.activate(self.active)
+
+    def base_value(self, param):
+        """The base's own value of one of its Parameters."""
+        return self.merged[id(param)][1] if self.merged and id(param) in self.merged else value_of(param)
+
+    def _put(self, frame):
+        """Have this frame, and no other, in the network; returns whether another one was there."""
+        if frame is self.frame:
+            return False
+        if self.frame is not None:
+            self.frame.remove()
+        if frame is not None:
+            frame.put()
+        self.frame = frame
+        renew_recompute(self.network)
+        forget_graphs()
+        return True
+
+    def _hold(self, adapter, is_new):
+        """Have the values of an adapter in its frame's parameters."""
+        frame = adapter.frame
+        if frame.holder is adapter and not frame.hidden:
+            return
+        if frame.holder not in (None, adapter):
+            frame.holder.stored = frame.holder.values
+        adapter.stored = adapter.values
+        frame.fill(adapter, adapter.stored, is_new)
+
+    def _hide(self, adapter, copies):
+        """Make the active adapter the identity, with `copies` also what it trains of the base.
+
+        Where the deltas cannot be the identity, everything is taken out.
+        """
+        adapter.stored = adapter.values
+        if adapter.frame.can_reset:
+            adapter.frame.hide(copies)
+        else:
+            self._put(None)
+        self.set_flags()
+
+    def _refuse_changes(self, adapter, owner):
+        changed = adapter.frame.changed()
+        if changed:
+            raise AdapterError(
+                f"{owner}: these parameters of {self.active!r} were written to meanwhile, say by a training step; they "
+                f"have the values again that they had before: {changed}."
+            )
+
+    def _follow(self, param):
+        """What to do when another value was set to a Parameter of the base from outside."""
+        for adapter in self.adapters.values():
+            adapter.follow(param)
+        if self.frame is not None and self.frame.hidden:
+            if any(start.base is param for start in self.adapters[self.active].starts):
+                self.frame.hide(copies=self.disabled)
+        if self.merged and id(param) in self.merged:
+            _, _, apply = self.merged[id(param)]
+            own = value_of(param)
+            self.merged[id(param)] = (param, own, apply)
+            assign(param, Tensor(apply(own)))
+
+    # Merging
+
+    def merge(self, names, progressbar, for_good, untie_weights):
+        """Fold adapters into the weights of the network; all is computed and checked before anything is set.
+
+        Args:
+            names (list of str): of the adapters.
+            progressbar (bool): whether to show progress.
+            for_good (bool): whether what the active adapter trains of the base is set, too.
+            untie_weights (bool): whether weights that other Cells have too are untied; else that is an error.
+
+        Returns:
+            list of MergedLayer.
+
+        Raises:
+            MergeError: an adapter cannot be merged; nothing was changed.
+        """
+        chosen = {name: self.adapters[name] for name in names}
+        active = self.adapters[self.active]
+        layers = {layer.path: layer for adapter in chosen.values() for layer in adapter.plan.targets}
+        copies = active.frame.copies if for_good and self.active in names else {}
+        owners = {path: _weight_place(layer) for path, layer in layers.items()}
+        owners.update({base: active.plan.places[base] for base in copies.values()})
+        with self.bare():
+            tied = {} if untie_weights else shared_weights(self.network, owners)
+            self._check_mergeable(chosen, tied)
+            deltas = {path: [] for path in layers}
+            for adapter in chosen.values():
+                values = adapter.values
+                for path in adapter.frame.deltas:
+                    deltas[path].append(fold_arguments(path, values))
+            folds, report = merge_layers(list(layers.values()), deltas, progressbar)
+            if untie_weights:
+                untie(self.network, owners)
+                forget_graphs()
+        trained = {copy: active.value(copy) for copy in copies}
+        self.merged = {}
+        for one in folds:
+            param = one.cell._params[one.attribute]
+            self.merged[id(param)] = (param, value_of(param), one.apply)
+            assign(param, Tensor(one.value))
+        if self.active in names:
+            self._hide(active, copies=False)
+        else:
+            self._put(None)
+        for copy, base in copies.items():
+            _, cell, key = active.plan.places[base][0]
+            assign(cell._params[key], Tensor(trained[copy]))
+        return report
+
+    def unmerge(self):
+        """Undo `merge`.
+
+        Raises:
+            AdapterError: at the end, if parameters of the merged delta were written to.
+        """
+        adapter = self.adapters[self.active]
+        merged, self.merged = self.merged, None
+        for param, own, _ in merged.values():
+            assign(param, Tensor(own))
+        try:
+            self._refuse_changes(adapter, "unmerge_adapter")
+        finally:
+            self.activate(self.active)
+
+    def _check_mergeable(self, chosen, tied):
+        problems = []
+        for name, adapter in chosen.items():
+            plan = adapter.plan
+            if not plan.method.mergeable and adapter.frame.deltas:
+                problems.append(f"{name!r} is of {adapter.config.peft_type.value}, which cannot be folded into weights")
+            elif plan.trained and name != self.active:
+                problems.append(f"{name!r} changes the base's own parameters; only the active adapter may")
+            elif plan.trained and getattr(adapter.config, "lora_bias", False) and adapter.config.bias != "none":
+                problems.append(f"{name!r} has lora_bias beside biases that it trains")
+        problems += [
+            f"{path} has its weight in common with {[other for other, _, _ in others]}, which would change too; "
+            "merge_and_unload(untie_weights=True) gives each its own"
+            for path, others in tied.items()
+        ]
+        if problems:
+            raise MergeError("merge: " + "; ".join(problems) + ".")
+
+
+def _weight_place(layer):
+    return [(layer.path, layer.cell, layer_kind(layer.cell).weight)]
