@@ -1,8 +1,9 @@
 """Folding adapters into the weights of layers: all is computed, in float32, and checked before anything is set."""
 
+import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, Optional
 
 import numpy as np
 from mindspore import Parameter, Tensor
@@ -12,6 +13,7 @@ from mindpet.delta.lora_layer import fold_lora
 from mindpet.errors import MergeError
 from mindpet.graph.parameters import outer_prefix
 from mindpet.layers.kinds import layer_kind
+from mindpet.peft.probe import probe_merge
 
 
 @dataclass(frozen=True)
@@ -23,16 +25,20 @@ class MergedLayer:
         dtype (str): that the weight is stored in.
         largest_change (float): largest absolute change of the weight, in float32.
         largest_error (float): largest absolute difference between the stored weight and the one in float32.
+        unchecked (str): why the merged layer could not be compared with the layer and its deltas; None if it was.
     """
 
     path: str
     dtype: str
     largest_change: float
     largest_error: float
+    unchecked: Optional[str] = None
 
     def __str__(self):
+        unchecked = f", not probed: {self.unchecked}" if self.unchecked else ""
         return (
             f"{self.path}: {self.dtype}, change up to {self.largest_change:.3g}, error up to {self.largest_error:.3g}"
+            f"{unchecked}"
         )
 
 
@@ -66,7 +72,7 @@ class Fold:
         path (str): of the layer.
         cell (Cell): the layer.
         attribute (str): of the Parameter.
-        apply (callable): from its own value to the merged one, both numpy.ndarray.
+        apply (callable): from its own value, a numpy.ndarray, and the list of the layer's deltas to the merged value.
         value (numpy.ndarray): the merged value.
     """
 
@@ -93,32 +99,36 @@ def merge_layers(layers, deltas, progressbar=False):
     """
     folds, report, problems = [], [], []
     for layer in tqdm(layers, desc="merging", unit="layer", disable=not progressbar):
-        kind, group = layer_kind(layer.cell), getattr(layer.cell, "group", 1)
-        weight, bias = kind.weight_of(layer.cell), kind.bias_of(layer.cell)
-        own = [dict(delta) for delta in deltas[layer.path]]
-        shifts = [delta.pop("bias") * np.float32(delta["scaling"]) for delta in own if "bias" in delta]
-        merged, before, after = fold(weight.asnumpy(), kind, group, own)
-        report.append(describe(layer.path, merged, before, after, kind))
-        apply = functools.partial(_folded, kind=kind, group=group, tensors=own)
-        found = [Fold(layer.path, layer.cell, kind.weight, apply, merged)]
-        if shifts and bias is None:
+        cell, kind, own = layer.cell, layer_kind(layer.cell), deltas[layer.path]
+        weight, bias = kind.weight_of(cell).asnumpy(), kind.bias_of(cell)
+        merge = functools.partial(_merge_weight, kind=kind, group=kind.groups_of(cell))
+        merged, before, after = merge(weight, own)
+        found = [Fold(layer.path, cell, kind.weight, lambda own, deltas, merge=merge: merge(own, deltas)[0], merged)]
+        has_shift = any("bias" in delta for delta in own)
+        if has_shift and bias is None:
             problems.append(f"{layer.path} has no bias that 'lora_bias' could go to")
-        elif shifts:
-            apply = functools.partial(_shifted, shift=sum(shifts))
-            found.append(Fold(layer.path, layer.cell, kind.bias, apply, apply(bias.asnumpy())))
+        elif has_shift:
+            found.append(Fold(layer.path, cell, kind.bias, _merge_bias, _merge_bias(bias.asnumpy(), own)))
+        folds += found
         if not all(np.isfinite(one.value.astype(np.float32)).all() for one in found):
             problems.append(f"{layer.path} would hold NaN or infinite numbers as {merged.dtype.name}")
-        folds += found
+            continue
+        probe = probe_merge(cell, kind, own, {one.attribute: one.value for one in found})
+        if probe.problem:
+            problems.append(f"{layer.path} {probe.problem}")
+        report.append(dataclasses.replace(describe(layer.path, merged, before, after, kind), unchecked=probe.skipped))
     if problems:
         raise MergeError("merging would not work, nothing was changed: " + "; ".join(problems) + ".")
     return folds, report
 
 
-def _folded(weight, kind, group, tensors):
-    return fold(weight, kind, group, tensors)[0]
+def _merge_weight(weight, deltas, kind, group):
+    tensors = [{name: value for name, value in delta.items() if name != "bias"} for delta in deltas]
+    return fold(weight, kind, group, tensors)
 
 
-def _shifted(bias, shift):
+def _merge_bias(bias, deltas):
+    shift = sum(delta["bias"] * np.float32(delta["scaling"]) for delta in deltas if "bias" in delta)
     return (bias.astype(np.float32) + shift).astype(bias.dtype)
 
 

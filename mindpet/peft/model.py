@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import re
+import warnings
 
 from mindspore import nn
 
@@ -15,7 +16,7 @@ from mindpet.graph.parameters import model_parameters
 from mindpet.peft.batch import BASE, MixedBatches
 from mindpet.peft.config import LoraConfig, PeftConfig
 from mindpet.peft.inject import Frame
-from mindpet.peft.names import NameMap, to_model, to_network
+from mindpet.peft.names import NameMap, portable, to_network
 from mindpet.peft.placement import MARK, Placement
 from mindpet.peft.plan import plan_targets
 
@@ -67,7 +68,6 @@ class PeftModel(nn.Cell):
         self.merge_report = []
         self._placement = Placement(network)
         self._mixed = MixedBatches(self._placement)
-        self._merged_names = []
         self.add_flags(training=network.training)
         self._phase = network._phase  # 'train' or 'predict', with `training`
         if peft_config is not None:
@@ -127,7 +127,7 @@ class PeftModel(nn.Cell):
     @property
     def merged_adapters(self):
         """Names of the adapters that are merged."""
-        return list(self._merged_names)
+        return list(self._placement.merged_names)
 
     def get_base_model(self):
         """The network; it computes with the active adapter."""
@@ -257,7 +257,17 @@ class PeftModel(nn.Cell):
         self._check_state("add_weighted_adapter")
         _check_name(adapter_name, self.adapters)
         parts = [self._get(name) for name in adapters]
-        config, values = combine.combine(parts, list(weights), combination_type, svd_rank)
+        config, values = combine.combine(
+            parts,
+            list(weights),
+            combination_type,
+            svd_rank,
+            svd_clamp,
+            svd_full_matrices,
+            svd_driver,
+            density,
+            majority_sign_method,
+        )
         with self._placement.bare():
             self._placement.add(adapter_name, plan_targets(self.network, config), False, values)
 
@@ -307,7 +317,6 @@ class PeftModel(nn.Cell):
         """
         if self._placement.merged is None:
             raise AdapterError("unmerge_adapter: no adapter is merged.")
-        self._merged_names = []
         self._placement.unmerge()
 
     def merge_and_unload(self, progressbar=False, safe_merge=True, adapter_names=None, untie_weights=False):
@@ -381,8 +390,8 @@ class PeftModel(nn.Cell):
             config.peft_version = config.peft_version or f"mindpet {mindpet.__version__}"
             passport = state.make_passport(self._base_values(adapter.plan), self.network, step)
             tensors, config = self.name_map.split(self._tensors(adapter), config)
-            if self._has_other_names(config):
-                config = to_model(config, tensors, adapter.plan, self.name_map)
+            with self._placement.bare():
+                tensors, config = portable(tensors, config, adapter.plan, self.network, self.name_map)
             state.save_adapter(state.folder_of(save_directory, name), config, tensors, passport)
 
     @classmethod
@@ -448,10 +457,13 @@ class PeftModel(nn.Cell):
             if self._has_other_names(config):
                 config = to_network(config, tensors, self.network, self.name_map)
             moving = self.batch_statistics or state.has_statistics(tensors)
-            plan = plan_targets(self.network, state.without_projection(config), moving)
+            unmatched = []
+            plan = plan_targets(self.network, state.without_projection(config), moving, unmatched)
             values = state.load(model_id, tensors, Frame(self.network, plan), self.name_map)
             if not force:
                 state.check_passport(model_id, self._base_values(plan))
+            if unmatched:
+                warnings.warn(f"{model_id}: all tensors have their place, but {'; '.join(unmatched)}.", stacklevel=2)
             shown = state.with_projection(plan.config, config)
             self._placement.add(adapter_name, plan, is_trainable, values, config=shown)
 
@@ -479,11 +491,9 @@ class PeftModel(nn.Cell):
         if not names or len(set(names)) < len(names):
             raise AdapterError(f"merge: there is no adapter, or one is named twice: {names}.")
         self.merge_report = self._placement.merge(names, progressbar, for_good, untie_weights)
-        self._merged_names = names
 
     def _close(self):
         self._placement.close()
-        self._merged_names = []
         return self.network
 
     def _adapter_ids(self):

@@ -86,13 +86,14 @@ class Placement:
         active (str): name of the active adapter, or None.
         frame (Frame): the frame that is in the network, or None.
         disabled (bool): whether the active adapter is hidden by `disable`.
-        merged (dict): id of a Parameter -> (Parameter, its own value, function from that to the merged one), or None.
+        merged (dict): id of a Parameter -> (Parameter, its own value, Fold), or None.
+        merged_names (list of str): of the adapters that are merged.
     """
 
     def __init__(self, network):
         self.network = network
         self.adapters, self.active, self.frame = {}, None, None
-        self.disabled, self.merged = False, None
+        self.disabled, self.merged, self.merged_names = False, None, []
         self._base = []  # pairs of a Parameter of the base and its `requires_grad` without adapters
 
     def _open(self):
@@ -110,7 +111,8 @@ class Placement:
             param.requires_grad = flag
             unwatch(param)
         vars(self.network).pop(MARK, None)
-        self.adapters, self.active, self.merged, self._base = {}, None, None, []
+        self.adapters, self.active, self._base = {}, None, []
+        self.merged, self.merged_names = None, []
 
     # Adapters
 
@@ -249,10 +251,10 @@ class Placement:
             if any(start.base is param for start in self.adapters[self.active].starts):
                 self.frame.hide(copies=self.disabled)
         if self.merged and id(param) in self.merged:
-            _, _, apply = self.merged[id(param)]
+            _, _, one = self.merged[id(param)]
             own = value_of(param)
-            self.merged[id(param)] = (param, own, apply)
-            assign(param, Tensor(apply(own)))
+            self.merged[id(param)] = (param, own, one)
+            assign(param, Tensor(one.apply(own, self._deltas(self.merged_names, one.path))))
 
     # Merging
 
@@ -280,20 +282,16 @@ class Placement:
         with self.bare():
             tied = {} if untie_weights else shared_weights(self.network, owners)
             self._check_mergeable(chosen, tied)
-            deltas = {path: [] for path in layers}
-            for adapter in chosen.values():
-                values = adapter.values
-                for path in adapter.frame.deltas:
-                    deltas[path].append(fold_arguments(path, values))
+            deltas = {path: self._deltas(names, path) for path in layers}
             folds, report = merge_layers(list(layers.values()), deltas, progressbar)
             if untie_weights:
                 untie(self.network, owners)
                 forget_graphs()
         trained = {copy: active.value(copy) for copy in copies}
-        self.merged = {}
+        self.merged, self.merged_names = {}, list(names)
         for one in folds:
             param = one.cell._params[one.attribute]
-            self.merged[id(param)] = (param, value_of(param), one.apply)
+            self.merged[id(param)] = (param, value_of(param), one)
             assign(param, Tensor(one.value))
         if self.active in names:
             self._hide(active, copies=False)
@@ -311,13 +309,20 @@ class Placement:
             AdapterError: at the end, if parameters of the merged delta were written to.
         """
         adapter = self.adapters[self.active]
-        merged, self.merged = self.merged, None
+        merged, self.merged, self.merged_names = self.merged, None, []
         for param, own, _ in merged.values():
             assign(param, Tensor(own))
         try:
             self._refuse_changes(adapter, "unmerge_adapter")
         finally:
             self.activate(self.active)
+
+    def _deltas(self, names, path):
+        """What is folded into the layer at a path: of each adapter the keywords of `fold_lora`, and 'bias'."""
+        chosen = [self.adapters[name] for name in names if path in self.adapters[name].frame.deltas]
+        return [
+            fold_arguments(path, {key: adapter.value(key) for key in adapter.frame.names[path]}) for adapter in chosen
+        ]
 
     def _check_mergeable(self, chosen, tied):
         problems = []
@@ -327,8 +332,14 @@ class Placement:
                 problems.append(f"{name!r} is of {adapter.config.peft_type.value}, which cannot be folded into weights")
             elif plan.trained and name != self.active:
                 problems.append(f"{name!r} changes the base's own parameters; only the active adapter may")
-            elif plan.trained and getattr(adapter.config, "lora_bias", False) and adapter.config.bias != "none":
-                problems.append(f"{name!r} has lora_bias beside biases that it trains")
+        if self.active in chosen:
+            trained = {id(param) for param in self.adapters[self.active].plan.trained.values()}
+            problems += [
+                f"{layer.path} has parameters that {self.active!r} trains"
+                for name, adapter in chosen.items()
+                for layer in adapter.plan.targets
+                if trained & set(map(id, _changed(adapter, layer)))
+            ]
         problems += [
             f"{path} has its weight in common with {[other for other, _, _ in others]}, which would change too; "
             "merge_and_unload(untie_weights=True) gives each its own"
@@ -336,6 +347,13 @@ class Placement:
         ]
         if problems:
             raise MergeError("merge: " + "; ".join(problems) + ".")
+
+
+def _changed(adapter, layer):
+    """The base's parameters that merging an adapter changes in a layer."""
+    kind = layer_kind(layer.cell)
+    names = [kind.weight, *([kind.bias] if getattr(adapter.config, "lora_bias", False) else [])]
+    return [param for param in map(layer.cell._params.get, names) if param is not None]
 
 
 def _weight_place(layer):

@@ -65,7 +65,7 @@ class Plan:
         return "\n".join(f"{path:<{widths[0]}}  {kind:<{widths[1]}}  {what}" for path, kind, what in rows)
 
 
-def plan_targets(network, config, batch_statistics=False):
+def plan_targets(network, config, batch_statistics=False, unmatched=None):
     """What `get_peft_model` would do; the network is not changed. `print` the result to see it.
 
     Args:
@@ -73,6 +73,8 @@ def plan_targets(network, config, batch_statistics=False):
         config (PeftConfig): the configuration.
         batch_statistics (bool): whether the running statistics of BatchNorms move while training; then they belong to
             the adapter. Default: False.
+        unmatched (list): where to note, for a file, entries of the configuration that match nothing. Default: None, to
+            refuse them.
 
     Returns:
         Plan.
@@ -91,7 +93,7 @@ def plan_targets(network, config, batch_statistics=False):
     errors = []
     for step in (_find_layers, _find_attentions, _find_modules_to_save):
         try:
-            step(network, plan)
+            step(network, plan, unmatched)
         except MindPetError as error:
             errors.append(error)
     if errors:
@@ -102,15 +104,15 @@ def plan_targets(network, config, batch_statistics=False):
     return plan
 
 
-def _find_layers(network, plan):
+def _find_layers(network, plan, unmatched):
     kinds = plan.method.kinds
     if not kinds:
         return
     config = plan.config
     if config.target_modules is None:
         config.target_modules = default_targets(list_layers(network))
-    plan.targets = find_targets(network, config, lambda cell: _name(cell) in kinds)
-    check_patterns(config, plan.targets)
+    plan.targets = find_targets(network, config, lambda cell: _name(cell) in kinds, unmatched)
+    check_patterns(config, plan.targets, unmatched)
     if config.peft_type == PeftType.LORA:
         _check_lora(config, plan.targets)
 
@@ -118,15 +120,13 @@ def _find_layers(network, plan):
 def _check_lora(config, targets):
     problems = []
     for layer in targets:
-        name, group, rank = _name(layer.cell), getattr(layer.cell, "group", 1), config.sizes(layer.path)["rank"]
-        if name == "conv2d" and rank % group:
+        kind, rank = layer_kind(layer.cell), config.sizes(layer.path)["rank"]
+        name, group = kind.name, kind.groups_of(layer.cell)
+        if rank % group:
             problems.append(f"{layer.path}: the rank, {rank}, must be a multiple of its {group} groups")
-        if name == "conv2d" and group > 1 and config.use_dora:
+        if group > 1 and config.use_dora:
             problems.append(f"{layer.path}: no DoRA beside a convolution in groups")
-        if name == "conv2d" and getattr(layer.cell, "data_format", "NCHW") != "NCHW":
-            problems.append(f"{layer.path}: its data format must be NCHW, but is {layer.cell.data_format}")
-        weight = layer_kind(layer.cell).weight_of(layer.cell)
-        scale, dtype = config.scaling(layer.path), getattr(layer.cell, "compute_dtype", weight.dtype)
+        scale, dtype = config.scaling(layer.path), kind.compute_dtype
         if not 0 < abs(float(np.asarray(scale, ms.dtype_to_nptype(dtype)))) < math.inf:
             problems.append(f"{layer.path}: the scale, {scale:g}, must be a number of {dtype}, in which it computes")
         if config.use_dora and getattr(getattr(layer.cell, "matmul", None), "in_strategy", None) is not None:
@@ -144,7 +144,7 @@ def is_from_weight(config):
     return starts_from_weight(getattr(config, "init_lora_weights", None))
 
 
-def _find_attentions(network, plan):
+def _find_attentions(network, plan, unmatched):
     if not plan.config.is_prompt_learning:
         return
     config, owner = plan.config, type(plan.config).__name__
@@ -170,7 +170,7 @@ def _find_attentions(network, plan):
         raise ConfigError(f"{owner}: " + "; ".join(problems) + ".")
 
 
-def _find_modules_to_save(network, plan):
+def _find_modules_to_save(network, plan, unmatched):
     config = plan.config
     given = config.modules_to_save or []
     given = [given] if isinstance(given, str) else sorted(given)
@@ -181,8 +181,8 @@ def _find_modules_to_save(network, plan):
         found = [layer for layer in layers if any(ends_with(path, entry) for path in layer.paths)]
         plan.modules_to_save += [layer for layer in found if layer not in plan.modules_to_save]
         if not found and entry not in heads:
-            missing = True
-            problems.append(no_match("modules_to_save", entry, layers))
+            missing = unmatched is None
+            (problems if missing else unmatched).append(no_match("modules_to_save", entry, layers))
     for layer in plan.modules_to_save:
         both = [target.path for target in plan.targets if f"{target.path}.".startswith(f"{layer.path}.")]
         if both:
