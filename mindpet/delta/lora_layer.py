@@ -10,6 +10,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import HeUniform, Normal, initializer
 
 from mindpet.delta._base import delta_parameter, set_zeros
+from mindpet.layers.convolution import AXES, convolution_like, pointwise_like
 from mindpet.layers.linear import from_rows, to_rows
 from mindpet.utils.sharding import apply_strategies
 from mindpet.utils.values import assign
@@ -24,8 +25,8 @@ class LoraLayer(nn.Cell):
         \\quad g = m / \\lVert W + s B A \\rVert
 
     with s = alpha / rank, or alpha / sqrt(rank) for rsLoRA, and the norm over all axes of W but the first, taken as
-    a constant in the backward pass. An embedding has its table's transpose as W. PiSSA and OLoRA take off W what A and B
-    start as: there the update is `s (B A dropout(x) - B_0 A_0 x)`. Use `lora_layer` to make one.
+    a constant in the backward pass. An embedding has its table's transpose as W. PiSSA and OLoRA take off W what A and
+    B start as: there the update is `s (B A dropout(x) - B_0 A_0 x)`. Use `lora_layer` to make one.
 
     Source: LoRA, Hu et al. 2021, arXiv:2106.09685, equation 3; rsLoRA, Kalajdzievski 2023, arXiv:2312.03732, equation
     2; DoRA, Liu et al. 2024, arXiv:2402.09353, equations 5 and 11.
@@ -45,7 +46,7 @@ class LoraLayer(nn.Cell):
 
     Parameters:
         mindpet_delta_lora_a, mindpet_delta_lora_b: see `shapes` of the class; mindpet_delta_lora_magnitude: `(out,)`,
-        of a convolution `(1, out, 1, 1)`; mindpet_delta_lora_bias: `(out,)`; not trained: mindpet_lora_scaling: `()`,
+        of a convolution `(1, out, 1, ...)`; mindpet_delta_lora_bias: `(out,)`; not trained: mindpet_lora_scaling: `()`,
         mindpet_lora_start_a, mindpet_lora_start_b: A_0 and B_0.
     """
 
@@ -72,7 +73,7 @@ class LoraLayer(nn.Cell):
         super().__init__(auto_prefix=False)
         self.kind, self.rank, self.use_dora, self.lora_bias = kind, rank, use_dora, lora_bias
         weight = kind.weight_of(cell)
-        self.compute_dtype = getattr(cell, "compute_dtype", weight.dtype)
+        self.compute_dtype = kind.compute_dtype
         self.use_rslora, self.starts_from_weight = use_rslora, starts_from_weight(init)
         scaling = alpha / math.sqrt(rank) if use_rslora else alpha / rank
         # A Parameter, so that another adapter's scale can take its place without a new graph.
@@ -86,7 +87,7 @@ class LoraLayer(nn.Cell):
             self.mindpet_delta_lora_magnitude = delta_parameter(
                 "ones", self.magnitude_shape(), ms.float32, "mindpet_delta_lora_magnitude"
             )
-            self.base_weight, self.base_bias = weight, kind.bias_of(cell)
+            self.base_weight, self.base_bias = weight, kind.bias_of(cell) if kind.adds_bias else None
         if lora_bias:
             shape = (self.out_channels,)
             self.mindpet_delta_lora_bias = delta_parameter("zeros", shape, ms.float32, "mindpet_delta_lora_bias")
@@ -261,8 +262,8 @@ class LoraEmbedding(LoraLayer):
         return ops.Gather(), ops.MatMul(transpose_a=True, transpose_b=True)
 
 
-class LoraConv2d(LoraLayer):
-    """The LoRA delta of a convolution: one with `rank` channels, then one of 1 x 1."""
+class LoraConvolution(LoraLayer):
+    """The LoRA delta of a convolution: one with `rank` channels, then one with a kernel of one tap."""
 
     operators = None
 
@@ -274,22 +275,23 @@ class LoraConv2d(LoraLayer):
         return out
 
     def channels(self, vector):
-        return ops.reshape(vector, (1, -1, 1, 1))
+        return ops.reshape(vector, (1, -1) + (1,) * (self.mindpet_delta_lora_b.ndim - 2))
 
     def as_matrix(self, weight):
         return ops.reshape(weight, (weight.shape[0], -1))
 
     def magnitude_shape(self):
-        return (1, self.out_channels, 1, 1)
+        return (1, self.out_channels) + (1,) * AXES[self.kind.name]
 
     def shapes(self, cell, weight):
-        """`(rank, in / groups, height, width)` and `(out, rank / groups, 1, 1)`."""
-        return (self.rank, *weight[1:]), (weight[0], self.rank // cell.group, 1, 1)
+        """`(rank, in / groups, *kernel)` and `(out, rank / groups, 1, ...)`."""
+        axes = AXES[self.kind.name]
+        taps = (1,) * axes
+        return (self.rank, weight[1], *weight[-axes:]), (weight[0], self.rank // self.kind.groups_of(cell), *taps)
 
     def make_operators(self, cell):
-        same = {name: getattr(cell, name) for name in ("pad_mode", "stride", "dilation", "group")}
-        down = ops.Conv2D(self.rank, cell.kernel_size, pad=cell.padding, **same)
-        return down, ops.Conv2D(self.out_channels, 1, group=cell.group)
+        name = self.kind.name
+        return convolution_like(cell, name, self.rank), pointwise_like(cell, name, self.out_channels)
 
 
 # Parameter -> keyword of `fold_lora`; a bias is folded into the layer's own.
@@ -301,7 +303,7 @@ FOLD = {
     "mindpet_delta_lora_magnitude": "magnitude",
     "mindpet_delta_lora_bias": "bias",
 }
-LORA_LAYERS = {"linear": LoraLayer, "embedding": LoraEmbedding, "conv2d": LoraConv2d}
+LORA_LAYERS = {"linear": LoraLayer, "embedding": LoraEmbedding, **dict.fromkeys(AXES, LoraConvolution)}
 
 
 def lora_layer(cell, kind, *args, **keywords):

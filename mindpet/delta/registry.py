@@ -57,7 +57,7 @@ METHODS = {
             identity=True,
             mergeable=True,
             peft_type="LORA",
-            kinds=("linear", "embedding", "conv2d"),
+            kinds=("linear", "embedding", "conv1d", "conv2d", "conv3d"),
             make=lora_layer,
             before_activation=True,
         ),
