@@ -8,6 +8,7 @@ Source: Devlin et al. 2018, "BERT: Pre-training of Deep Bidirectional Transforme
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import mindspore as ms
@@ -17,7 +18,7 @@ from mindspore.common.initializer import Normal
 from mindpet.delta import AdapterDense, LoRADense, LowRankAdapterDense, PrefixEncoder, PrefixLayer
 from models.config import make_config, read_config
 from models.masks import MASKED, seen_by_all
-from models.weights import read_folder
+from models.weights import load_weights, read_folder
 
 METHODS = ("lora", "adapter", "low_rank_adapter", "prefixtuning", "ptuning2", "bitfit", "full", "head")
 RENAMED = (
@@ -46,9 +47,11 @@ class BertConfig:
     hidden_act: str = "gelu"
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float = None
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
+    num_labels: int = 2
     method: str = "full"
     lora_rank: int = 8
     lora_alpha: int = 16
@@ -80,6 +83,8 @@ class BertConfig:
             ValueError: it is not JSON, or not the config of a BERT.
         """
         path, content = read_config(folder)
+        if "id2label" in content:  # a config with two labels, which are the default, may leave them out
+            content["num_labels"] = len(content["id2label"])
         return make_config(cls, path, content, UNDERSTOOD, overrides)
 
 
@@ -315,7 +320,7 @@ class BertClassifier(nn.Cell):
 
     Args:
         config (BertConfig): its shape.
-        num_labels (int): classes.
+        num_labels (int): classes. Default: None, for `config.num_labels`.
         pooling (str): 'cls', the pooler's output, or 'mean', the mean of the unmasked tokens. Default: 'cls'.
 
     Inputs:
@@ -325,14 +330,15 @@ class BertClassifier(nn.Cell):
         logits `(batch, num_labels)`.
     """
 
-    def __init__(self, config, num_labels, pooling="cls"):
+    def __init__(self, config, num_labels=None, pooling="cls"):
         super().__init__()
         if pooling not in ("cls", "mean"):
             raise ValueError(f"BertClassifier: 'pooling' must be 'cls' or 'mean', but got {pooling!r}")
         self.mean = pooling == "mean"
         self.bert = BertModel(config, add_pooler=not self.mean)
-        self.dropout = nn.Dropout(p=config.hidden_dropout_prob)
-        self.classifier = dense(config.hidden_size, num_labels)
+        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        self.dropout = nn.Dropout(p=dropout)
+        self.classifier = dense(config.hidden_size, config.num_labels if num_labels is None else num_labels)
 
     def construct(self, input_ids, attention_mask):
         hidden, pooled = self.bert(input_ids, attention_mask)
@@ -340,6 +346,36 @@ class BertClassifier(nn.Cell):
             weight = attention_mask.astype(hidden.dtype).expand_dims(2)
             pooled = (hidden * weight).sum(1) / weight.sum(1)
         return self.classifier(self.dropout(pooled))
+
+    @classmethod
+    def from_pretrained(cls, folder, num_labels=None, pooling="cls", **overrides):
+        """The model of a Hugging Face folder, with its weights.
+
+        A pooler or a head that the folder does not have stays as it starts, and a warning says so.
+
+        Args:
+            folder (str): of any BERT.
+            num_labels (int): classes. Default: None, for as many as the folder's configuration has.
+            pooling (str): see above. Default: 'cls'.
+            overrides: fields of BertConfig, say `method`.
+
+        Raises:
+            OSError, ValueError: see `BertConfig.from_folder`, `read_folder` and `load_weights`.
+        """
+        model = cls(BertConfig.from_folder(folder, **overrides), num_labels, pooling)
+        weights = {
+            name if name.startswith("classifier.") else f"bert.{name}": value
+            for name, value in read_weights(folder).items()
+        }
+        fresh = {
+            name: param.asnumpy()
+            for name, param in model.parameters_and_names()
+            if name.startswith(("bert.pooler.", "classifier.")) and name not in weights
+        }
+        load_weights(model, {**weights, **fresh})
+        if fresh:
+            warnings.warn(f"{folder} does not have, and so not trained are: {', '.join(fresh)}", stacklevel=2)
+        return model
 
 
 def read_weights(folder):

@@ -1,7 +1,9 @@
 """The example BERT against golden numbers and published parameter shares."""
 
+import json
 import pathlib
 import shutil
+import warnings
 
 import mindspore as ms
 import numpy as np
@@ -12,6 +14,7 @@ from models.weights import load_weights
 from safetensors.numpy import load_file, save_file
 
 from mindpet.graph import freeze_delta, summary
+from mindpet.peft import AutoPeftModel, LoraConfig, get_peft_model
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden/bert"
 
@@ -138,3 +141,69 @@ def test_gelu_of_the_config():
     ids = Tensor(np.array([[2, 5, 9, 3]]), ms.int32)
     difference = np.abs(exact(ids, ids * 0 + 1)[0].asnumpy() - tanh(ids, ids * 0 + 1)[0].asnumpy()).max()
     assert 0 < difference < 0.02
+
+
+@pytest.fixture
+def classifier_folder(rng, tmp_path):
+    """A Hugging Face folder of a classifier with three labels."""
+    config = json.loads((GOLDEN / "config.json").read_text())
+    config.update(id2label={"0": "a", "1": "b", "2": "c"}, classifier_dropout=0.0)
+    weights = {f"bert.{name}": value for name, value in load_file(GOLDEN / "model.safetensors").items()}
+    weights["classifier.weight"] = rng.normal(size=(3, 32)).astype(np.float32)
+    weights["classifier.bias"] = rng.normal(size=3).astype(np.float32)
+    folder = tmp_path / "classifier"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def test_a_classifier_comes_with_its_head(classifier_folder, mode):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = BertClassifier.from_pretrained(classifier_folder).set_train(False)
+    head = load_file(classifier_folder / "model.safetensors")
+    expected = load_file(GOLDEN / "expected.safetensors")
+    ids, mask = (Tensor(expected[name]) for name in ("input_ids", "attention_mask"))
+    pooled = golden_model()(ids, mask)[1].asnumpy()
+    logits = pooled @ head["classifier.weight"].T + head["classifier.bias"]
+    np.testing.assert_allclose(model(ids, mask).asnumpy(), logits, atol=1e-5)
+    assert model.dropout.p == 0.0 and model.bert.embeddings.dropout.p == 0.1
+    mean = BertClassifier.from_pretrained(classifier_folder, pooling="mean", method="lora")
+    assert mean.bert.pooler is None and "bert.encoder.layer.1.attention.self.query.mindpet_delta_lora_a" in {
+        name for name, _ in mean.parameters_and_names()
+    }
+
+
+def test_a_classifier_of_a_folder_without_head():
+    with pytest.warns(UserWarning, match="so not trained are: classifier.weight, classifier.bias$"):
+        model = BertClassifier.from_pretrained(GOLDEN, 4)
+    assert model.classifier.weight.shape == (4, 32)
+    pooler = read_weights(GOLDEN)["pooler.dense.weight"]
+    np.testing.assert_array_equal(model.bert.pooler.dense.weight.asnumpy(), pooler)
+
+
+def test_a_classifier_without_pooler_and_with_another_number_of_labels(classifier_folder):
+    weights = load_file(classifier_folder / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if "pooler" not in k}, classifier_folder / "model.safetensors")
+    with pytest.warns(UserWarning, match="so not trained are: bert.pooler.dense.weight, bert.pooler.dense.bias$"):
+        BertClassifier.from_pretrained(classifier_folder)
+    with pytest.raises(ValueError, match=r"classifier.weight: \(5, 32\) in the model, \(3, 32\) in the file"):
+        BertClassifier.from_pretrained(classifier_folder, 5)
+
+
+def test_an_adapter_finds_its_classifier(classifier_folder, mode, rng, tmp_path):
+    config = LoraConfig(
+        task_type="SEQ_CLS",
+        target_modules=["query"],
+        base_model_name_or_path=str(classifier_folder),
+        init_lora_weights=False,
+    )
+    model = get_peft_model(BertClassifier.from_pretrained(classifier_folder), config).set_train(False)
+    ids = Tensor(rng.integers(0, 19, (2, 8)).astype(np.int32))
+    expected = model(ids, ids * 0 + 1).asnumpy()
+    model.save_pretrained(tmp_path / "adapter")
+    content = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert content["auto_mapping"] == {"base_model_class": "BertClassifier", "parent_library": "models.bert"}
+    loaded = AutoPeftModel.from_pretrained(tmp_path / "adapter").set_train(False)
+    np.testing.assert_array_equal(loaded(ids, ids * 0 + 1).asnumpy(), expected)
