@@ -1,6 +1,7 @@
 """Arithmetic on the values of LoRA adapters: sums of adapters, and starts from a layer's weight. All in float32."""
 
 import math
+import numbers
 
 import numpy as np
 
@@ -8,6 +9,9 @@ from mindpet.delta.lora_layer import FOLD
 from mindpet.errors import AdapterError
 from mindpet.layers.kinds import layer_kind
 from mindpet.peft.config import LoraConfig, PeftType
+from mindpet.peft.match import exact_targets, exactly
+from mindpet.peft.plan import is_from_weight
+from mindpet.utils.validate import Checker, is_int
 
 A, B, SCALING = "mindpet_delta_lora_a", "mindpet_delta_lora_b", "mindpet_lora_scaling"
 
@@ -46,112 +50,227 @@ def start_from_weight(weight, init, rank, scaling):
     return lora_a, lora_b, weight - scaling * (lora_b @ lora_a)
 
 
-def initial_from_weight(frame, base):
-    """A, B and what is left of the weights, for an adapter that starts from them; see `start_from_weight`.
+def combine(
+    adapters,
+    weights,
+    combination_type="svd",
+    svd_rank=None,
+    svd_clamp=None,
+    svd_full_matrices=True,
+    svd_driver=None,
+    density=None,
+    majority_sign_method="total",
+    seed=None,
+):
+    """The configuration and the values of a sum of LoRA adapters with weights w, as Hugging Face PEFT computes it.
+
+    Of the adapters that have a delta beside a layer, with scales s:
+
+    * 'cat': their `w s A` below one another and their B side by side, which is the exact sum. The rank is the sum of
+      ranks.
+    * 'linear': `sum sign(w s) sqrt(|w s|) A` and `sum sqrt(|w s|) B`, for equal ranks.
+    * 'svd': the best approximation of `sum w s B A` of rank `svd_rank`.
+    * 'magnitude_prune', 'ties', 'dare_linear' and 'dare_ties': as 'linear', but elements are dropped before the sum.
+      'magnitude_prune' and 'ties' keep those of largest magnitude in each A and B, 'dare' keeps each by chance and
+      divides it by `density`. With 'ties', the mean of the elements that have the sign of the majority stands in place
+      of the sum. All four with '_svd': as 'svd', with `s B A` in place of A and B.
+
+    Source: TIES, Yadav et al. 2023, arXiv:2306.01708, section 3; DARE, Yu et al. 2023, arXiv:2311.03099, section 3.
 
     Args:
-        frame (Frame): of the adapter.
-        base (dict): name -> numpy.ndarray, the base's weights.
-
-    Returns:
-        dict of name -> numpy.ndarray.
-    """
-    values = {}
-    for layer in frame.plan.targets:
-        delta, kind = frame.deltas[layer.path], layer_kind(layer.cell)
-        name = kind.weight_of(layer.cell).name
-        weight = kind.to_matrix(base[name].astype(np.float32))
-        init = frame.plan.config.init_lora_weights
-        lora_a, lora_b, rest = start_from_weight(weight, init, delta.rank, delta.scaling)
-        values[f"{layer.path}.{A}"] = np.ascontiguousarray(lora_a)
-        values[f"{layer.path}.{B}"] = np.ascontiguousarray(lora_b)
-        values[name] = np.ascontiguousarray(kind.from_matrix(rest, base[name].shape)).astype(base[name].dtype)
-    return values
-
-
-def combine(adapters, weights, combination_type, svd_rank):
-    """The configuration and the values of a sum of adapters with weights; see `PeftModel.add_weighted_adapter`.
-
-    Args:
-        adapters (list of Adapter): the adapters.
-        weights (list of float): one for each.
-        combination_type (str): 'linear', 'cat' or 'svd'.
-        svd_rank (int): of the result of 'svd', or None.
+        adapters (list): the adapters; each has `config`, `plan`, `frame.deltas` and `values`.
+        weights (list of float): one for each; a negative one subtracts.
+        combination_type (str): see above. Default: 'svd'.
+        svd_rank (int): rank of the result of the types with 'svd'. Default: None, for the largest of all adapters.
+        svd_clamp (float): quantile in (0, 1] of the elements of A and B, beyond which the types with 'svd' clamp them.
+            Default: None.
+        svd_full_matrices (bool): kept for Hugging Face PEFT; of no effect on the result. Default: True.
+        svd_driver (str): kept for Hugging Face PEFT, a method of cuSOLVER; of no effect. Default: None.
+        density (float): share in (0, 1] of the elements that are kept; the types that drop elements need it, the others
+            ignore it. Default: None.
+        majority_sign_method (str): the sign of the majority is that of the sum of the elements, 'total', or of their
+            signs, 'frequency'. Default: 'total'.
+        seed (Union[int, numpy.random.Generator]): of the chance of 'dare'. Default: None, for NumPy's global state,
+            which `mindspore.set_seed` sets too.
 
     Returns:
         tuple of LoraConfig and dict of name -> numpy.ndarray.
 
     Raises:
-        AdapterError: an adapter is not plain LoRA on linear layers and embeddings, or has another rank where 'linear'
-            needs equal ones.
-        ValueError: `combination_type` is unknown, or the numbers of adapters and weights differ.
+        AdapterError: an adapter is not plain LoRA on linear layers and embeddings, holds NaN or infinite numbers, or
+            has another rank where the type needs equal ones; all is in the message.
+        TypeError, ValueError: another argument is wrong; all are in the message.
     """
-    if combination_type not in COMBINATIONS:
-        raise ValueError(f"'combination_type' must be one of {sorted(COMBINATIONS)}, but got {combination_type!r}.")
-    if not adapters or len(adapters) != len(weights):
-        raise ValueError(f"'weights' must have one for each of {len(adapters)} adapters, but got {weights!r}.")
-    _check_plain(adapters, combination_type)
-    values, ranks = {}, {}
-    paths = list(dict.fromkeys(path for adapter in adapters for path in adapter.frame.deltas))
-    for path in paths:
-        parts = [
-            (weight * float(found["scaling"]), found["lora_a"], found["lora_b"])
-            for weight, adapter in zip(weights, adapters)
-            if path in adapter.frame.deltas
-            for found in [fold_arguments(path, adapter.values)]
-        ]
-        lora_a, lora_b = COMBINATIONS[combination_type](parts, svd_rank)
-        ranks[path] = len(lora_a)
+    adapters = list(adapters)
+    _check_arguments(**locals())
+    _check_plain(adapters)
+    layers = {}
+    for weight, adapter in zip(weights, adapters):
+        for path in adapter.frame.deltas:
+            found = fold_arguments(path, adapter.values)
+            layers.setdefault(path, []).append((weight, float(found["scaling"]), found["lora_a"], found["lora_b"]))
+    _check_layers(layers, combination_type)
+    rank = svd_rank or max(rank for each in adapters for rank in (each.config.r, *each.config.rank_pattern.values()))
+    seed = np.random.randint(2**31) if seed is None else seed
+    merge = _merger(combination_type, density, majority_sign_method, np.random.default_rng(seed))
+    values = {}
+    for path, parts in layers.items():
+        weight, scaling, parts_a, parts_b = zip(*parts)
+        scales = np.multiply(weight, scaling)
+        if combination_type == "cat":
+            lora_a, lora_b = np.concatenate([f * a for f, a in zip(np.float32(scales), parts_a)]), np.hstack(parts_b)
+        elif combination_type.endswith("svd"):
+            deltas = [np.float32(s) * (lora_b @ lora_a) for s, lora_a, lora_b in zip(scaling, parts_a, parts_b)]
+            lora_a, lora_b = _factors(merge(deltas, weight), rank, svd_clamp)
+        else:
+            roots = np.sqrt(np.abs(scales))
+            lora_a, lora_b = merge(parts_a, np.copysign(roots, scales)), merge(parts_b, roots)
         values[f"{path}.{A}"], values[f"{path}.{B}"] = np.ascontiguousarray(lora_a), np.ascontiguousarray(lora_b)
-    first = adapters[0].config
-    rank = max(ranks.values())
-    others = {path: own for path, own in ranks.items() if own != rank}
+    ranks = {path: len(values[f"{path}.{A}"]) for path in layers}
+    most = max(ranks.values())
+    others = {exactly(path): own for path, own in ranks.items() if own != most}
     config = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=paths,
+        r=most,
+        lora_alpha=most,
+        target_modules=exact_targets(layers),
         rank_pattern=others,
         alpha_pattern=dict(others),
-        task_type=first.task_type,
-        base_model_name_or_path=first.base_model_name_or_path,
+        task_type=adapters[0].config.task_type,
+        base_model_name_or_path=adapters[0].config.base_model_name_or_path,
     )
     return config, values
 
 
-def _check_plain(adapters, combination_type):
+def _check_arguments(
+    adapters,
+    weights,
+    combination_type,
+    svd_rank,
+    svd_clamp,
+    svd_full_matrices,
+    svd_driver,
+    density,
+    majority_sign_method,
+    seed,
+):
+    check = Checker("add_weighted_adapter")
+    check.require(adapters, ValueError, "adapters", adapters, "names of adapters, at least one")
+    rule = f"a list of finite numbers, one for each of {len(adapters)} adapters"
+    if check.require(isinstance(weights, (list, tuple)), TypeError, "weights", weights, rule):
+        fit = len(weights) == len(adapters) and all(_is_real(weight) and math.isfinite(weight) for weight in weights)
+        check.require(fit, ValueError, "weights", weights, rule)
+    check.choice("combination_type", combination_type, COMBINATIONS)
+    if svd_rank is not None:
+        check.positive_int(svd_rank=svd_rank)
+    if svd_clamp is not None:
+        check.require(_is_share(svd_clamp), ValueError, "svd_clamp", svd_clamp, "in (0, 1] or None")
+    if svd_driver is not None:
+        check.choice("svd_driver", svd_driver, ("gesvd", "gesvda", "gesvdj"))
+    if combination_type in COMBINATIONS and combination_type not in ("cat", "linear", "svd"):
+        check.require(_is_share(density), ValueError, "density", density, f"in (0, 1] for {combination_type!r}")
+    check.boolean(svd_full_matrices=svd_full_matrices)
+    check.choice("majority_sign_method", majority_sign_method, ("total", "frequency"))
+    known = seed is None or isinstance(seed, np.random.Generator) or (is_int(seed) and seed >= 0)
+    check.require(known, ValueError, "seed", seed, "an int from 0 on, a numpy.random.Generator or None")
+    check.done()
+
+
+def _is_real(value):
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _is_share(value):
+    return _is_real(value) and 0 < value <= 1
+
+
+def _check_plain(adapters):
     problems = []
     for adapter in adapters:
         config = adapter.config
         if config.peft_type != PeftType.LORA:
             problems.append(f"an adapter is of {config.peft_type.value}")
-        elif config.use_dora or config.lora_bias or adapter.plan.owned or adapter.plan.residual:
-            problems.append("an adapter has more than A and B: DoRA, biases, modules_to_save or a changed base")
-        elif any(layer_kind(layer.cell).name == "conv2d" for layer in adapter.plan.targets):
+        elif config.use_dora or config.lora_bias or adapter.plan.trained:
+            problems.append("an adapter has more than A and B: DoRA, biases, modules_to_save or statistics")
+        elif is_from_weight(config):
+            problems.append(f"an adapter starts from the base's weights: {config.init_lora_weights!r}")
+        elif any(layer_kind(layer.cell).name not in ("linear", "embedding") for layer in adapter.plan.targets):
             problems.append("an adapter is beside convolutions")
-    if not problems and combination_type == "linear":
-        for path in adapters[0].frame.deltas:
-            ranks = {len(other.values[f"{path}.{A}"]) for other in adapters if f"{path}.{A}" in other.values}
-            if len(ranks) > 1:
-                problems.append(f"'linear' needs equal ranks, but {path} has {sorted(ranks)}")
+    _refuse(problems)
+
+
+def _check_layers(layers, combination_type):
+    problems = []
+    for path, parts in layers.items():
+        ranks = {len(lora_a) for _, _, lora_a, _ in parts}
+        if len(ranks) > 1 and combination_type in RULES:
+            problems.append(f"{combination_type!r} needs equal ranks, but {path} has {sorted(ranks)}")
+        if not all(np.isfinite(tensor).all() for _, *tensors in parts for tensor in tensors):
+            problems.append(f"{path} holds NaN or infinite numbers")
+    _refuse(problems)
+
+
+def _refuse(problems):
     if problems:
         raise AdapterError("add_weighted_adapter: " + "; ".join(dict.fromkeys(problems)) + ".")
 
 
-def _linear(parts, svd_rank):
-    lora_a = sum(math.sqrt(abs(factor)) * lora_a for factor, lora_a, _ in parts)
-    lora_b = sum(math.copysign(math.sqrt(abs(factor)), factor) * lora_b for factor, _, lora_b in parts)
-    return lora_a.astype(np.float32), lora_b.astype(np.float32)
+def _merger(combination_type, density, majority_sign_method, rng):
+    """A function that makes one tensor of several and their factors."""
+    prune, total = RULES.get(combination_type.replace("_svd", ""), RULES["linear"])
+
+    def merge(tensors, factors):
+        kept = np.stack([prune(tensor, density, rng) for tensor in tensors])
+        factors = np.reshape(factors, (-1, *(1,) * tensors[0].ndim)).astype(np.float32)
+        return total(kept, factors, majority_sign_method)
+
+    return merge
 
 
-def _cat(parts, svd_rank):
-    scaled = [np.float32(factor) * lora_a for factor, lora_a, _ in parts]
-    return np.concatenate(scaled, 0), np.concatenate([lora_b for _, _, lora_b in parts], 1)
+def _keep(tensor, density, rng):
+    return tensor
 
 
-def _svd(parts, svd_rank):
-    rank = svd_rank or max(len(lora_a) for _, lora_a, _ in parts)
-    left, roots, right = np.linalg.svd(sum(np.float32(f) * (b @ a) for f, a, b in parts), full_matrices=False)
-    return right[:rank], left[:, :rank] * roots[:rank]
+def _keep_largest(tensor, density, rng):
+    order = np.argsort(-np.abs(tensor), axis=None, kind="stable")
+    kept = np.zeros_like(tensor)
+    kept.flat[order[: int(density * tensor.size)]] = 1
+    return tensor * kept
 
 
-COMBINATIONS = {"linear": _linear, "cat": _cat, "svd": _svd}
+def _keep_by_chance(tensor, density, rng):
+    return np.where(rng.random(tensor.shape) < density, tensor / np.float32(density), np.float32(0))
+
+
+def _sum(tensors, factors, majority_sign_method):
+    return (factors * tensors).sum(0)
+
+
+def _mean_of_majority(tensors, factors, majority_sign_method):
+    """The sum of the elements with the sign of the majority, by their number; in a draw it is positive."""
+    votes = tensors if majority_sign_method == "total" else np.sign(tensors)
+    agree = np.sign(tensors) == np.where(votes.sum(0) >= 0, 1, -1)
+    return (factors * tensors * agree).sum(0) / np.maximum(agree.sum(0), 1).astype(np.float32)
+
+
+def _factors(delta, rank, clamp):
+    """A and B of a rank, whose product is next to a matrix."""
+    left, roots, right = np.linalg.svd(delta, full_matrices=False)
+    lora_a, lora_b = right[:rank], left[:, :rank] * roots[:rank]
+    if clamp is not None:
+        limit = np.quantile(np.concatenate((lora_a, lora_b), axis=None), clamp)
+        # The order counts where the limit is negative: it is that of torch.clamp.
+        lora_a, lora_b = (
+            np.minimum(np.maximum(factor, -limit), limit).astype(np.float32) for factor in (lora_a, lora_b)
+        )
+    return lora_a, lora_b
+
+
+# How elements are dropped, and what is made of the rest.
+RULES = {
+    "linear": (_keep, _sum),
+    "magnitude_prune": (_keep_largest, _sum),
+    "ties": (_keep_largest, _mean_of_majority),
+    "dare_linear": (_keep_by_chance, _sum),
+    "dare_ties": (_keep_by_chance, _mean_of_majority),
+}
+COMBINATIONS = ("cat", "svd", *RULES, *(f"{name}_svd" for name in RULES if name != "linear"))

@@ -11,11 +11,19 @@ import numpy as np
 
 from mindpet.delta.lora_layer import LoraLayer
 from mindpet.errors import CheckpointError
-from mindpet.peft.config import pattern_value
-from mindpet.peft.match import ends_with, list_layers
+from mindpet.peft.config import APPROXIMATE_INITS, LoraConfig, pattern_value
+from mindpet.peft.match import ALL_LINEAR, ends_with, exact_targets, exactly, list_layers
+from mindpet.peft.plan import TASK_HEADS
+from mindpet.utils.values import value_of
 
 # MindSpore's names of parameters -> PyTorch's, at the end of a name.
-LEAVES = {"embedding_table": "weight", "gamma": "weight", "beta": "bias"}
+LEAVES = {
+    "embedding_table": "weight",
+    "gamma": "weight",
+    "beta": "bias",
+    "moving_mean": "running_mean",
+    "moving_variance": "running_var",
+}
 A, B, BIAS, MAGNITUDE = (LoraLayer.file_names[f"mindpet_delta_lora_{name}"] for name in ("a", "b", "bias", "magnitude"))
 
 
@@ -76,9 +84,9 @@ class NameMap:
                     if own_scale != scale:  # one layer has one scale
                         found[part][B] = (found[part][B] * np.float32(own_scale / scale)).astype(found[part][B].dtype)
                 tensors.update({f"{start}{name}.{key}": value for key, value in _fuse(start, parts, found).items()})
-                rank = len(tensors[f"{start}{name}.{A}"])
-                config.rank_pattern = {re.escape(before + name): rank, **config.rank_pattern}
-                config.alpha_pattern = {re.escape(before + name): scale * config.divisor(rank), **config.alpha_pattern}
+                rank, key = len(tensors[f"{start}{name}.{A}"]), exactly(before + name)
+                config.rank_pattern = {key: rank, **config.rank_pattern}
+                config.alpha_pattern = {key: scale * config.divisor(rank), **config.alpha_pattern}
         return tensors, config
 
     def split(self, tensors, config):
@@ -91,41 +99,97 @@ class NameMap:
                 before = start.split("base_model.model.", 1)[-1]
                 scale = config.scaling(before + name)
                 for pattern in (config.rank_pattern, config.alpha_pattern):
-                    pattern.pop(re.escape(before + name), None)
+                    pattern.pop(exactly(before + name), None)
                 for part, values in _split(own, parts).items():
                     tensors.update({f"{start}{part}.{key}": value for key, value in values.items()})
                     rank, alpha = len(values[A]), scale * config.divisor(len(values[A]))
                     if rank != config.r:
-                        config.rank_pattern = {re.escape(before + part): rank, **config.rank_pattern}
+                        config.rank_pattern = {exactly(before + part): rank, **config.rank_pattern}
                     if not math.isclose(alpha, config.lora_alpha):
-                        config.alpha_pattern = {re.escape(before + part): alpha, **config.alpha_pattern}
+                        config.alpha_pattern = {exactly(before + part): alpha, **config.alpha_pattern}
         return tensors, config
 
 
 def to_network(config, tensors, network, names):
-    """A LoRA configuration of the PyTorch model with the names of the network.
+    """A configuration in a file with the names of the network.
 
     Args:
-        config (LoraConfig): names layers as the PyTorch model does.
+        config (PeftConfig): names layers as the PyTorch model does.
         tensors (dict): key -> numpy.ndarray, what is in its file: it tells the layers.
-        network (Cell): the network.
+        network (Cell): the network, without deltas.
         names (NameMap): between the names.
+
+    Returns:
+        PeftConfig.
     """
-    layers = list_layers(network)
-    paths = {names.to_torch(layer.path): layer.paths for layer in layers}
-    config = _explicit(config, [(path, own) for path in target_paths(tensors) for own in paths.get(path, ())])
-    entries = [config.modules_to_save] if isinstance(config.modules_to_save, str) else config.modules_to_save or []
-    theirs = {entry: [own[0] for path, own in paths.items() if ends_with(path, entry)] for entry in entries}
-    config.modules_to_save = [own for entry, found in theirs.items() for own in found or [entry]] or None
+    layers, config = list_layers(network), copy.copy(config)
+    theirs = {layer.path: names.to_torch(layer.path) for layer in layers}
+    if isinstance(config, LoraConfig) and names != NameMap():
+        paths = {theirs[layer.path]: layer.paths for layer in layers}
+        pairs = [(path, own) for path in target_paths(tensors) for own in paths.get(path, ())]
+        config = _explicit(config, pairs, [path for layer in layers for path in layer.paths])
+    found = []
+    for entry in _listed(config.modules_to_save):
+        # Hugging Face PEFT looks at the end of a name, also inside of a part of it.
+        own = [path for path, name in theirs.items() if name.endswith(entry) and _has_module(tensors, name)]
+        usual = [layer.path for layer in layers if any(ends_with(path, entry) for path in layer.paths)]
+        found += [entry] if not own or own == usual else own
+    config.modules_to_save = found or None
     return config
 
 
-def to_model(config, tensors, plan, names):
-    """The inverse of `to_network`: with the names of the PyTorch model."""
-    paths = {names.to_torch(layer.path): layer.path for layer in plan.targets}
-    config = _explicit(config, [(paths.get(path, path), path) for path in target_paths(tensors)])
-    config.modules_to_save = sorted(names.to_torch(layer.path) for layer in plan.modules_to_save) or None
-    return config
+def portable(tensors, config, plan, network, names):
+    """What is written to a file, so that Hugging Face PEFT finds the same layers and all of their tensors.
+
+    Args:
+        tensors (dict): key -> numpy.ndarray, of the adapter.
+        config (PeftConfig): of the adapter, after `NameMap.split`.
+        plan (Plan): of the adapter.
+        network (Cell): the base network.
+        names (NameMap): to the names of the PyTorch model.
+
+    Returns:
+        tuple: dict of key -> numpy.ndarray, and PeftConfig.
+    """
+    config, layers = copy.copy(config), list_layers(network)
+    is_renamed = names != NameMap()
+    # A delta in the network is no module of the PyTorch model.
+    places = [(path, layer.cell) for layer in layers for path in layer.paths if "mindpet" not in path]
+    known = {names.to_torch(place[0]): place for place in places}
+    if isinstance(config, LoraConfig):
+        if is_renamed or config.target_modules == ALL_LINEAR or config.layers_to_transform is not None:
+            own = {names.to_torch(layer.path): layer.path for layer in plan.targets}
+            config = _explicit(config, [(own.get(path, path), path) for path in target_paths(tensors)], known)
+        if re.fullmatch(APPROXIMATE_INITS, str(config.init_lora_weights)):
+            config.init_lora_weights = "pissa"
+    meant = {names.to_torch(path) for layer in plan.modules_to_save for path in layer.paths}
+    entries, heads = _listed(config.modules_to_save), TASK_HEADS.get(config.task_type, ())
+    if is_renamed or _at_end([*entries, *heads], known) != meant:
+        entries = sorted(meant)
+    config.modules_to_save = entries or None
+    start = "base_model." if plan.attentions else "base_model.model."
+    surplus = {  # that Hugging Face PEFT takes for meant too, and needs the tensors of
+        f"{start}{names.to_torch(f'{path}.{name}')}": value_of(param)
+        for path, cell in (known[path] for path in sorted(_at_end([*entries, *heads], known) - meant))
+        for name, param in cell.parameters_and_names()
+        if "mindpet" not in name
+    }
+    return {**surplus, **tensors}, config
+
+
+def _listed(entries):
+    """`modules_to_save` as a list."""
+    return [entries] if isinstance(entries, str) else sorted(entries or ())
+
+
+def _at_end(entries, known):
+    """The modules whose names end like one of the entries, as Hugging Face PEFT looks for them."""
+    return {path for path in known if path.endswith(tuple(entries))}
+
+
+def _has_module(tensors, name):
+    """Whether a file has tensors of a module as it is."""
+    return any(key.startswith((f"base_model.model.{name}.", f"base_model.{name}.")) for key in tensors)
 
 
 def target_paths(tensors):
@@ -134,18 +198,18 @@ def target_paths(tensors):
     return [match[1] for match in found if match]
 
 
-def _explicit(config, pairs):
-    """A LoRA configuration that lists every target, given pairs of the path before and after."""
+def _explicit(config, pairs, known):
+    """A LoRA configuration that means these targets alone, given pairs of the path before and after, and all paths."""
     ranks = {new: pattern_value(config.rank_pattern, old, config.r) for old, new in pairs}
     alphas = {new: pattern_value(config.alpha_pattern, old, config.lora_alpha) for old, new in pairs}
     return dataclasses.replace(
         config,
-        target_modules=sorted(ranks),
+        target_modules=exact_targets(ranks, known),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
-        rank_pattern={re.escape(path): rank for path, rank in ranks.items() if rank != config.r},
-        alpha_pattern={re.escape(path): alpha for path, alpha in alphas.items() if alpha != config.lora_alpha},
+        rank_pattern={exactly(path): rank for path, rank in ranks.items() if rank != config.r},
+        alpha_pattern={exactly(path): alpha for path, alpha in alphas.items() if alpha != config.lora_alpha},
     )
 
 

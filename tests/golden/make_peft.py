@@ -1,10 +1,14 @@
-"""Makes `gpt2/`, a tiny random Hugging Face GPT-2, and `peft/`: adapters of Hugging Face PEFT, and what they compute.
+"""Makes `gpt2/`, a tiny random Hugging Face GPT-2, `peft/`: adapters of Hugging Face PEFT, and what they compute, and
+`sums.npz`: weighted sums of adapters.
 
 Run it where torch 2.13, transformers and peft are installed, after `make_bert.py` and `make_llama.py`:
 `python tests/golden/make_peft.py`. Each folder in `peft/` is an adapter on the base with the name before the dash. Its
 `expected.npz` holds `input_ids`, without the padding token 0, whose embedding PyTorch does not train, and the `output`
 of the adapted model; and for LoRA, by key, the adapter's tensors after one step of SGD with a rate of 0.05 on the mean
 square of the output.
+
+`sums.npz` holds of each adapter and layer `adapter/layer/A`, `/B` and `/scaling`, and of each sum `sum/layer`, its
+`s B A`.
 """
 
 import pathlib
@@ -74,7 +78,67 @@ def make_adapter(name, config):
     np.savez(FOLDER / "peft" / name / "expected.npz", **expected)
 
 
+class Colliding(torch.nn.Module):
+    """Linear layers whose paths are ends of others, and an embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.embed = torch.nn.Linear(6, 5), torch.nn.Embedding(7, 6)
+        self.block = torch.nn.ModuleDict({"fc": torch.nn.Linear(6, 6), "attn": torch.nn.Linear(5, 6)})
+
+
+SUMMED = {
+    "a": peft.LoraConfig(r=2, lora_alpha=3, target_modules=["block.fc", "embed"]),
+    "b": peft.LoraConfig(r=2, lora_alpha=-5, target_modules=["fc", "attn"]),
+    "c": peft.LoraConfig(r=2, lora_alpha=4, target_modules=["fc", "embed"], use_rslora=True),
+    "wide": peft.LoraConfig(r=1, lora_alpha=4, target_modules=["fc"], rank_pattern={"block.fc": 3}),
+}
+PRUNED = {"density": 0.4}
+SUMS = {
+    "linear": (["a", "b", "c"], {"combination_type": "linear"}),
+    "cat": (["a", "b", "c"], {"combination_type": "cat"}),
+    "svd": (["a", "b", "wide"], {}),
+    "svd of rank 1": (["a", "b", "wide"], {"combination_type": "svd", "svd_rank": 1}),
+    "ties": (["a", "b", "c"], {"combination_type": "ties", **PRUNED}),
+    "ties by frequency": (
+        ["a", "b", "c"],
+        {"combination_type": "ties", "majority_sign_method": "frequency", "density": 0.7},
+    ),
+    "ties_svd": (["a", "b", "wide"], {"combination_type": "ties_svd", **PRUNED}),
+    "magnitude_prune": (["a", "b", "c"], {"combination_type": "magnitude_prune", **PRUNED}),
+    "magnitude_prune_svd": (["a", "b", "wide"], {"combination_type": "magnitude_prune_svd", "svd_rank": 2, **PRUNED}),
+}
+SUM_WEIGHTS = [0.7, -0.4, 0.3]
+
+
+def make_sums():
+    """Save adapters and their weighted sums."""
+    model = peft.get_peft_model(Colliding(), SUMMED["a"], "a")
+    for name in list(SUMMED)[1:]:
+        model.add_adapter(name, SUMMED[name])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter))
+    for name, (names, keywords) in SUMS.items():
+        model.add_weighted_adapter(names, SUM_WEIGHTS, name, **keywords)
+    content = {}
+    for path, layer in model.base_model.model.named_modules():
+        for name, scaling in getattr(layer, "scaling", {}).items():
+            embedding = name in layer.lora_embedding_A
+            lora_a = layer.lora_embedding_A[name] if embedding else layer.lora_A[name].weight
+            lora_b = layer.lora_embedding_B[name] if embedding else layer.lora_B[name].weight
+            found = {"A": lora_a.detach().numpy(), "B": lora_b.detach().numpy()}
+            if name in SUMS:
+                content[f"{name}/{path}"] = np.float32(scaling) * (found["B"] @ found["A"])
+            else:
+                content.update({f"{name}/{path}/{key}": value for key, value in found.items()})
+                content[f"{name}/{path}/scaling"] = np.float32(scaling)
+    np.savez(FOLDER / "sums.npz", **content)
+
+
 torch.manual_seed(0)
 make_gpt2()
 for adapter_name, adapter_config in ADAPTERS.items():
     make_adapter(adapter_name, adapter_config)
+make_sums()

@@ -4,11 +4,13 @@ import mindspore as ms
 import numpy as np
 import torch
 import transformers
-from mindspore import Tensor
+from mindspore import Tensor, nn, ops
 from models.bert import BertClassifier, BertConfig, read_weights
 from models.gpt2 import Gpt2ForCausalLM
 from models.llama import LlamaForCausalLM
 from models.weights import load_weights, read_folder
+
+from mindpet.peft.names import to_torch
 
 VOCAB = 60
 SEQ = 9
@@ -79,6 +81,75 @@ def our_bert(folder):
     for name in ("weight", "bias"):
         getattr(model.classifier, name).set_data(Tensor(weights[f"classifier.{name}"]))
     return model
+
+
+WIDTH = 6
+
+
+class TheirPart(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.attn = torch.nn.Linear(WIDTH, WIDTH), torch.nn.Linear(WIDTH, WIDTH)
+        self.norm, self.prenorm = torch.nn.LayerNorm(WIDTH), torch.nn.LayerNorm(WIDTH)
+
+    def forward(self, x):
+        return x + self.norm(self.attn(torch.tanh(self.fc(self.prenorm(x)))))
+
+
+class TheirColliding(torch.nn.Module):
+    """Paths that are ends of others, and names that are ends of others."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.block, self.norm = torch.nn.Linear(WIDTH, WIDTH), TheirPart(), torch.nn.LayerNorm(WIDTH)
+        self.net = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([TheirPart(), TheirPart()])})
+        self.classifier, self.my_classifier = torch.nn.Linear(WIDTH, WIDTH), torch.nn.Linear(WIDTH, 2)
+
+    def forward(self, x):
+        x = self.block(self.fc(self.norm(x)))
+        for layer in self.net["layers"]:
+            x = layer(x)
+        return self.my_classifier(torch.tanh(self.classifier(x)))
+
+
+class OurPart(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.attn = nn.Dense(WIDTH, WIDTH), nn.Dense(WIDTH, WIDTH)
+        self.norm, self.prenorm = nn.LayerNorm((WIDTH,), epsilon=1e-5), nn.LayerNorm((WIDTH,), epsilon=1e-5)
+
+    def construct(self, x):
+        return x + self.norm(self.attn(ops.tanh(self.fc(self.prenorm(x)))))
+
+
+class OurColliding(nn.Cell):
+    """The same with MindSpore."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.block, self.norm = nn.Dense(WIDTH, WIDTH), OurPart(), nn.LayerNorm((WIDTH,), epsilon=1e-5)
+        self.net = nn.Cell()
+        self.net.layers = nn.CellList([OurPart(), OurPart()])
+        self.classifier, self.my_classifier = nn.Dense(WIDTH, WIDTH), nn.Dense(WIDTH, 2)
+
+    def construct(self, x):
+        x = self.block(self.fc(self.norm(x)))
+        for layer in self.net.layers:
+            x = layer(x)
+        return self.my_classifier(ops.tanh(self.classifier(x)))
+
+
+def make_colliding():
+    """A torch model and a MindSpore network with the same weights."""
+    torch.manual_seed(3)
+    theirs, ours = TheirColliding().eval(), OurColliding().set_train(False)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    weights = theirs.state_dict()
+    for path, parameter in ours.parameters_and_names():
+        parameter.set_data(Tensor(weights[to_torch(path)].numpy()))
+    return theirs, ours
 
 
 THEIRS = {"bert": their_bert, "gpt2": their_gpt2, "llama": their_llama}

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
-from mindpet.peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from mindpet.errors import ConfigError
+from mindpet.peft import LoraConfig, PeftModel, PrefixTuningConfig, Ptuning2Config, get_peft_model
 
 pytestmark = pytest.mark.interop
 
@@ -179,23 +180,149 @@ def test_the_line_about_trainable_parameters_is_the_same(kind, capsys, tmp_path)
     assert first == second and first.startswith("trainable params: ")
 
 
-@pytest.mark.parametrize("combination", ["linear", "cat", "svd"])
-def test_weighted_sums_of_adapters_are_the_same(combination, rng, tmp_path):
+SUMS = {
+    "linear": {"combination_type": "linear"},
+    "cat": {"combination_type": "cat"},
+    "svd": {"combination_type": "svd"},
+    "svd of rank 3": {"combination_type": "svd", "svd_rank": 3, "svd_full_matrices": False},
+    "ties": {"combination_type": "ties", "density": 0.4},
+    "ties_svd": {"combination_type": "ties_svd", "density": 0.4, "majority_sign_method": "frequency"},
+    "magnitude_prune": {"combination_type": "magnitude_prune", "density": 0.4},
+    "magnitude_prune_svd": {"combination_type": "magnitude_prune_svd", "density": 0.4, "svd_rank": 3},
+    # All is kept, so that nothing is left to chance.
+    "dare_linear": {"combination_type": "dare_linear", "density": 1.0},
+    "dare_ties": {"combination_type": "dare_ties", "density": 1.0},
+    "dare_ties_svd": {"combination_type": "dare_ties_svd", "density": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", list(SUMS))
+@pytest.mark.parametrize("targets", [("fc", "fc"), ("fc|block.attn", ["fc", "classifier"]), (["fc", "attn"], ["fc"])])
+def test_weighted_sums_of_adapters_are_the_same(name, targets, rng, tmp_path):
+    """Layers of one adapter only, paths that are ends of others, a negative weight; also what is saved of the sum."""
+    import peft
+    import torch
+    from pairs import WIDTH, make_colliding
+
+    theirs, ours = make_colliding()
+    fields = [{"r": 4, "lora_alpha": alpha, "target_modules": target} for alpha, target in zip((8, 6), targets)]
+    if isinstance(targets[0], str) != isinstance(targets[1], str):  # PEFT adds up either lists or regular expressions
+        fields[1]["target_modules"] = r".*fc|classifier"
+    wrapped = peft.get_peft_model(theirs, peft.LoraConfig(**fields[0]), adapter_name="one").eval()
+    wrapped.add_adapter("two", peft.LoraConfig(**fields[1]))
+    with torch.no_grad():
+        for key, parameter in wrapped.named_parameters():
+            if "lora_" in key:
+                parameter.copy_(torch.tensor(rng.normal(size=tuple(parameter.shape)) * 0.5))
+    wrapped.save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(ours, tmp_path / "one", "one")
+    model.load_adapter(tmp_path / "two", "two")
+    for target in (wrapped, model):
+        target.add_weighted_adapter(["one", "two"], [0.7, -0.4], "sum", **SUMS[name])
+        target.set_adapter("sum")
+    x = rng.normal(size=(5, WIDTH)).astype(np.float32)
+    with torch.no_grad():
+        expected = wrapped(torch.tensor(x)).numpy()
+    np.testing.assert_allclose(model(Tensor(x)).asnumpy(), expected, atol=1e-4)
+    model.save_pretrained(tmp_path / "ours", selected_adapters=["sum"])
+    again = peft.PeftModel.from_pretrained(make_colliding()[0], tmp_path / "ours/sum").eval()
+    with torch.no_grad():
+        np.testing.assert_allclose(again(torch.tensor(x)).numpy(), expected, atol=1e-4)
+
+
+CHOICES = {
+    "one of two": {"target_modules": "fc"},
+    "ranks": {"target_modules": ["fc"], "rank_pattern": {"^fc": 3, "block.fc": 2}, "alpha_pattern": {"^fc": 5}},
+    "numbers": {"target_modules": ["fc", "attn"], "layers_to_transform": 1, "layers_pattern": "layers"},
+    "modules": {"target_modules": ["attn"], "modules_to_save": ["norm"]},
+    "module": {"target_modules": ["attn"], "modules_to_save": ["classifier"]},
+    "bias": {"target_modules": ["fc"], "bias": "all"},
+}
+# Those that Hugging Face PEFT does not take itself.
+OURS = {
+    "numbers of a regex": {"target_modules": r".*\.fc", "layers_to_transform": [1]},
+    "numbers of all": {"target_modules": "all-linear", "layers_to_transform": [0]},
+    "a str of modules": {"target_modules": ["attn"], "modules_to_save": "norm"},
+}
+
+
+@pytest.mark.parametrize("choice", [*CHOICES, *OURS])
+def test_names_that_end_alike_go_to_hugging_face(choice, rng, tmp_path):
+    import peft
+    import torch
+    from pairs import WIDTH, make_colliding
+
+    theirs, ours = make_colliding()
+    x = rng.normal(size=(5, WIDTH)).astype(np.float32)
+    model = get_peft_model(ours, LoraConfig(r=4, lora_alpha=6, **{**CHOICES, **OURS}[choice]))
+    for param in model.trainable_params():
+        param.set_data(Tensor((param.asnumpy() + 0.3 * rng.normal(size=param.shape)).astype(np.float32)))
+    expected = model(Tensor(x)).asnumpy()
+    model.save_pretrained(tmp_path)
+    wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
+    with torch.no_grad():
+        np.testing.assert_allclose(wrapped(torch.tensor(x)).numpy(), expected, atol=1e-5)
+    again = PeftModel.from_pretrained(model.unload(), tmp_path)
+    np.testing.assert_allclose(again(Tensor(x)).asnumpy(), expected, atol=1e-5)
+
+
+LOOSE = {
+    "target_modules": ["fc", "gate_proj"],
+    "exclude_modules": ["tower"],
+    "rank_pattern": {"up_proj": 2, "layers.0.fc": 2},
+    "alpha_pattern": {"down_proj": 2},
+    "modules_to_save": ["score", "my_classifier"],
+}
+
+
+@pytest.mark.parametrize("choice", [*CHOICES, "loose"])
+def test_names_that_end_alike_come_from_hugging_face(choice, rng, tmp_path):
+    import peft
+    import torch
+    from pairs import WIDTH, make_colliding
+
+    theirs, ours = make_colliding()
+    x = rng.normal(size=(5, WIDTH)).astype(np.float32)
+    choices = {**CHOICES, "loose": LOOSE}
+    wrapped = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=6, **choices[choice])).eval()
+    disturb(wrapped.parameters(), rng)
+    wrapped.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = wrapped(torch.tensor(x)).numpy()
+    model = PeftModel.from_pretrained(ours, tmp_path)
+    np.testing.assert_allclose(model(Tensor(x)).asnumpy(), expected, atol=1e-5)
+
+
+def test_ptuning2_goes_to_hugging_face(rng, tmp_path):
+    import peft
+    from pairs import inputs, make_pair, their_logits
+
+    theirs, ours = make_pair("gpt2", tmp_path / "base")
+    torch_inputs, our_inputs = inputs("gpt2", rng)
+    model = get_peft_model(ours, Ptuning2Config(num_virtual_tokens=3, dropout_prob=0.1, task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "ours")
+    wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path / "ours").eval()
+    expected = model.set_train(False)(*our_inputs).asnumpy()
+    np.testing.assert_allclose(their_logits(wrapped, torch_inputs), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("init", ["pissa_niter_4", "pissa"])
+def test_an_approximate_start_of_hugging_face_is_refused_and_ours_is_exact(init, rng, tmp_path):
     import peft
     from pairs import inputs, make_pair, their_logits
 
     theirs, ours = make_pair("llama", tmp_path / "base")
-    keywords = {**fields("llama", "lora"), "lora_alpha": 8}
-    wrapped = peft.get_peft_model(theirs, peft.LoraConfig(**keywords), adapter_name="one").eval()
-    disturb(wrapped.parameters(), rng)
-    wrapped.add_adapter("two", peft.LoraConfig(**{**keywords, "lora_alpha": 4}))
-    wrapped.set_adapter("two")
-    disturb(wrapped.parameters(), rng)
-    wrapped.save_pretrained(tmp_path)
-    model = PeftModel.from_pretrained(ours, tmp_path / "one", "one")
-    model.load_adapter(tmp_path / "two", "two")
     torch_inputs, our_inputs = inputs("llama", rng)
-    for target in (wrapped, model):
-        target.add_weighted_adapter(["one", "two"], [0.7, 0.4], "sum", combination_type=combination)
-        target.set_adapter("sum")
-    np.testing.assert_allclose(model(*our_inputs).asnumpy(), their_logits(wrapped, torch_inputs), atol=1e-5)
+    config = {**fields("llama", "lora"), "init_lora_weights": init}
+    model = get_peft_model(ours, LoraConfig(**config))
+    for param in model.trainable_params():
+        param.set_data(Tensor((param.asnumpy() + 0.1 * rng.normal(size=param.shape)).astype(np.float32)))
+    expected = model(*our_inputs).asnumpy()
+    model.save_pretrained(tmp_path / "ours")
+    wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path / "ours").eval()
+    np.testing.assert_allclose(their_logits(wrapped, torch_inputs), expected, atol=1e-5)
+    assert json.loads((tmp_path / "ours/adapter_config.json").read_text())["init_lora_weights"] == "pissa"
+    if init != "pissa":
+        peft.get_peft_model(make_pair("llama", tmp_path)[0], peft.LoraConfig(**config)).save_pretrained(tmp_path / "a")
+        with pytest.raises(ConfigError, match="init_lora_weights='pissa_niter_4', which takes a part off the base"):
+            PeftModel.from_pretrained(model.unload(), tmp_path / "a")
