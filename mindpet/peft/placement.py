@@ -247,14 +247,14 @@ class Placement:
         """What to do when another value was set to a Parameter of the base from outside."""
         for adapter in self.adapters.values():
             adapter.follow(param)
-        if self.frame is not None and self.frame.hidden:
-            if any(start.base is param for start in self.adapters[self.active].starts):
-                self.frame.hide(copies=self.disabled)
         if self.merged and id(param) in self.merged:
             _, _, one = self.merged[id(param)]
             own = value_of(param)
             self.merged[id(param)] = (param, own, one)
             assign(param, Tensor(one.apply(own, self._deltas(self.merged_names, one.path))))
+        if self.frame is not None and self.frame.hidden:
+            if any(start.base is param for start in self.adapters[self.active].starts):
+                self.frame.hide(copies=self.disabled)
 
     # Merging
 
@@ -333,12 +333,12 @@ class Placement:
             elif plan.trained and name != self.active:
                 problems.append(f"{name!r} changes the base's own parameters; only the active adapter may")
         if self.active in chosen:
-            trained = {id(param) for param in self.adapters[self.active].plan.trained.values()}
+            trained = [place[1:] for places in self.adapters[self.active].plan.places.values() for place in places]
             problems += [
                 f"{layer.path} has parameters that {self.active!r} trains"
-                for name, adapter in chosen.items()
+                for adapter in chosen.values()
                 for layer in adapter.plan.targets
-                if trained & set(map(id, _changed(adapter, layer)))
+                if any(cell is layer.cell and key in _merged_attributes(adapter, layer) for cell, key in trained)
             ]
         problems += [
             f"{path} has its weight in common with {[other for other, _, _ in others]}, which would change too; "
@@ -349,11 +349,10 @@ class Placement:
             raise MergeError("merge: " + "; ".join(problems) + ".")
 
 
-def _changed(adapter, layer):
-    """The base's parameters that merging an adapter changes in a layer."""
+def _merged_attributes(adapter, layer):
+    """The attributes whose Parameters merging an adapter changes in a layer."""
     kind = layer_kind(layer.cell)
-    names = [kind.weight, *([kind.bias] if getattr(adapter.config, "lora_bias", False) else [])]
-    return [param for param in map(layer.cell._params.get, names) if param is not None]
+    return (kind.weight, kind.bias) if getattr(adapter.config, "lora_bias", False) else (kind.weight,)
 
 
 def _weight_place(layer):

@@ -127,7 +127,9 @@ def _check_lora(config, targets):
         if group > 1 and config.use_dora:
             problems.append(f"{layer.path}: no DoRA beside a convolution in groups")
         scale, dtype = config.scaling(layer.path), kind.compute_dtype
-        if not 0 < abs(float(np.asarray(scale, ms.dtype_to_nptype(dtype)))) < math.inf:
+        with np.errstate(over="ignore"):
+            held = abs(float(np.asarray(scale, ms.dtype_to_nptype(dtype))))
+        if not 0 < held < math.inf:
             problems.append(f"{layer.path}: the scale, {scale:g}, must be a number of {dtype}, in which it computes")
         if config.use_dora and getattr(getattr(layer.cell, "matmul", None), "in_strategy", None) is not None:
             problems.append(f"{layer.path}: no DoRA beside a layer with strategies")
