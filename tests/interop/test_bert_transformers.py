@@ -104,3 +104,20 @@ def test_ptuning2_without_projection_is_the_table_of_peft(rng):
     ours.mindpet_delta_ptuning2_embedding.embedding_table.set_data(Tensor(table))
     got = np.stack([past.asnumpy() for past in ours(1, ms.float32)])
     np.testing.assert_array_equal(got.reshape(prompts.shape), prompts)
+
+
+def test_a_classifier_comes_with_its_head(rng, tmp_path):
+    import torch
+    import transformers
+
+    config = tiny("gelu")
+    config.num_labels = 4
+    theirs = transformers.BertForSequenceClassification(config).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = BertClassifier.from_pretrained(tmp_path).set_train(False)
+    ids, mask = inputs(rng)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids), torch.tensor(mask)).logits.numpy()
+    got = ours(Tensor(ids, ms.int32), Tensor(mask, ms.int32)).asnumpy()
+    assert got.shape == (4, 4)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
