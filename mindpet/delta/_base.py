@@ -88,7 +88,7 @@ class Behind(nn.Cell):
     """A delta that follows a layer, in the form that all deltas of layers have: it takes the layer's input and output.
 
     Args:
-        delta (Cell): takes the layer's output and returns it with the delta.
+        delta (Cell): takes the layer's output and returns it with the delta; `delta.reset()` makes it the identity.
     """
 
     def __init__(self, delta):
@@ -99,7 +99,11 @@ class Behind(nn.Cell):
         return self.delta(out)
 
     def reset(self):
-        """Make the delta the identity."""
+        """Make the delta the identity bit for bit, whatever its parameters hold: all of them are lost.
+
+        Each one is set, not only what the last product needs, for `0 * NaN` is NaN. Keep the values that are to come
+        back.
+        """
         self.delta.reset()
 
 
@@ -143,5 +147,7 @@ def set_zeros(*params):
 
 def delta_parameter(init, shape, dtype, name):
     """A parameter of a delta, of `dtype` also where `init` is a Tensor of another type."""
-    init = init.astype(dtype) if isinstance(init, Tensor) else init
+    if isinstance(init, Tensor):
+        # A Tensor of `initializer()` has no values yet: a cast of it kills the process (MindSpore 2.10) or gives zeros.
+        init = init.init if init.has_init else init.astype(dtype)
     return Parameter(initializer(init, shape, dtype), name=name)

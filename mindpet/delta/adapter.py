@@ -78,8 +78,8 @@ class AdapterLayer(ResidualAdapter):
         return self.mindpet_delta_adapter_block(rows)
 
     def reset(self):
-        """Make the adapter the identity."""
-        set_zeros(*self.mindpet_delta_adapter_block[2].get_parameters())
+        """Make the adapter the identity: every parameter is zero, for `0 * NaN` is NaN."""
+        set_zeros(*self.get_parameters())
 
     @property
     def operators(self):
@@ -190,6 +190,8 @@ class AdapterDense(DeltaDense):
             compute_dtype,
             check,
         )
+        self.bottleneck_size = bottleneck_size
+        self.non_linearity = non_linearity
         self.mindpet_delta_adapter = AdapterLayer(
             out_channels, bottleneck_size, non_linearity, param_init_type, compute_dtype
         )

@@ -98,6 +98,8 @@ class LowRankAdapterLayer(ResidualAdapter):
         super().__init__(hidden_size, param_init_type, compute_dtype)
         self.reduction_factor = reduction_factor
         self.low_rank_size = low_rank_size
+        self.low_rank_w_init = low_rank_w_init
+        self.non_linearity = non_linearity
         self.bottleneck_size = hidden_size // reduction_factor
         self.mindpet_delta_low_rank_adapter_down_sampler = LowRankLinear(
             hidden_size, self.bottleneck_size, low_rank_size, low_rank_w_init, param_init_type, compute_dtype
@@ -112,8 +114,8 @@ class LowRankAdapterLayer(ResidualAdapter):
         return self.mindpet_delta_low_rank_adapter_up_sampler(self.mindpet_delta_low_rank_adapter_non_linear(inner))
 
     def reset(self):
-        """Make the adapter the identity."""
-        set_zeros(*self.mindpet_delta_low_rank_adapter_up_sampler.get_parameters())
+        """Make the adapter the identity: every parameter is zero, for `0 * NaN` is NaN."""
+        set_zeros(*self.get_parameters())
 
     @property
     def operators(self):
@@ -235,6 +237,10 @@ class LowRankAdapterDense(DeltaDense):
             compute_dtype,
             check,
         )
+        self.reduction_factor = reduction_factor
+        self.low_rank_size = low_rank_size
+        self.low_rank_w_init = low_rank_w_init
+        self.non_linearity = non_linearity
         self.mindpet_delta_low_rank_adapter = LowRankAdapterLayer(
             out_channels,
             reduction_factor,

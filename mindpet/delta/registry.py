@@ -20,6 +20,7 @@ class Method:
         cells (tuple): its Cells; empty for a method that only chooses base parameters.
         trainable (tuple): patterns (fnmatch) of the parameters that it trains.
         constants (tuple): patterns of its parameters that are fixed by construction and need not be in a checkpoint.
+        saved (tuple): patterns of its parameters that do not train, but belong in a checkpoint of what was trained.
         aliases (tuple): further names of the mode.
         identity (bool): whether a fresh delta leaves the network's output as it was.
         mergeable (bool): whether its delta can be folded into the weight of its layer.
@@ -36,6 +37,7 @@ class Method:
     cells: tuple
     trainable: tuple
     constants: tuple = ()
+    saved: tuple = ()
     aliases: tuple = ()
     identity: bool = False
     mergeable: bool = False
@@ -52,8 +54,9 @@ METHODS = {
         Method(
             "lora",
             (LoRADense,),
-            ("*mindpet_delta_lora_*",),
+            ("*mindpet_delta_lora*",),
             constants=("*mindpet_lora_scaling",),
+            saved=("*mindpet_lora_start_*",),
             identity=True,
             mergeable=True,
             peft_type="LORA",
@@ -64,7 +67,7 @@ METHODS = {
         Method(
             "prefixtuning",
             (PrefixLayer,),
-            ("*mindpet_delta_prefixtuning_*",),
+            ("*mindpet_delta_prefixtuning*",),
             aliases=("prefix",),
             peft_type="PREFIX_TUNING",
             make=prefix_layer,
@@ -72,7 +75,7 @@ METHODS = {
         Method(
             "adapter",
             (AdapterDense, AdapterLayer),
-            ("*mindpet_delta_adapter_*",),
+            ("*mindpet_delta_adapter*",),
             identity=True,
             peft_type="ADAPTER",
             kinds=("linear", "embedding"),
@@ -82,7 +85,7 @@ METHODS = {
         Method(
             "low_rank_adapter",
             (LowRankAdapterDense, LowRankAdapterLayer),
-            ("*mindpet_delta_low_rank_adapter_*",),
+            ("*mindpet_delta_low_rank_adapter*",),
             peft_type="LOW_RANK_ADAPTER",
             kinds=("linear", "embedding"),
             make=low_rank_adapter_behind,
@@ -92,7 +95,8 @@ METHODS = {
         Method(
             "ptuning2",
             (PrefixEncoder,),
-            ("*mindpet_delta_ptuning2_embedding*", "*mindpet_delta_ptuning2_dense_*"),
+            # All but the token ids, mindpet_delta_ptuning2_prefix.
+            ("*mindpet_delta_ptuning2", "*mindpet_delta_ptuning2[!_]*", "*mindpet_delta_ptuning2_[!p]*"),
             constants=("*mindpet_delta_ptuning2_prefix",),
             peft_type="PTUNING2",
             make=prefix_encoder,
@@ -105,12 +109,9 @@ def find_method(mode):
     """The method of a mode name or alias, in any letter case.
 
     Raises:
-        TypeError: `mode` is not a str.
         ValueError: no method has that name.
     """
-    if not isinstance(mode, str):
-        raise TypeError(f"'mode' must be a str, but got {mode!r} ({type(mode).__name__}).")
     for method in METHODS.values():
-        if mode.lower() in (method.name, *method.aliases):
+        if isinstance(mode, str) and mode.lower() in (method.name, *method.aliases):
             return method
-    raise ValueError(f"'mode' must be one of {list(METHODS)}, but got {mode!r}.")
+    raise ValueError(f"'mode' must be one of {list(METHODS)}, but got {mode!r} ({type(mode).__name__}).")

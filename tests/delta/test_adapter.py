@@ -7,6 +7,7 @@ from mindspore import Tensor, nn
 from mindspore.common.initializer import Normal
 
 from mindpet.delta import AdapterDense, AdapterLayer
+from mindpet.delta._base import Behind
 from mindpet.delta.adapter import AdapterDense as ByModule
 
 GOOD = {"in_channels": 4, "out_channels": 6, "bottleneck_size": 3}
@@ -59,6 +60,31 @@ def test_import_paths_and_defaults():
         ms.float32,
         ms.float16,
     )
+
+
+def test_arguments_are_attributes():
+    arguments = {
+        "bottleneck_size": 3,
+        "non_linearity": "tanh",
+        "param_init_type": ms.float16,
+        "compute_dtype": ms.float32,
+    }
+    layer, dense = AdapterLayer(6, **arguments), AdapterDense(4, 6, has_bias=False, **arguments)
+    for cell, more in ((layer, {"hidden_size": 6}), (dense, {"in_channels": 4, "out_channels": 6, "has_bias": False})):
+        assert {name: getattr(cell, name) for name in (*arguments, *more)} == {**arguments, **more}
+
+
+@pytest.mark.parametrize("non_linearity", ["gelu", "sigmoid", "softmax", "prelu", "logsigmoid"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -3.0])
+def test_reset_is_the_identity_whatever_the_parameters_hold(value, non_linearity, mode, rng):
+    cell = AdapterLayer(6, 3, non_linearity, compute_dtype=ms.float32)
+    h = rng.normal(size=(2, 6)).astype(np.float32)
+    for param in cell.get_parameters():
+        param.set_data(Tensor(np.full(param.shape, value, np.float32)))
+    assert not np.array_equal(cell(Tensor(h)).asnumpy(), h)
+    Behind(cell).reset()
+    np.testing.assert_array_equal(cell(Tensor(h)).asnumpy(), h)
+    np.testing.assert_array_equal(Behind(cell)(None, Tensor(h)).asnumpy(), h)
 
 
 @pytest.mark.parametrize("init", ["ones", Normal(), Tensor(np.ones((6, 4), np.float32)), 0.5])

@@ -5,8 +5,8 @@ import math
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor, nn, ops
-from mindspore.common.initializer import HeUniform, Normal
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.common.initializer import HeUniform, Normal, One, initializer
 
 from mindpet.delta import LoRADense
 from mindpet.delta.lora import LoRADense as LoRADenseByModule
@@ -96,6 +96,41 @@ def test_every_kind_of_initialiser(kind):
     for param in cell.get_parameters():
         assert np.isfinite(param.asnumpy()).all()
         assert value is None or (param.asnumpy() == value).all()
+
+
+@pytest.mark.parametrize("dtype", [ms.float32, ms.float16, ms.int8])
+@pytest.mark.parametrize(
+    "lazy",
+    [
+        lambda shape, dtype: initializer("ones", shape, dtype),
+        lambda shape, dtype: Tensor(shape=shape, dtype=dtype, init=One()),
+        lambda shape, dtype: Parameter(initializer(One(), shape, dtype)),
+        lambda shape, dtype: Tensor(np.ones(shape), dtype),
+    ],
+    ids=["initializer", "init", "Parameter", "values"],
+)
+def test_tensors_with_and_without_values_of_every_type(lazy, dtype):
+    inits = {
+        "lora_a_init": lazy((2, 4), dtype),
+        "lora_b_init": lazy((6, 2), dtype),
+        "weight_init": lazy((6, 4), dtype),
+        "bias_init": lazy((6,), dtype),
+    }
+    cells = [LoRADense(**GOOD, **inits, compute_dtype=ms.float32) for _ in range(2)]
+    for cell in cells:
+        assert cell.mindpet_delta_lora_a.dtype == cell.mindpet_delta_lora_b.dtype == ms.float32
+        for param in cell.get_parameters():
+            np.testing.assert_array_equal(param.asnumpy(), np.ones(param.shape))
+        # W x + b = 5, alpha / rank * B A x = 1.5 * 8
+        np.testing.assert_allclose(cell(Tensor(np.ones((3, 4), np.float32))).asnumpy(), np.full((3, 6), 17.0))
+    ops.assign(cells[0].mindpet_delta_lora_a, Tensor(np.zeros((2, 4), np.float32)))
+    assert cells[1].mindpet_delta_lora_a.asnumpy().all()  # what two layers start from is not shared
+
+
+def test_a_random_tensor_without_values_has_its_distribution():
+    cell = LoRADense(64, 6, 32, 3, lora_a_init=initializer(Normal(0.5), [32, 64]), param_init_type=ms.float16)
+    assert cell.mindpet_delta_lora_a.dtype == ms.float16
+    assert 0.45 < cell.mindpet_delta_lora_a.asnumpy().astype(np.float32).std() < 0.55
 
 
 @pytest.mark.parametrize("dtype", [ms.float16, ms.bfloat16])

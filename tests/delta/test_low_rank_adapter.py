@@ -54,6 +54,32 @@ def test_import_paths_and_inner_size():
     assert LowRankAdapterLayer(7, 2).bottleneck_size == 3
 
 
+def test_arguments_are_attributes():
+    arguments = {
+        "reduction_factor": 2,
+        "low_rank_size": 3,
+        "low_rank_w_init": "normal",
+        "non_linearity": "tanh",
+        "param_init_type": ms.float16,
+        "compute_dtype": ms.float32,
+    }
+    layer, dense = LowRankAdapterLayer(6, **arguments), LowRankAdapterDense(4, 6, has_bias=False, **arguments)
+    for cell, more in ((layer, {"hidden_size": 6}), (dense, {"in_channels": 4, "out_channels": 6, "has_bias": False})):
+        assert {name: getattr(cell, name) for name in (*arguments, *more)} == {**arguments, **more}
+
+
+@pytest.mark.parametrize("non_linearity", ["gelu", "sigmoid", "softmax", "prelu"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -3.0])
+def test_reset_is_the_identity_whatever_the_parameters_hold(value, non_linearity, mode, rng):
+    cell = LowRankAdapterLayer(6, 2, 2, non_linearity=non_linearity, compute_dtype=ms.float32)
+    h = rng.normal(size=(2, 6)).astype(np.float32)
+    for param in cell.get_parameters():
+        param.set_data(Tensor(np.full(param.shape, value, np.float32)))
+    assert not np.array_equal(cell(Tensor(h)).asnumpy(), h)
+    cell.reset()
+    np.testing.assert_array_equal(cell(Tensor(h)).asnumpy(), h)
+
+
 @pytest.mark.parametrize("init", ["ones", Normal(), Tensor(np.ones((6, 4), np.float32)), 0.5])
 def test_every_kind_of_initialiser(init):
     assert np.isfinite(LowRankAdapterDense(**GOOD, weight_init=init).weight.asnumpy()).all()

@@ -3,6 +3,7 @@
 import pytest
 
 from mindpet.delta.registry import METHODS, find_method
+from mindpet.graph.parameters import matches
 
 
 @pytest.mark.parametrize(
@@ -19,7 +20,30 @@ def test_find_method(mode, name):
     assert find_method(mode) is METHODS[name]
 
 
-@pytest.mark.parametrize("mode", ["", "lo ra", "rdrop"])
+@pytest.mark.parametrize("mode", ["", "lo ra", "rdrop", 123, None])
 def test_unknown_mode(mode):
-    with pytest.raises(ValueError, match=f"'mode' must be one of .*, but got '{mode}'"):
+    with pytest.raises(ValueError, match=f"'mode' must be one of .*, but got {mode!r}"):
         find_method(mode)
+
+
+NAMES = {
+    "lora": ["fc.mindpet_delta_lora_a", "mindpet_delta_lora_B", "blocks.0.mindpet_delta_lora.weight"],
+    "prefixtuning": ["prefix.mindpet_delta_prefixtuning_wte.embedding_table", "mindpet_delta_prefixtuning.0.weight"],
+    "adapter": ["fc.mindpet_delta_adapter.mindpet_delta_adapter_block.weight", "fc.mindpet_delta_adapter.scale"],
+    "low_rank_adapter": ["fc.mindpet_delta_low_rank_adapter.bias", "fc.mindpet_delta_low_rank_adapter_up.bias"],
+    "bitfit": ["fc.bias"],
+    "ptuning2": [
+        "mindpet_delta_ptuning2_embedding.embedding_table",
+        "mindpet_delta_ptuning2_dense_in.weight",
+        "fc.mindpet_delta_ptuning2.weight",
+        "fc.mindpet_delta_ptuning2",
+    ],
+}
+EVERY = [name for names in NAMES.values() for name in names]
+NEVER = ["fc.weight", "fc.mindpet_lora_scaling", "fc.mindpet_lora_start_a", "mindpet_delta_ptuning2_prefix"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_patterns_fit_the_parameters_of_their_own_method_alone(method):
+    expected = [name for name in EVERY if name.endswith("bias")] if method == "bitfit" else NAMES[method]
+    assert [name for name in [*EVERY, *NEVER] if matches(name, METHODS[method].trainable)] == expected
