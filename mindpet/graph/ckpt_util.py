@@ -1,5 +1,6 @@
 """Saving what is trained."""
 
+import contextlib
 import copy
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ from mindspore.train.callback._checkpoint import CheckpointManager
 from mindpet.errors import AbsolutePathError, CheckpointError, LinkPathError
 from mindpet.graph.callback import TrainCallback, model_of
 from mindpet.graph.distributed import STRATEGY_FOLDER
-from mindpet.graph.parameters import trainable_parameters
+from mindpet.graph.parameters import saved_parameters, trainable_parameters
 from mindpet.utils.sharding import PARALLEL_MODES
 from mindpet.utils.validate import Checker
 
@@ -26,8 +27,12 @@ STAGING = ".incomplete"  # subfolder for files that are being written
 class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
     """`ModelCheckpoint` that saves only the parameters of the model that are trainable.
 
-    State of the optimizer is not saved. All fields of `CheckpointConfig` hold. A file gets its final name when it is
-    complete, and an old one is removed only after that: a process killed at any moment leaves the last complete file.
+    Keys are the paths of parameters in the network, see `mindpet.graph.parameters.model_parameters`; of a network that
+    is cut over ranks MindSpore's names, as its strategy file has them. The running statistics of BatchNorms, which
+    training moves, are saved too; state of the optimizer is not.
+
+    All fields of `CheckpointConfig` hold. A file gets its final name when it is complete, and an old one is removed
+    only after that: a process killed at any moment leaves the last complete file.
 
     In data parallel, where all ranks hold the same, rank 0 saves. In semi-auto and auto parallel every rank saves its
     slices in a folder `rank_N` of its own (`integrated_save` is taken as False), and MindSpore's strategy file goes to
@@ -122,10 +127,11 @@ class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
 
     def _save_ckpt(self, cb_params, force_to_save=False):
         """Have MindSpore write to the staging folder, then publish the file."""
-        self._config._saved_network = _TrainableView(self._network(cb_params), cb_params.train_network)
         directory, self._directory = self._directory, self._manager.staging
         try:
-            super()._save_ckpt(cb_params, force_to_save)
+            with self._view(self._network(cb_params), cb_params.train_network) as view:
+                self._config._saved_network = view
+                super()._save_ckpt(cb_params, force_to_save)
         finally:
             self._directory = directory
         if os.path.dirname(self._latest_ckpt_file_name) == self._manager.staging:
@@ -139,37 +145,57 @@ class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
         name = f"{self._prefix}-{epoch}_{step_in_epoch}_breakpoint.{self._config.format}"
         staged = os.path.join(self._manager.staging, name)
         self._append_dict_content(epoch, step)
-        ms.save_checkpoint(
-            _TrainableView(network, train_network),
-            staged,
-            self._config.integrated_save,
-            False,
-            self._append_dict,
-            self._config.enc_key,
-            self._config.enc_mode,
-            crc_check=self._config.crc_check,
-            format=self._config.format,
-        )
+        with self._view(network, train_network) as view:
+            ms.save_checkpoint(
+                view,
+                staged,
+                self._config.integrated_save,
+                False,
+                self._append_dict,
+                self._config.enc_key,
+                self._config.enc_mode,
+                crc_check=self._config.crc_check,
+                format=self._config.format,
+            )
         self._latest_ckpt_file_name = self._manager.stage(staged)
         self._manager.publish()
 
+    @contextlib.contextmanager
+    def _view(self, model, compiled):
+        """What `save_checkpoint` is to see, under the right names: it takes `Parameter.name` for the key."""
+        params = saved_parameters(model)
+        names = [param.name for param in params.values()]
+        try:
+            if self._parallel_mode not in PARALLEL_MODES:
+                _rename(params.values(), params)
+            yield _View(params, model, compiled)
+        finally:
+            _rename(params.values(), names)
 
-class _TrainableView(nn.Cell):
-    """A Cell for `save_checkpoint`, which sees only the trainable parameters of `model`.
+
+def _rename(params, names):
+    for param, name in zip(params, names):
+        param.name = name
+
+
+class _View(nn.Cell):
+    """A Cell for `save_checkpoint`, which sees only some parameters of `model`.
 
     Args:
+        params (dict): the parameters by key.
         model (Cell): whose parameters they are.
         compiled (Cell): the Cell that was compiled, which knows the layouts of sharded parameters.
     """
 
-    def __init__(self, model, compiled):
+    def __init__(self, params, model, compiled):
         super().__init__(auto_prefix=False)
         # Not as attributes of the Cell, which would make them its children.
+        object.__setattr__(self, "_shown", params)
         object.__setattr__(self, "_model", model)
         object.__setattr__(self, "_compiled", compiled)
 
     def parameters_and_names(self, name_prefix="", expand=True):
-        yield from trainable_parameters(self._model).items()
+        yield from self._shown.items()
 
     def init_parameters_data(self, auto_parallel_mode=False):
         return self._model.init_parameters_data(auto_parallel_mode)

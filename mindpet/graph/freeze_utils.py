@@ -10,15 +10,16 @@ from mindspore import nn
 
 from mindpet.delta.registry import METHODS, find_method
 from mindpet.errors import LinkPathError, ModelConfigFreezeInfoError, NoMatchError, ReadYamlFileError
-from mindpet.graph.parameters import matches, model_parameters
+from mindpet.graph.parameters import TRAINED, matches, model_parameters, running_statistics
 from mindpet.utils.validate import FLOAT_TYPES, Checker
 
 
 def freeze_modules(model, include=None, exclude=None, strict=True):
     """Freeze the parameters whose names fit `include`, and let those train that fit `exclude`.
 
-    A name that fits both is left as it was, and so is one that fits neither. An integer
-    parameter is never set to train.
+    Names are paths in the network, see `mindpet.graph.parameters.model_parameters`. A name that fits both is left as it
+    was, and so is one that fits neither. An integer parameter is never set to train; the running statistics of
+    BatchNorms are never trainable.
 
     Args:
         model (Cell): the network.
@@ -29,7 +30,7 @@ def freeze_modules(model, include=None, exclude=None, strict=True):
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: neither list is given.
-        NoMatchError: a pattern fits no name; the network is unchanged.
+        NoMatchError: a pattern fits no name, or one of `exclude` only running statistics; the network is unchanged.
     """
     _check_arguments("freeze_modules", model, include, exclude, strict)
     if not include and not exclude:
@@ -37,9 +38,9 @@ def freeze_modules(model, include=None, exclude=None, strict=True):
             "freeze_modules: 'include' or 'exclude' must hold a pattern, but got "
             f"include={include!r}, exclude={exclude!r}."
         )
-    params = model_parameters(model)
-    _report("freeze_modules", _unmatched(params, include, exclude), strict)
-    _apply(params, {}, include, exclude)
+    params, fixed = _parameters(model)
+    _report("freeze_modules", _unmatched(params, fixed, include, exclude), strict)
+    _apply(params, fixed, {}, include, exclude)
 
 
 def freeze_delta(model, mode, include=None, exclude=None, strict=True):
@@ -55,17 +56,17 @@ def freeze_delta(model, mode, include=None, exclude=None, strict=True):
             else it is a warning. Default: True.
 
     Raises:
-        TypeError: an argument has the wrong type.
+        TypeError: an argument but `mode` has the wrong type.
         ValueError: `mode` is unknown.
         NoMatchError: the delta is not in the network, or a pattern fits no name; the network is unchanged.
     """
     _check_arguments("freeze_delta", model, include, exclude, strict)
     method = find_method(mode)
-    params = model_parameters(model)
-    flags = {name: matches(name, method.trainable) for name in params}
+    params, fixed = _parameters(model)
+    flags = {name: _fits(name, method.trainable) and name not in fixed for name in params}
     problems = [] if any(flags.values()) else [_missing_delta(method, params)]
-    _report("freeze_delta", problems + _unmatched(params, include, exclude), strict)
-    _apply(params, flags, include, exclude)
+    _report("freeze_delta", problems + _unmatched(params, fixed, include, exclude), strict)
+    _apply(params, fixed, flags, include, exclude)
 
 
 def freeze_from_config(model, config_path, strict=True):
@@ -81,8 +82,12 @@ def freeze_from_config(model, config_path, strict=True):
     Raises:
         ReadYamlFileError: the file cannot be read or parsed; the cause is chained (`LinkPathError` for a link).
         ModelConfigFreezeInfoError: the file holds something else.
-        TypeError, NoMatchError: as in `freeze_modules`.
+        TypeError: `config_path` is not a path, or as in `freeze_modules`.
+        NoMatchError: as in `freeze_modules`.
     """
+    check = Checker("freeze_from_config")
+    check.require(isinstance(config_path, (str, os.PathLike)), TypeError, "config_path", config_path, "a path")
+    check.done()
     lists = _read_freeze_lists(config_path)
     freeze_modules(model, lists.get("include"), lists.get("exclude"), strict)
 
@@ -97,24 +102,40 @@ def _check_arguments(owner, model, include, exclude, strict):
     check.done()
 
 
-def _apply(params, flags, include, exclude):
+def _parameters(model):
+    """The parameters by name, and names of what never trains: running statistics, and what an adapter has a copy of."""
+    params = model_parameters(model)
+    copied = {name.replace(TRAINED, "") for name in params if TRAINED in name}
+    return params, copied.union(running_statistics(model))
+
+
+def _fits(name, patterns):
+    """Whether a pattern fits a name; that of an adapter's copy of a base parameter counts as the base's, too."""
+    return matches(name, patterns) or matches(name.replace(TRAINED, ""), patterns)
+
+
+def _apply(params, fixed, flags, include, exclude):
     """Set requires_grad: `flags` first, then the lists where only one of them has a say."""
     for name, param in params.items():
-        frozen, trained = matches(name, include or ()), matches(name, exclude or ())
+        frozen, trained = _fits(name, include or ()), _fits(name, exclude or ())
         train = flags.get(name, param.requires_grad) if frozen == trained else trained
         if not train or param.dtype in (*FLOAT_TYPES, ms.float64):
-            param.requires_grad = train
+            param.requires_grad = train and name not in fixed
 
 
-def _unmatched(params, include, exclude):
-    """A line for each pattern that fits no name."""
-    lists = (("include", include or ()), ("exclude", exclude or ()))
-    return [
-        f"pattern {pattern!r} of '{which}' matches no parameter; nearest: {_nearest(pattern, params)}"
-        for which, patterns in lists
-        for pattern in patterns
-        if not any(matches(name, [pattern]) for name in params)
-    ]
+def _unmatched(params, fixed, include, exclude):
+    """A line for each pattern that fits no name, or is to train running statistics alone."""
+    problems = []
+    for which, patterns in (("include", include or ()), ("exclude", exclude or ())):
+        for pattern in patterns:
+            found = {name for name in params if _fits(name, [pattern])}
+            if not found:
+                rule = f"matches no parameter; nearest: {_nearest(pattern, params)}"
+                problems.append(f"pattern {pattern!r} of '{which}' {rule}")
+            elif which == "exclude" and found <= fixed:
+                rule = f"matches only running statistics, which no optimizer may have: {sorted(found)}"
+                problems.append(f"pattern {pattern!r} of '{which}' {rule}")
+    return problems
 
 
 def _missing_delta(method, params):
@@ -145,7 +166,7 @@ def _report(owner, problems, strict):
 def _read_freeze_lists(path):
     try:
         content = _read_yaml(path)
-    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ReadYamlFileError(f"freeze_from_config: cannot read 'config_path' {path!r}: {error}") from error
     lists = content.get("freeze") if isinstance(content, dict) and list(content) == ["freeze"] else None
     if not isinstance(lists, dict) or not lists or not set(lists) <= {"include", "exclude"}:

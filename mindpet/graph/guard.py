@@ -8,7 +8,7 @@ from mindspore import Tensor
 
 from mindpet.errors import NotLearningError
 from mindpet.graph.callback import TrainCallback, model_of
-from mindpet.graph.parameters import model_parameters
+from mindpet.graph.parameters import model_parameters, running_statistics, trainable_parameters
 from mindpet.utils.validate import Checker
 
 
@@ -55,7 +55,8 @@ def summary(network, optimizer=None):
     params = model_parameters(network)
     trainable = [param for param in params.values() if param.requires_grad]
     gradient_bytes = _nbytes(trainable)
-    state = [param for param in optimizer.get_parameters() if param.name not in params] if optimizer else None
+    own = set(map(id, params.values()))
+    state = [param for param in optimizer.get_parameters() if id(param) not in own] if optimizer else None
     return Summary(
         sum(param.size for param in trainable),
         sum(param.size for param in params.values()),
@@ -77,6 +78,10 @@ class DeltaGuard(TrainCallback):
     parameter, and fetches one parameter at a time. A first step moves only some of a fresh delta (LoRA's A gets no
     gradient while B is zero), and loss scaling may skip steps: leave `steps` some room.
 
+    Running statistics of BatchNorms are no weights, but buffers that follow the data: they may move or stay, but must
+    not be trainable. After every step, what is trainable must be what it was when training began: an optimizer goes on
+    with what it was given, so what another adapter brings, or what is set to train later, would not train.
+
     Args:
         steps (int): after how many steps it looks; at the end of training, if that comes first. Default: 10.
         strict (bool): whether a finding is an error; else it is a warning. Default: True.
@@ -94,49 +99,66 @@ class DeltaGuard(TrainCallback):
         check.done()
         self.steps = steps
         self.strict = strict
-        self._digests = None  # of every parameter at `_first_step`; empty once they have been compared
-        self._first_step = 0
+        self._watched = None  # name -> Parameter, whether it trains, hash; empty once they have been compared
+        self._trainable = {}
+        self._first_step = 0  # when these two were taken
 
     def on_train_begin(self, run_context):
         """Print the summary and remember the parameters."""
         callback_params = run_context.original_args()
         network = model_of(callback_params)
-        print(f"DeltaGuard: {summary(network, callback_params.get('optimizer'))}", flush=True)
-        params = model_parameters(network)
+        params, statistics = model_parameters(network), running_statistics(network)
+        buffers = f"; running statistics, which follow the data: {len(statistics)}" if statistics else ""
+        print(f"DeltaGuard: {summary(network, callback_params.get('optimizer'))}{buffers}", flush=True)
+        trained = [name for name, param in statistics.items() if param.requires_grad]
+        problems = [f"running statistics that are trainable: {trained} (buffers, not weights)"] if trained else []
         if not any(param.requires_grad for param in params.values()):
-            self._report(["nothing is trainable"])
+            problems.append("nothing is trainable")
+        self._report(problems)
         # In a parallel mode, parameters get their values and slices only when the network is compiled.
-        self._digests = None
+        self._watched = None
         if not any(param.has_init for param in params.values()):
             self._remember(callback_params)
 
     def on_train_step_end(self, run_context):
         """Compare once `steps` steps are done."""
         callback_params = run_context.original_args()
-        if self._digests is None:
+        if self._watched is None or self._other_trainable(callback_params):
             self._remember(callback_params)
-        elif self._digests and callback_params.cur_step_num - self._first_step >= self.steps:
+        elif self._watched and callback_params.cur_step_num - self._first_step >= self.steps:
             self._compare(callback_params)
 
     def on_train_end(self, run_context):
         """Compare, if training was too short for `on_train_step_end` to; one step is too few to tell."""
         callback_params = run_context.original_args()
-        if self._digests and callback_params.cur_step_num - self._first_step < 2:
+        if self._watched and callback_params.cur_step_num - self._first_step < 2:
             warnings.warn("DeltaGuard: training was too short to tell whether it learns.", stacklevel=2)
-        elif self._digests:
+        elif self._watched:
             self._compare(callback_params)
 
     def _remember(self, callback_params):
-        params = model_parameters(model_of(callback_params))
-        self._digests = {name: _digest(param) for name, param in params.items()}
+        network = model_of(callback_params)
+        buffers = running_statistics(network)
+        weights = {name: param for name, param in model_parameters(network).items() if name not in buffers}
+        self._watched = {name: (param, param.requires_grad, _digest(param)) for name, param in weights.items()}
+        self._trainable = trainable_parameters(network)
         self._first_step = callback_params.cur_step_num
 
+    def _other_trainable(self, callback_params):
+        """Report what is trainable now and was not, and the reverse; returns whether there is any."""
+        now = trainable_parameters(model_of(callback_params))
+        new = [name for name, param in now.items() if self._trainable.get(name) is not param]
+        gone = [name for name, param in self._trainable.items() if now.get(name) is not param]
+        if new or gone:
+            changes = f"new ones {new}, gone ones {gone}"
+            self._report([f"the trainable parameters changed while training: {changes} (set_adapter, or freezing?)"])
+        return bool(new or gone)
+
     def _compare(self, callback_params):
-        digests, self._digests = self._digests, {}
-        params = {name: param for name, param in model_parameters(model_of(callback_params)).items() if name in digests}
-        moved = {name for name, param in params.items() if _digest(param) != digests[name]}
-        still = [name for name, param in params.items() if param.requires_grad and name not in moved]
-        changed = [name for name, param in params.items() if not param.requires_grad and name in moved]
+        watched, self._watched = self._watched, {}
+        moved = {name for name, (param, _, digest) in watched.items() if _digest(param) != digest}
+        still = [name for name, (_, trains, _) in watched.items() if trains and name not in moved]
+        changed = [name for name, (_, trains, _) in watched.items() if not trains and name in moved]
         steps = callback_params.cur_step_num - self._first_step
         problems = []
         if still:

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections import Counter
 
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn
@@ -11,7 +12,7 @@ from mindpet.errors import CheckpointError
 from mindpet.graph.distributed import gather_delta
 from mindpet.graph.parameters import matches, model_parameters
 from mindpet.utils.validate import FLOAT_TYPES, Checker
-from mindpet.utils.values import assign
+from mindpet.utils.values import load
 
 FORMATS = ("ckpt", "safetensors")
 # What MindSpore's optimizers and loss scaling add to the checkpoint of a train network.
@@ -53,6 +54,7 @@ OPTIMIZER_NAMES = (
 def load_delta(network, *files, strict=True, dec_key=None, dec_mode="AES-GCM", crc_check=False):
     """Load checkpoints of the base and of the delta into a network.
 
+    Keys are paths in the network, see `mindpet.graph.parameters.model_parameters`; a parameter's own name will do, too.
     Several files together must hold every parameter of the network. A single file must hold every delta parameter and,
     once the network is frozen, every trainable one: the rest is taken to be in place. Later files win. Keys of old
     checkpoints (`tk_delta` for `mindpet_delta`, `mindpet_delta_lora_A` and `_B`) are understood; state of an optimizer
@@ -82,7 +84,7 @@ def load_delta(network, *files, strict=True, dec_key=None, dec_mode="AES-GCM", c
     found = {}
     for file in files:
         found.update(_read(file, dec_key, dec_mode, crc_check))
-    names = {_canonical(name): name for name in params}
+    names = _known_names(params)
     values = {names[key]: value for key, value in found.items() if key in names}
     missing = _required(params, alone=len(files) == 1) - set(values)
     surplus = [key for key in found if key not in names and not _is_extra(key, found)]
@@ -100,9 +102,10 @@ def load_delta(network, *files, strict=True, dec_key=None, dec_mode="AES-GCM", c
         )
     for problem in problems:
         warnings.warn(f"load_delta: {problem}", stacklevel=2)
-    for name, value in values.items():
-        same_type = value.dtype == params[name].dtype  # a cast of bfloat16 to itself has no CPU kernel
-        assign(params[name], Tensor(value.data) if same_type else Tensor(value).astype(params[name].dtype))
+    for name, param in params.items():  # in this order a base parameter comes before an adapter's copy of it
+        if name in values:
+            same_type = values[name].dtype == param.dtype  # a cast of bfloat16 to itself has no CPU kernel
+            load(param, Tensor(values[name].data) if same_type else Tensor(values[name]).astype(param.dtype))
 
 
 def _check_load_arguments(network, files, strict):
@@ -152,13 +155,27 @@ def _canonical(name):
     return name
 
 
+def _known_names(params):
+    """What files may call the parameters -> their keys: the keys, and names of their own that leave no doubt.
+
+    A number at the front is no name: MindSpore renames what a network slices in `construct`, and two lists alike.
+    """
+    names = {_canonical(key): key for key in params}
+    own = Counter(_canonical(param.name) for param in params.values())
+    for key, param in params.items():
+        name = _canonical(param.name)
+        if own[name] == 1 and not name.partition(".")[0].isdigit():
+            names.setdefault(name, key)
+    return names
+
+
 def _required(params, alone):
     """The names that the files must hold."""
     constants = [pattern for method in METHODS.values() for pattern in method.constants]
     variable = {name for name in params if not matches(name, constants)}
     if not alone:
         return variable
-    deltas = [pattern for method in METHODS.values() if method.cells for pattern in method.trainable]
+    deltas = [pattern for m in METHODS.values() if m.cells for pattern in (*m.trainable, *m.saved)]
     frozen = any(not params[name].requires_grad for name in variable)
     return {name for name in variable if matches(name, deltas) or (frozen and params[name].requires_grad)}
 

@@ -9,6 +9,10 @@ from mindspore import Parameter, ParameterTuple, nn
 from mindpet.delta._base import Behind, InFront
 from mindpet.delta.registry import METHODS
 
+# What BatchNorms of `mindspore.nn` and of `mindspore.mint` call their running statistics.
+STATISTICS = (("moving_mean", "moving_variance"), ("running_mean", "running_var", "num_batches_tracked"))
+TRAINED = "mindpet_trained_"  # begins the names of an adapter's copies of the base's Parameters
+
 
 def model_parameters(network):
     """The parameters of `network` by key, without the state of an optimizer that is a Cell inside of it.
@@ -43,6 +47,33 @@ def trainable_parameters(network):
     return {key: param for key, param in model_parameters(network).items() if param.requires_grad}
 
 
+def running_statistics(network):
+    """`model_parameters` that are the running statistics of a BatchNorm, or instead of them an adapter's copies.
+
+    They are buffers, not weights: the network writes them while it trains, and no optimizer may have them. A Cell with
+    two Parameters `moving_mean` and `moving_variance`, or `running_mean` and `running_var`, counts as a BatchNorm.
+    """
+    found = set()
+    for cell, _, _ in _cells(network, "", "", set()):
+        held = {name: param for name, param in cell._params.items() if param is not None}
+        for names in STATISTICS:
+            if held.keys() >= set(names[:2]):
+                found.update(id(held.get(TRAINED + name, held.get(name))) for name in names)
+    return {key: param for key, param in model_parameters(network).items() if id(param) in found}
+
+
+def saved_parameters(network):
+    """What a checkpoint of what was trained holds: trainable parameters, and what varies with them; see `Method`.
+
+    Running statistics are among it: the network moves them while it trains, so the base's do not fit any more.
+    """
+    patterns = [pattern for method in METHODS.values() for pattern in method.saved]
+    saved = {
+        key: param for key, param in model_parameters(network).items() if param.requires_grad or matches(key, patterns)
+    }
+    return {**saved, **running_statistics(network)}
+
+
 def outer_prefix(network):
     """What the names of a network's parameters begin with before their paths: '' unless it is inside of another one."""
     return _outer_prefix(_places(_cells(network, "", "", set())))
@@ -75,11 +106,12 @@ def _places(cells):
     """The first place of each Parameter; one in a ParameterTuple counts if there is no other."""
     places = {}
     for cell, path, full in cells:
-        tuples = [value for value in cell.__dict__.values() if isinstance(value, ParameterTuple)]
-        in_tuple = {id(param) for params in tuples for param in params}
+        tuples = {name: value for name, value in cell.__dict__.items() if isinstance(value, ParameterTuple)}
+        in_tuple = {id(param): f"{name}." for name, params in tuples.items() for param in params}
         for name, param in cell._params.items():
             if param is not None and (id(param) not in places or places[id(param)].in_tuple):
-                places[id(param)] = _Place(param, path + name, full + name, not path, id(param) in in_tuple)
+                own = full + in_tuple.get(id(param), "") + name
+                places[id(param)] = _Place(param, path + name, own, not path, id(param) in in_tuple)
     return list(places.values())
 
 

@@ -147,7 +147,9 @@ def test_patterns_mind_letter_case():
     "call, error, match",
     [
         (lambda: freeze_delta("network", "lora"), TypeError, "'model' must be a Cell, but got 'network'"),
-        (lambda: freeze_delta(Toy(), 1), TypeError, "'mode' must be a str, but got 1"),
+        (lambda: freeze_delta(Toy(), 123), ValueError, "'mode' must be one of \\['lora', .*\\], but got 123 \\(int\\)"),
+        (lambda: freeze_from_config(Toy(), None), TypeError, "'config_path' must be a path, but got None"),
+        (lambda: freeze_from_config(Toy(), 3.5), TypeError, "'config_path' must be a path, but got 3.5"),
         (lambda: freeze_delta(Toy(), "lor"), ValueError, "'mode' must be one of \\['lora', .*\\], but got 'lor'"),
         (lambda: freeze_delta(Toy(), "bitfit", include="head.*"), TypeError, "'include' must be a list of str or None"),
         (lambda: freeze_delta(Toy(), "bitfit", exclude=[1]), TypeError, "'exclude' must be a list of str or None"),
@@ -228,7 +230,6 @@ def test_config_that_cannot_be_read(tmp_path):
         (broken, Exception),
         (unsafe, Exception),
         (str(binary), Exception),
-        (3.5, TypeError),
     ):
         with pytest.raises(ReadYamlFileError, match="cannot read 'config_path'") as caught:
             freeze_from_config(Toy(), path)

@@ -10,6 +10,7 @@ from toy import LABELS, WIDTH, Toy, lora
 
 from mindpet.errors import NotLearningError
 from mindpet.graph import DeltaGuard, freeze_delta, freeze_modules, summary
+from mindpet.peft import LoraConfig, get_peft_model
 
 
 def dataset(rng, rows=8):
@@ -94,6 +95,81 @@ def test_not_strict_only_warns(rng):
     network = lora()
     with pytest.warns(UserWarning, match="unmoved after 2 steps"):
         fit(network, nn.SGD(network.trainable_params(), 0.0), DeltaGuard(steps=2, strict=False), rng)
+
+
+class After(ms.train.Callback):
+    """Does something after a step."""
+
+    def __init__(self, step, change):
+        super().__init__()
+        self.step, self.change = step, change
+
+    def on_train_step_end(self, run_context):
+        if run_context.original_args().cur_step_num == self.step:
+            self.change()
+
+
+@pytest.mark.parametrize("step", [1, 3])  # before and after it has compared
+def test_what_is_trainable_changes_while_training(step, mode, rng):
+    network = lora()
+    optimizer = nn.Adam(network.trainable_params(), 0.01)
+    change = After(step, lambda: freeze_modules(network, include=["head.weight"], exclude=["fc.bias"]))
+    with pytest.raises(
+        NotLearningError, match="changed while training: new ones \\['fc.bias'\\], gone ones \\['head.weight'\\]"
+    ):
+        fit(network, optimizer, [change, DeltaGuard(steps=2)], rng)
+
+
+def test_another_parameter_under_the_same_name(rng):
+    network = lora()
+    optimizer = nn.Adam(network.trainable_params(), 0.01)
+    other = ms.Parameter(network.head.bias.asnumpy(), name="head.bias")
+    change = After(2, lambda: network.head._params.update(bias=other))
+    with pytest.raises(NotLearningError, match="new ones \\['head.bias'\\], gone ones \\['head.bias'\\]"):
+        fit(network, optimizer, [change, DeltaGuard()], rng)
+
+
+def test_a_changed_set_is_told_once_and_looked_at_anew(rng):
+    network = lora()
+    optimizer = nn.Adam(network.trainable_params(), 0.01)
+    change = After(1, lambda: freeze_modules(network, exclude=["fc.bias"]))
+    with pytest.warns(UserWarning) as caught:
+        fit(network, optimizer, [change, DeltaGuard(steps=2, strict=False)], rng)
+    messages = [str(warning.message) for warning in caught if "DeltaGuard" in str(warning.message)]
+    assert len(messages) == 2 and "new ones ['fc.bias'], gone ones []" in messages[0]
+    assert "trainable but unmoved after 2 steps: ['fc.bias']" in messages[1]
+
+
+def test_changes_after_the_last_step_are_not_its_business(rng):
+    network = lora()
+
+    class Last(ms.train.Callback):
+        def on_train_end(self, run_context):
+            freeze_modules(network, exclude=["fc.*"])
+
+    fit(network, nn.Adam(network.trainable_params(), 0.01), [Last(), DeltaGuard()], rng)
+
+
+def adapters(**keywords):
+    config = LoraConfig(target_modules=["fc"], modules_to_save=["head"], **keywords)
+    model = get_peft_model(Toy(), config)
+    model.add_adapter("other", config)
+    return model
+
+
+def test_another_adapter_while_training(mode, rng):
+    model = adapters()
+    optimizer = nn.Adam(model.trainable_params(), 0.01)
+    with pytest.raises(NotLearningError, match="changed while training: new ones .*fc.mindpet_delta_lora_a.*head"):
+        fit(model, optimizer, [After(1, lambda: model.set_adapter("other")), DeltaGuard(steps=2)], rng)
+
+
+def test_copies_of_an_adapter(mode, rng):
+    model = adapters()
+    fit(model, nn.Adam(model.trainable_params(), 0.01), DeltaGuard(steps=3), rng)
+    model.set_adapter("other")
+    with pytest.raises(NotLearningError, match="unmoved after 3 steps: .*'head.mindpet_trained_weight'"):
+        fit(model, nn.SGD(model.trainable_params(), 0.0), DeltaGuard(steps=3), rng)
 
 
 def test_nothing_trainable(rng):

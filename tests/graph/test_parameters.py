@@ -147,6 +147,15 @@ def test_a_tuple_of_parameters_names_no_other_places():
     assert sorted(params) == sorted([*SLICED, "own"]) and params["own"] is own
 
 
+def test_a_tuple_of_parameters_that_have_left_the_network():
+    trained = Sliced()
+    train = nn.TrainOneStepCell(trained, nn.SGD(trained.trainable_params()))
+    old, trained.head = trained.head, nn.Dense(4, 2)
+    params = model_parameters(train)
+    assert params["weights.head.weight"] is old.weight and params["network.head.weight"] is trained.head.weight
+    assert list(params)[:4] == SLICED[:4] and len(params) == len(SLICED) + 2
+
+
 def test_deltas_have_the_path_of_their_layer():
     network = Around(nn.CellList([AdapterDense(4, 4, bottleneck_size=2), nn.Dense(4, 4), nn.Dense(4, 4)]))
     layer, attention = network.network[1], network.network[2]
