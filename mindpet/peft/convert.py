@@ -11,9 +11,13 @@ import numpy as np
 from mindspore import Tensor
 
 from mindpet.delta.lora_layer import LoraEmbedding, LoraLayer
+from mindpet.delta.registry import METHODS
 from mindpet.errors import CheckpointError, ConfigError
-from mindpet.peft.config import CONFIG_NAME, LoraConfig, PeftConfig, get_peft_config
+from mindpet.graph.parameters import TRAINED, matches
+from mindpet.peft.config import APPROXIMATE_INITS, CONFIG_NAME, LoraConfig, PeftConfig, get_peft_config
+from mindpet.peft.match import exact_targets, exactly
 from mindpet.peft.names import EMBEDDING, NameMap, target_paths
+from mindpet.peft.plan import is_from_weight
 from mindpet.peft.state import PREFIX, PROMPT, WEIGHTS_NAME, is_adapter, read_passport, read_tensors, save_adapter
 from mindpet.utils.tensors import TensorFile, save_tensors
 
@@ -22,6 +26,14 @@ LORA_NAMES = {file: own for cls in (LoraLayer, LoraEmbedding) for own, file in c
 LORA_KEY = re.compile(rf"(?P<path>.+)\.(?P<name>{'|'.join(map(re.escape, LORA_NAMES))})")
 DELTA_KEY = re.compile(r"(?P<path>.+)\.(?P<name>mindpet_delta_lora_(a|b|A|B|bias|magnitude))")
 TABLE = "mindpet_delta_ptuning2_embedding.embedding_table"
+# An embedding of prefixes -> the two Dense layers behind it, which P-Tuning v2 may do without.
+PROJECTIONS = {
+    TABLE: ("mindpet_delta_ptuning2_dense_in", "mindpet_delta_ptuning2_dense_out"),
+    "mindpet_delta_prefixtuning_wte.embedding_table": tuple(
+        f"mindpet_delta_prefixtuning_control_trans.{number}" for number in (0, 2)
+    ),
+}
+CONSTANTS = [pattern for method in METHODS.values() for pattern in method.constants]
 
 
 def read_delta(path):
@@ -75,7 +87,7 @@ def read_adapter(path, config=None, names=None):
     """
     if os.path.isdir(path):
         config = PeftConfig.from_pretrained(path)
-        config.check_supported()
+        config.check_supported(from_file=True)
         return config, read_tensors(path)
     tensors = read_delta(path)
     if config is None:
@@ -84,32 +96,94 @@ def read_adapter(path, config=None, names=None):
 
 
 def from_delta(tensors, config, names):
-    """What `read_adapter` returns, from the tensors of a delta file; rank and targets are found in them."""
-    tables = [name for name in tensors if name.endswith(TABLE)]
-    if tables:
-        order = sorted(tables, key=lambda name: [int(part) if part.isdigit() else part for part in name.split(".")])
+    """What `read_adapter` returns, from the tensors of a delta file; rank and targets are found in them.
+
+    Raises:
+        CheckpointError: a prefix lacks a part of what it is computed from.
+        ConfigError: `config` does not say what Hugging Face PEFT needs, or does not fit the tensors.
+    """
+    tensors = _known_names(tensors)
+    if config.is_prompt_learning:
         heads = {
             f"base_model.{names.to_torch(name)}": value for name, value in tensors.items() if "mindpet" not in name
         }
-        return config, {PROMPT: np.concatenate([tensors[name] for name in order], 1), **heads}
+        return config, {PROMPT: _prefixes(tensors, config), **heads}
+    if not isinstance(config, LoraConfig):
+        return config, {PREFIX + names.to_torch(name): value for name, value in tensors.items()}
+    deltas = {name: DELTA_KEY.fullmatch(name) for name in tensors}
+    targets = {names.to_torch(match["path"]) for match in deltas.values() if match}
     found, ranks = {}, {}
     for name, value in tensors.items():
-        match = DELTA_KEY.fullmatch(name.replace("tk_delta", "mindpet_delta"))
-        path = names.to_torch(match["path"] if match else name)
-        if match is not None:
-            cls = LoraLayer if EMBEDDING.search(path) is None else LoraEmbedding
-            found[f"{PREFIX}{path}.{cls.file_names[match['name'].lower()]}"] = value
-        elif not name.endswith("mindpet_lora_scaling"):
-            found[PREFIX + path] = value
-        if match is not None and match["name"].lower().endswith("_a"):
+        match = deltas[name]
+        if match is None:
+            path, _, leaf = names.to_torch(name).rpartition(".")
+            # Hugging Face PEFT keeps the layer itself inside of its own as `base_layer`.
+            found[PREFIX + ".".join(filter(None, (path, "base_layer" if path in targets else "", leaf)))] = value
+            continue
+        path = names.to_torch(match["path"])
+        cls = LoraLayer if EMBEDDING.search(path) is None else LoraEmbedding
+        found[f"{PREFIX}{path}.{cls.file_names[match['name'].lower()]}"] = value
+        if match["name"].lower().endswith("_a"):
             ranks[path] = len(value)
-    if not isinstance(config, LoraConfig):
-        return config, found
     config.r = max(ranks.values(), key=list(ranks.values()).count) if ranks else config.r
-    config.rank_pattern.update({re.escape(path): rank for path, rank in ranks.items() if rank != config.r})
-    found, config = names.split(found, config)
-    config.target_modules = config.target_modules or sorted(target_paths(found))
+    others = {exactly(path): rank for path, rank in ranks.items() if rank != config.r}
+    config.rank_pattern = {**others, **config.rank_pattern}
+    found, config = names.split(_without_start(found, config), config)
+    config.target_modules = config.target_modules or exact_targets(target_paths(found))
     return config, found
+
+
+def _known_names(tensors):
+    """Tensors by their names of today, without constants; what an adapter trains of the base as the base calls it."""
+    named = {name.replace("tk_delta", "mindpet_delta"): value for name, value in tensors.items()}
+    named = {name: value for name, value in named.items() if not matches(name, CONSTANTS)}
+    base = {name: value for name, value in named.items() if TRAINED not in name}
+    return {**base, **{name.replace(TRAINED, ""): value for name, value in named.items() if TRAINED in name}}
+
+
+def _without_start(tensors, config):
+    """Tensors without what PiSSA and OLoRA took off the base, which the configuration must tell then."""
+    start = [name for name in tensors if "mindpet_lora_start_" in name]
+    if start and not is_from_weight(config):
+        raise ConfigError(
+            f"{start[0]} is a part of the base that the adapter starts from: 'init_lora_weights' must say how, 'pissa' "
+            f"or 'olora', but is {config.init_lora_weights!r}."
+        )
+    if re.fullmatch(APPROXIMATE_INITS, str(config.init_lora_weights)):
+        config.init_lora_weights = "pissa"  # it was computed exactly
+    return {name: value for name, value in tensors.items() if name not in start}
+
+
+def _prefixes(tensors, config):
+    """The keys and values of all layers as one table, as in `state.prefix_table`."""
+    tables = [name for name in tensors if name.endswith(tuple(PROJECTIONS))]
+    if not tables:
+        raise CheckpointError(f"no prefix in the file; there are {sorted(tensors)}.")
+    order = sorted(tables, key=lambda name: [int(part) if part.isdigit() else part for part in name.split(".")])
+    table = np.concatenate([_prefix(tensors, name) for name in order], 1)
+    sizes = ("num_virtual_tokens", "num_layers", "token_dim", "num_attention_heads")
+    tokens, layers, width, heads = (getattr(config, name) for name in sizes)
+    if None in (tokens, layers, width, heads) or table.shape != (tokens, layers * 2 * width):
+        given = {name: getattr(config, name) for name in sizes}
+        raise ConfigError(
+            f"the prefixes are {list(table.shape)}: the configuration must say (num_virtual_tokens, num_layers * 2 * "
+            f"token_dim) of it, and num_attention_heads, but has {given}."
+        )
+    return table
+
+
+def _prefix(tensors, name):
+    """What is computed from an embedding: `W_2 tanh(W_1 E + b_1) + b_2`, or itself."""
+    end = next(end for end in PROJECTIONS if name.endswith(end))
+    parts = [f"{name[: -len(end)]}{dense}.{leaf}" for dense in PROJECTIONS[end] for leaf in ("weight", "bias")]
+    lacking = [part for part in parts if part not in tensors]
+    if end == TABLE and len(lacking) == len(parts):
+        return tensors[name]
+    if lacking:
+        raise CheckpointError(f"{name} is projected, but the file lacks {lacking}.")
+    weight_in, bias_in, weight_out, bias_out = (tensors[part].astype(np.float32) for part in parts)
+    inner = np.tanh(tensors[name].astype(np.float32) @ weight_in.T + bias_in)
+    return inner @ weight_out.T + bias_out
 
 
 def to_delta(tensors, names, prefix_path="prefix_encoder"):
@@ -202,5 +276,5 @@ def load_config(path):
     """The configuration in a JSON file, which must say at least `peft_type`."""
     try:
         return get_peft_config(json.loads(pathlib.Path(path).read_text(encoding="utf-8")))
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"{path}: {error}") from error

@@ -12,8 +12,10 @@ from mindspore import Tensor, nn
 from small import Small, config, ids, move, numbers, same
 
 from mindpet.cli import main
-from mindpet.errors import MergeError
-from mindpet.peft import BitFitConfig, LoraConfig, NameMap, PeftConfig, PeftModel, get_peft_model
+from mindpet.delta import PrefixEncoder, PrefixLayer
+from mindpet.errors import CheckpointError, ConfigError, MergeError
+from mindpet.graph.parameters import model_parameters
+from mindpet.peft import BitFitConfig, LoraConfig, NameMap, PeftConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from mindpet.peft.convert import convert
 from mindpet.peft.merge_files import merge
 from mindpet.utils.tensors import TensorFile, save_tensors
@@ -245,7 +247,7 @@ def test_an_adapter_goes_to_a_delta_file_and_back(tmp_path, capsys):
         delta = tmp_path / f"delta.{ending}"
         assert main(["convert", str(tmp_path / "adapter"), str(delta)]) == 0
         content = read(delta)
-        assert set(content) == {param.name for param in model.trainable_params()}
+        assert set(content) == {param.name.replace("mindpet_trained_", "") for param in model.trainable_params()}
         back = tmp_path / f"back-{ending}"
         config_file = str(tmp_path / "adapter/adapter_config.json")
         assert main(["convert", str(delta), str(back), "--config", config_file]) == 0
@@ -269,8 +271,6 @@ def test_a_converted_delta_loads_as_an_adapter(rng, tmp_path):
 
 
 def test_tables_of_prefixes_convert(tmp_path):
-    from mindpet.delta import PrefixEncoder
-
     class Network(nn.Cell):
         def __init__(self):
             super().__init__()
@@ -286,6 +286,167 @@ def test_tables_of_prefixes_convert(tmp_path):
     np.testing.assert_array_equal(table, network.trainable_params()[0].asnumpy())
     assert main(["convert", str(tmp_path / "a"), str(tmp_path / "e.ckpt")]) == 0
     assert read(tmp_path / "e.ckpt").keys() == read(tmp_path / "d.ckpt").keys()
+
+
+PREFIXES = {"num_virtual_tokens": 3, "num_layers": 2, "token_dim": 8, "num_attention_heads": 2}
+
+
+def save(path, params):
+    ms.save_checkpoint([{"name": param.name, "data": param} for param in params], str(path))
+
+
+def nonzero(params, rng):
+    """Parameters with biases that are not zero."""
+    for param in params:
+        if param.dtype == ms.float32:
+            param.set_data(Tensor(rng.normal(size=param.shape).astype(np.float32)))
+    return params
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_projected_prefixes_of_a_delta_file_are_computed(old, rng, tmp_path):
+    """P-Tuning v2: what the Cell computes, as the table of all layers; also by the names of old checkpoints."""
+    encoder = PrefixEncoder(3, 2, 2, 4, prefix_projection=True, projection_dim=5, out_perm=(2, 0, 1, 3, 4))
+    params = nonzero(list(encoder.get_parameters()), rng)
+    content = {param.name.replace("mindpet", "tk") if old else param.name: param.asnumpy() for param in params}
+    save_tensors(tmp_path / "d.safetensors", content)
+    convert(tmp_path / "d.safetensors", tmp_path / "a", PrefixTuningConfig(**PREFIXES))
+    tensors = TensorFile(tmp_path / "a/adapter_model.safetensors").read_all()
+    # Of every layer (keys and values, batch, token, head, channel).
+    past = [part.asnumpy()[:, 0].swapaxes(0, 1) for part in encoder.set_train(False)(1, ms.float32)]
+    expected = np.concatenate([part.reshape(3, -1) for part in past], 1)
+    assert list(tensors) == ["prompt_embeddings"]
+    np.testing.assert_allclose(tensors["prompt_embeddings"], expected, atol=1e-3)  # its tanh
+
+
+def test_prefix_layers_of_a_delta_file_are_computed(rng, tmp_path):
+    """Ten layers, for their order is that of numbers; beside a head."""
+
+    class Network(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.CellList([PrefixLayer(3, 1, 2, 8, 4, 5) for _ in range(11)])
+            self.head = nn.Dense(2, 2)
+
+    network = Network().set_train(False)
+    save(tmp_path / "d.ckpt", nonzero(network.trainable_params(), rng))
+    fields = {**PREFIXES, "num_layers": 11, "peft_type": "PREFIX_TUNING", "prefix_projection": True}
+    (tmp_path / "c.json").write_text(json.dumps(fields))
+    assert main(["convert", str(tmp_path / "d.ckpt"), str(tmp_path / "a"), "--config", str(tmp_path / "c.json")]) == 0
+    tensors = TensorFile(tmp_path / "a/adapter_model.safetensors").read_all()
+    expected = np.concatenate([part.asnumpy() for layer in network.layers for part in layer()], 1)
+    np.testing.assert_allclose(tensors.pop("prompt_embeddings"), expected, atol=1e-3)
+    assert set(tensors) == {"base_model.head.weight", "base_model.head.bias"}
+
+
+@pytest.mark.parametrize(
+    "change, fields, error, match",
+    [
+        (
+            lambda t: t.pop("mindpet_delta_ptuning2_dense_out.bias"),
+            {},
+            CheckpointError,
+            "is projected, but .* lacks .*out.bias",
+        ),
+        (
+            lambda t: t.pop("mindpet_delta_ptuning2_embedding.embedding_table"),
+            {},
+            CheckpointError,
+            "no prefix in the file",
+        ),
+        (
+            lambda t: None,
+            {"num_virtual_tokens": 4},
+            ConfigError,
+            r"the prefixes are \[3, 32\]: .*'num_virtual_tokens': 4",
+        ),
+        (lambda t: None, {"num_attention_heads": None}, ConfigError, "must say .* and num_attention_heads"),
+        (lambda t: None, {"token_dim": 16}, ConfigError, "must say .*token_dim"),
+    ],
+)
+def test_prefixes_that_cannot_be_computed(change, fields, error, match, tmp_path):
+    params = PrefixEncoder(3, 2, 2, 4, prefix_projection=True, projection_dim=5).get_parameters()
+    tensors = {param.name: param.asnumpy() for param in params}
+    change(tensors)
+    save_tensors(tmp_path / "d.safetensors", tensors)
+    with pytest.raises(error, match=match):
+        convert(tmp_path / "d.safetensors", tmp_path / "a", PrefixTuningConfig(**{**PREFIXES, **fields}))
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"bias": "lora_only", "modules_to_save": ["classifier"]},
+        {"bias": "all", "target_modules": ["query", "mlp.0"]},
+        {"init_lora_weights": "pissa", "target_modules": ["query", "mlp.0"]},
+        {"init_lora_weights": "pissa_niter_4", "target_modules": ["query"]},
+    ],
+)
+def test_a_checkpoint_of_all_that_an_adapter_has_is_its_folder(fields, rng, tmp_path):
+    """The copies of the base's parameters go by the base's names, a bias of a target is inside; constants stay out."""
+    model = trained(**fields)
+    model.save_pretrained(tmp_path / "adapter")
+    expected = TensorFile(tmp_path / "adapter/adapter_model.safetensors").read_all()
+    own = {path: param for path, param in model_parameters(model.network).items() if "mindpet" in path}
+    save_tensors(tmp_path / "d.safetensors", {path: param.asnumpy() for path, param in own.items()})
+    given = LoraConfig(lora_alpha=3, init_lora_weights=fields.get("init_lora_weights", True))
+    convert(tmp_path / "d.safetensors", tmp_path / "again", given)
+    again = TensorFile(tmp_path / "again/adapter_model.safetensors").read_all()
+    assert again.keys() == expected.keys()
+    assert all(np.array_equal(again[name], value) for name, value in expected.items())
+    assert str(PeftConfig.from_pretrained(tmp_path / "again").init_lora_weights) in ("True", "pissa")
+
+
+def test_a_start_from_the_base_without_a_word_of_it(tmp_path):
+    model = trained(init_lora_weights="pissa", target_modules=["query"])
+    own = {path: param for path, param in model_parameters(model.network).items() if "mindpet" in path}
+    save_tensors(tmp_path / "d.safetensors", {path: param.asnumpy() for path, param in own.items()})
+    with pytest.raises(
+        ConfigError, match="mindpet_lora_start_a is a part of the base .* 'init_lora_weights' must say how"
+    ):
+        convert(tmp_path / "d.safetensors", tmp_path / "a", LoraConfig(lora_alpha=3))
+
+
+def test_a_delta_beside_a_layer_whose_path_ends_alike(rng, tmp_path):
+    """'fc' has a delta of rank 1, 'block.attn' of rank 2, and 'block.fc' has none."""
+
+    class Network(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.block = nn.Dense(4, 4), nn.SequentialCell()
+            for name in ("fc", "attn"):
+                self.block.insert_child_to_cell(name, nn.Dense(4, 4))
+
+        def construct(self, x):
+            return self.fc(self.block.attn(self.block.fc(x)))
+
+    tensors = {}
+    for path, rank in (("fc", 1), ("block.attn", 2)):
+        tensors[f"{path}.mindpet_delta_lora_a"] = rng.normal(size=(rank, 4)).astype(np.float32)
+        tensors[f"{path}.mindpet_delta_lora_b"] = rng.normal(size=(4, rank)).astype(np.float32)
+    save_tensors(tmp_path / "d.safetensors", tensors)
+    convert(tmp_path / "d.safetensors", tmp_path / "a", LoraConfig(lora_alpha=2))
+    network = Network()
+    weights = {path: param.asnumpy() for path, param in network.parameters_and_names()}
+    x = rng.normal(size=(3, 4)).astype(np.float32)
+    hidden = x
+    for path in ("block.fc", "block.attn", "fc"):
+        lora = [tensors.get(f"{path}.mindpet_delta_lora_{which}", np.zeros((4, 4))) for which in "ba"]
+        weight = weights[f"{path}.weight"] + 2 / lora[1].shape[0] * lora[0] @ lora[1]
+        hidden = hidden @ weight.T + weights[f"{path}.bias"]
+    model = PeftModel.from_pretrained(network, tmp_path / "a")
+    np.testing.assert_allclose(numbers(model, Tensor(x)), hidden, rtol=1e-4, atol=1e-5)
+
+
+def test_an_approximate_pissa_of_hugging_face_is_not_merged(tmp_path):
+    trained(init_lora_weights="pissa", target_modules=["query"]).save_pretrained(tmp_path / "a")
+    save_base(tmp_path / "base.ckpt")
+    path = tmp_path / "a/adapter_config.json"
+    path.write_text(path.read_text().replace('"pissa"', '"pissa_niter_16"'))
+    with pytest.raises(ConfigError, match="init_lora_weights='pissa_niter_16', which takes a part off the base"):
+        merge(tmp_path / "base.ckpt", tmp_path / "a", tmp_path / "out.ckpt", progressbar=False)
+    assert not (tmp_path / "out.ckpt").exists()
 
 
 def test_names_from_a_function(tmp_path):
@@ -316,8 +477,9 @@ def test_a_fused_layer_of_a_delta_file_goes_apart_and_together_again(rng, tmp_pa
     convert(tmp_path / "d.safetensors", tmp_path / "a", LoraConfig(lora_alpha=8), names)
     saved = PeftConfig.from_pretrained(tmp_path / "a")
     there = TensorFile(tmp_path / "a/adapter_model.safetensors").read_all()
-    assert saved.target_modules == [f"layers.{path}" for path in ("0.k", "0.q", "0.v", "0.wo", "1.wo")]
-    assert saved.r == 2 and set(saved.rank_pattern) == {rf"layers\.0\.{part}" for part in "qkv"}
+    # These layers alone, for other paths of the network may end like theirs.
+    assert saved.target_modules == r"(?:layers\.0\.k|layers\.0\.q|layers\.0\.v|layers\.0\.wo|layers\.1\.wo)"
+    assert saved.r == 2 and set(saved.rank_pattern) == {rf"^layers\.0\.{part}$" for part in "qkv"}
     a, b = (there[f"base_model.model.layers.0.q.lora_{which}.weight"] for which in "AB")
     whole = tensors["layers.0.w_qkv.mindpet_delta_lora_b"] @ tensors["layers.0.w_qkv.mindpet_delta_lora_a"]
     np.testing.assert_allclose(saved.scaling("layers.0.q") * b @ a, 8 / 4 * whole[:4], atol=1e-5)
@@ -367,11 +529,13 @@ def test_bad_arguments_exit_2_with_one_line(arguments, tmp_path, monkeypatch, ca
 def test_damaged_files_exit_2_with_one_line(tmp_path, capsys):
     for name in ("a.ckpt", "a.safetensors", "c.json", "a.bin"):
         (tmp_path / name).write_bytes(b"damaged")
+    (tmp_path / "list.json").write_text("[1]")
     for arguments in (
         ["inspect", str(tmp_path / "a.ckpt")],
         ["inspect", str(tmp_path / "a.safetensors")],
         ["inspect", str(tmp_path / "a.bin")],
         ["convert", str(tmp_path / "a.ckpt"), "out", "--config", str(tmp_path / "c.json")],
+        ["convert", str(tmp_path / "a.ckpt"), "out", "--config", str(tmp_path / "list.json")],
     ):
         assert main(arguments) == 2
         error = capsys.readouterr().err
