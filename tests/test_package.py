@@ -58,6 +58,8 @@ ORDER = [
     "peft.start",
     "peft.placement",
     "peft.model",
+    "peft.state_dict",
+    "peft.status",
     "peft.auto",
     "peft.convert",
     "peft.merge_files",

@@ -3,12 +3,14 @@
 import importlib
 
 from mindpet.errors import ConfigError
-from mindpet.peft.config import PeftConfig
+from mindpet.peft.config import PeftConfig, TaskType
 from mindpet.peft.model import PeftModel
 
 
 class AutoPeftModel:
     """Makes the base that an adapter's configuration names, and puts the adapter into it."""
+
+    task_type = None  # that the adapter must be for
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, loader=None, **keywords):
@@ -19,8 +21,8 @@ class AutoPeftModel:
 
         Args:
             pretrained_model_name_or_path (str): the adapter's folder.
-            loader (callable): from `base_model_name_or_path` to the base network. Default: None, for the method
-                `from_pretrained` of the class in `auto_mapping`.
+            loader (callable): from `base_model_name_or_path`, which may be None, to the base network. Default: None,
+                for the method `from_pretrained` of the class in `auto_mapping`.
             keywords: of `PeftModel.from_pretrained`: `adapter_name`, `is_trainable`, `force`, `name_map`.
 
         Returns:
@@ -28,15 +30,59 @@ class AutoPeftModel:
 
         Raises:
             FileNotFoundError: there is no such folder.
-            ConfigError: the configuration does not name a base, or its class cannot be found.
+            ConfigError: the configuration does not name a base, or its class cannot be found; the adapter is for
+                another task.
             CheckpointError, ...: see `PeftModel.from_pretrained`.
         """
         folder = pretrained_model_name_or_path
         config = PeftConfig.from_pretrained(folder)
-        if not config.base_model_name_or_path:
-            raise ConfigError(f"{folder}: 'base_model_name_or_path' must name the base, but is not set.")
+        if cls.task_type is not None and config.task_type not in (None, cls.task_type):
+            raise ConfigError(
+                f"{folder}: 'task_type' must be {cls.task_type.value} for {cls.__name__}, but is "
+                f"{config.task_type.value}."
+            )
+        if loader is None and not config.base_model_name_or_path:
+            raise ConfigError(
+                f"{folder}: 'base_model_name_or_path' must name the base, but is not set; give 'loader'."
+            )
         load = loader or _class_of(config.auto_mapping, folder).from_pretrained
         return PeftModel.from_pretrained(load(config.base_model_name_or_path), folder, **keywords)
+
+
+class AutoPeftModelForCausalLM(AutoPeftModel):
+    """`AutoPeftModel` for causal language models."""
+
+    task_type = TaskType.CAUSAL_LM
+
+
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
+    """`AutoPeftModel` for language models from sequence to sequence."""
+
+    task_type = TaskType.SEQ_2_SEQ_LM
+
+
+class AutoPeftModelForSequenceClassification(AutoPeftModel):
+    """`AutoPeftModel` for the classification of sequences."""
+
+    task_type = TaskType.SEQ_CLS
+
+
+class AutoPeftModelForTokenClassification(AutoPeftModel):
+    """`AutoPeftModel` for the classification of tokens."""
+
+    task_type = TaskType.TOKEN_CLS
+
+
+class AutoPeftModelForQuestionAnswering(AutoPeftModel):
+    """`AutoPeftModel` for question answering."""
+
+    task_type = TaskType.QUESTION_ANS
+
+
+class AutoPeftModelForFeatureExtraction(AutoPeftModel):
+    """`AutoPeftModel` for embeddings of texts."""
+
+    task_type = TaskType.FEATURE_EXTRACTION
 
 
 def _class_of(mapping, folder):

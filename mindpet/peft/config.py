@@ -179,6 +179,11 @@ class PeftConfig:
             TypeError, ValueError: a field is wrong.
         """
         path = pathlib.Path(pretrained_model_name_or_path)
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path}: no such file or folder; adapters are read from local folders only, so one of a hub must be "
+                "downloaded first."
+            )
         path = path / CONFIG_NAME if path.is_dir() else path
         try:
             content = json.loads(path.read_text(encoding="utf-8"))

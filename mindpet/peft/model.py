@@ -129,6 +129,11 @@ class PeftModel(nn.Cell):
         """Names of the adapters that are merged."""
         return list(self._placement.merged_names)
 
+    @property
+    def is_enabled(self):
+        """Whether adapters compute: not within `disable_adapter`."""
+        return not self._placement.disabled
+
     def get_base_model(self):
         """The network; it computes with the active adapter."""
         return self.network
@@ -384,14 +389,18 @@ class PeftModel(nn.Cell):
         adapters = {name: self._get(name) for name in names}
         state.refuse_slices(self.network)
         self._refuse_lost()
+        strayed = [name for name, adapter in adapters.items() if adapter.strayed]
+        if strayed:
+            raise AdapterError(
+                f"save_pretrained: {strayed} took a part off the base's weights, and other weights were loaded after "
+                "they were trained; a file would be read with another part. Load the base first."
+            )
         for name, adapter in adapters.items():
             config = dataclasses.replace(adapter.config, inference_mode=True)
             config.auto_mapping = config.auto_mapping or state.auto_mapping(self.network)
             config.peft_version = config.peft_version or f"mindpet {mindpet.__version__}"
             passport = state.make_passport(self._base_values(adapter.plan), self.network, step)
-            tensors, config = self.name_map.split(self._tensors(adapter), config)
-            with self._placement.bare():
-                tensors, config = portable(tensors, config, adapter.plan, self.network, self.name_map)
+            tensors, config = self._tensors(adapter, config)
             state.save_adapter(state.folder_of(save_directory, name), config, tensors, passport)
 
     @classmethod
@@ -467,6 +476,20 @@ class PeftModel(nn.Cell):
             shown = state.with_projection(plan.config, config)
             self._placement.add(adapter_name, plan, is_trainable, values, config=shown)
 
+    def adapter_tensors(self, adapter_name):
+        """The tensors of an adapter's file by their keys, a dict of numpy.ndarray; see `get_peft_model_state_dict`."""
+        adapter = self._get(adapter_name)
+        return self._tensors(adapter, adapter.config)[0]
+
+    def set_adapter_tensors(self, adapter_name, tensors):
+        """Give an adapter the values of such a dict; see `set_peft_model_state_dict`."""
+        self._check_state("set_adapter_tensors")
+        adapter = self._get(adapter_name)
+        tensors, _ = self.name_map.fuse(state.without_doubles(tensors), adapter.config)
+        with self._placement.bare():
+            values = state.load(repr(adapter_name), tensors, Frame(self.network, adapter.plan), self.name_map)
+        self._placement.write(adapter, values)
+
     # How it is done
 
     def _get(self, name):
@@ -521,15 +544,15 @@ class PeftModel(nn.Cell):
             if id(param) not in left_out
         }
 
-    def _tensors(self, adapter):
-        """What stands in an adapter's file."""
+    def _tensors(self, adapter, config):
+        """The tensors and the configuration of an adapter as they stand in its files."""
         keys = state.file_keys(adapter.frame, adapter.plan, self.name_map)
         tensors = {key: adapter.value(own) for own, key in keys.items()}
-        if adapter.plan.attentions:
-            with self._placement.bare():
-                frame = Frame(self.network, adapter.plan)
-            tensors[state.PROMPT] = state.prefix_table(frame, adapter.values)
-        return tensors
+        with self._placement.bare():
+            if adapter.plan.attentions:
+                tensors[state.PROMPT] = state.prefix_table(Frame(self.network, adapter.plan), adapter.values)
+            tensors, config = self.name_map.split(tensors, config)
+            return portable(tensors, config, adapter.plan, self.network, self.name_map)
 
 
 def _is_inside(path, plan):

@@ -36,12 +36,17 @@ class Adapter:
         stored (dict): path -> numpy.ndarray, its values.
         trainable (bool): whether it trains when it is active.
         given (set): paths of the values that it was made with; the others are fresh.
+
+    Attributes:
+        strayed (bool): whether it was trained, and then other values of the base were loaded, so that what PiSSA or
+            OLoRA took off the weight cannot be computed from it any more.
     """
 
     def __init__(self, config, plan, frame, stored, trainable, given):
         self.config, self.plan, self.frame = config, plan, frame
         self.stored, self.trainable, self.given = stored, trainable, given
-        self.starts = starts(frame)
+        self.starts, self.strayed = starts(frame), False
+        self.bases = {id(start.base): digest(value_of(start.base)) for start in self.starts}
         self.started = {path: digest(stored[path]) for start in self.starts for path in start.paths}
 
     @property
@@ -67,12 +72,20 @@ class Adapter:
 
         What has been trained since stays, and so does what came from a file.
         """
+        now = digest(value_of(base)) if id(base) in self.bases else None
+        if self.bases.get(id(base)) == now:
+            return
+        self.bases[id(base)] = now
         for start in self.starts:
-            if start.base is base and all(digest(self.value(path)) == self.started[path] for path in start.paths):
-                fresh = start.compute({path: self.value(path) for path in self.frame.params})
-                values = {path: value.astype(self.stored[path].dtype) for path, value in fresh.items()}
-                self.write({path: value for path, value in values.items() if path not in self.given})
-                self.started.update({path: digest(self.value(path)) for path in start.paths})
+            if start.base is not base:
+                continue
+            if any(digest(self.value(path)) != self.started[path] for path in start.paths):
+                self.strayed |= start.is_lasting
+                continue
+            fresh = start.compute({path: self.value(path) for path in self.frame.params})
+            values = {path: value.astype(self.stored[path].dtype) for path, value in fresh.items()}
+            self.write({path: value for path, value in values.items() if path not in self.given})
+            self.started.update({path: digest(self.value(path)) for path in start.paths})
 
 
 class Placement:
@@ -146,6 +159,13 @@ class Placement:
         self._hold(adapter, self._put(adapter.frame))
         self.active = name
         self.set_flags()
+
+    def write(self, adapter, values):
+        """Give an adapter other values, from outside: they do not follow the base any more."""
+        types = {path: value_of(param).dtype for path, param in adapter.frame.params.items()}
+        adapter.write({path: value.astype(types[path]) for path, value in values.items()})
+        adapter.given |= set(values)
+        adapter.started = {path: digest(adapter.value(path)) for path in adapter.started}
 
     def make_trainable(self, adapter):
         """Let an adapter train from now on, in a frame of its own."""

@@ -14,6 +14,7 @@ from mindpet.graph.parameters import matches
 from mindpet.layers.kinds import layer_kind
 from mindpet.peft.config import PeftType, TaskType
 from mindpet.peft.match import check_patterns, default_targets, ends_with, find_targets, list_layers, no_match
+from mindpet.utils.validate import is_int
 
 # New output layers that a task brings with it; they are trained and saved, as far as the network has them.
 TASK_HEADS = {
@@ -156,11 +157,13 @@ def _find_attentions(network, plan, unmatched):
             f"{owner}: no Cell of {type(network).__name__} has an attribute 'prefix_source'; see docs/peft.md for how "
             "an attention takes a prefix."
         )
-    problems = [
-        f"{layer.path} carries a prefix already" for layer in plan.attentions if layer.cell.prefix_source is not None
-    ]
-    heads, head_dim = plan.attentions[0].cell.kv_heads, plan.attentions[0].cell.head_dim
-    known = {"num_layers": len(plan.attentions), "num_attention_heads": heads, "token_dim": heads * head_dim}
+    _check_attentions(owner, plan.attentions)
+    problems, first = [], plan.attentions[0].cell
+    known = {
+        "num_layers": len(plan.attentions),
+        "num_attention_heads": first.kv_heads,
+        "token_dim": first.kv_heads * first.head_dim,
+    }
     for name, value in known.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
@@ -168,6 +171,23 @@ def _find_attentions(network, plan, unmatched):
             problems.append(f"'{name}' must be {value} for this network, but is {getattr(config, name)}")
     if config.num_virtual_tokens is None:
         problems.append("'num_virtual_tokens' must be given")
+    if problems:
+        raise ConfigError(f"{owner}: " + "; ".join(problems) + ".")
+
+
+def _check_attentions(owner, attentions):
+    """Refuse attentions that a prefix of one table for all cannot be laid in front of."""
+    problems, sizes = [], {}
+    for layer in attentions:
+        size = [getattr(layer.cell, name, None) for name in ("kv_heads", "head_dim")]
+        if layer.cell.prefix_source is not None:
+            problems.append(f"{layer.path} carries a prefix already")
+        elif not all(is_int(value) and value > 0 for value in size):
+            problems.append(f"{layer.path}: 'kv_heads' and 'head_dim' must be positive ints, but are {size}")
+        else:
+            sizes[layer.path] = tuple(size)
+    if len(set(sizes.values())) > 1:
+        problems.append(f"all attentions must have the same 'kv_heads' and 'head_dim', but they are {sizes}")
     if problems:
         raise ConfigError(f"{owner}: " + "; ".join(problems) + ".")
 

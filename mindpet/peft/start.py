@@ -22,11 +22,13 @@ class Start:
         base (Parameter): the Parameter.
         paths (tuple): of the values.
         compute (callable): from the adapter's values, a dict by path, to these, a dict by path.
+        is_lasting (bool): whether they are not in the adapter's file, and computed from the base again. Default: False.
     """
 
     base: object
     paths: tuple
     compute: Callable
+    is_lasting: bool = False
 
 
 def starts(frame):
@@ -64,7 +66,7 @@ def _from_weight(layer, weight, init):
         own = {A: lora_a, B: lora_b, START_A: lora_a, START_B: lora_b}
         return {f"{path}.{name}": np.ascontiguousarray(value, np.float32) for name, value in own.items()}
 
-    return Start(weight, tuple(f"{path}.{name}" for name in (A, B, START_A, START_B)), compute)
+    return Start(weight, tuple(f"{path}.{name}" for name in (A, B, START_A, START_B)), compute, True)
 
 
 def _magnitude(layer, weight):

@@ -22,7 +22,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PASSPORT_NAME = "mindpet_passport.json"
 PREFIX = "base_model.model."
 PROMPT = "prompt_embeddings"
-TWICE = re.compile(r"\.(modules_to_save|original_module)\.bias$")
+DOUBLES = re.compile(r"\.((modules_to_save|original_module)\.bias|num_batches_tracked)$")
 SAMPLES = 64
 
 
@@ -106,8 +106,16 @@ def read_tensors(folder):
     tensors = TensorFile(folder / WEIGHTS_NAME).read_all()
     if not tensors:
         raise CheckpointError(f"{folder / WEIGHTS_NAME}: holds no tensors.")
-    # With bias="all" Hugging Face PEFT has the biases of modules_to_save three times: these two, and under plain names.
-    return {name: value for name, value in tensors.items() if not TWICE.search(name)}
+    return without_doubles(tensors)
+
+
+def without_doubles(tensors):
+    """The tensors of a file without those that say nothing more.
+
+    With `bias="all"` Hugging Face PEFT has the biases of modules_to_save three times, two of them under names of its
+    own; PyTorch's BatchNorms count their batches.
+    """
+    return {name: value for name, value in tensors.items() if not DOUBLES.search(name)}
 
 
 def has_statistics(tensors):

@@ -1,0 +1,69 @@
+"""The values of an adapter as a dict, with the keys of its file."""
+
+from typing import NamedTuple
+
+from mindspore import Tensor
+
+from mindpet.peft.model import PeftModel
+
+
+class LoadResult(NamedTuple):
+    """What `set_peft_model_state_dict` returns for Hugging Face PEFT's sake: both are empty, else there is an error.
+
+    Attributes:
+        missing_keys (list of str): keys that were not in the dict.
+        unexpected_keys (list of str): keys that have no place.
+    """
+
+    missing_keys: list
+    unexpected_keys: list
+
+
+def get_peft_model_state_dict(model, state_dict=None, adapter_name="default"):
+    """What `save_pretrained` would write: tensors by the keys of `adapter_model.safetensors`.
+
+    Args:
+        model (PeftModel): has the adapter.
+        state_dict (dict): key -> Tensor; those of the adapter are taken from it, and not from the model. Default: None.
+        adapter_name (str): Default: 'default'.
+
+    Returns:
+        dict of str -> Tensor.
+
+    Raises:
+        TypeError: `model` is not a PeftModel.
+        AdapterError: there is no such adapter.
+        KeyError: a key of the adapter is not in `state_dict`.
+    """
+    _check_model(model)
+    found = {key: Tensor(value) for key, value in model.adapter_tensors(adapter_name).items()}
+    return found if state_dict is None else {key: state_dict[key] for key in found}
+
+
+def set_peft_model_state_dict(model, peft_model_state_dict, adapter_name="default"):
+    """Give an adapter the values of a dict as `get_peft_model_state_dict` returns it.
+
+    Args:
+        model (PeftModel): has the adapter.
+        peft_model_state_dict (dict): key -> Tensor, Parameter or numpy.ndarray.
+        adapter_name (str): Default: 'default'.
+
+    Returns:
+        LoadResult.
+
+    Raises:
+        TypeError: `model` is not a PeftModel.
+        AdapterError: there is no such adapter, or one is merged.
+        CheckpointError: tensors are missing, surplus, or do not fit; all are in the message, and nothing was changed.
+    """
+    _check_model(model)
+    tensors = {
+        key: value.asnumpy() if isinstance(value, Tensor) else value for key, value in peft_model_state_dict.items()
+    }
+    model.set_adapter_tensors(adapter_name, tensors)
+    return LoadResult([], [])
+
+
+def _check_model(model):
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"'model' must be a PeftModel, but got {model!r} ({type(model).__name__}).")

@@ -1,0 +1,133 @@
+"""What the adapters of a model do: a record for each layer, and one for the model."""
+
+from dataclasses import dataclass
+
+import mindspore as ms
+
+from mindpet.peft.model import PeftModel
+
+
+@dataclass(frozen=True)
+class TunerLayerStatus:
+    """A layer that has the delta of an adapter, whether or not it is active.
+
+    Attributes:
+        name (str): path of the layer.
+        module_type (str): class of the layer.
+        enabled (bool): whether deltas are computed: not within `disable_adapter`.
+        active_adapters (list of str): that is active and has a delta here.
+        merged_adapters (list of str): that are merged and have a delta here.
+        requires_grad (dict): name of an adapter -> whether its delta trains.
+        available_adapters (list of str): that have a delta here.
+        devices (dict): name of an adapter -> list of the targets that it is on.
+    """
+
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list
+    merged_adapters: list
+    requires_grad: dict
+    available_adapters: list
+    devices: dict
+
+
+@dataclass(frozen=True)
+class TunerModelStatus:
+    """A model with adapters.
+
+    Attributes:
+        base_model_type (str): class of the network.
+        adapter_model_type (str): class of the model with adapters.
+        peft_types (dict): name of an adapter -> its method.
+        trainable_params, total_params (int): see `PeftModel.get_nb_trainable_parameters`.
+        num_adapter_layers (int): layers that have a delta.
+        enabled, active_adapters, merged_adapters, requires_grad, available_adapters, devices: as in TunerLayerStatus.
+    """
+
+    base_model_type: str
+    adapter_model_type: str
+    peft_types: dict
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: bool
+    active_adapters: list
+    merged_adapters: list
+    requires_grad: dict
+    available_adapters: list
+    devices: dict
+
+
+def get_layer_status(model):
+    """The layers of a model that have deltas.
+
+    Args:
+        model (PeftModel): the model.
+
+    Returns:
+        list of TunerLayerStatus, in the order of the network.
+
+    Raises:
+        TypeError: `model` is not a PeftModel.
+    """
+    _check_model(model)
+    layers = {}
+    for adapter in model.adapters.values():
+        for layer in adapter.plan.targets + adapter.plan.attentions:
+            layers.setdefault(layer.path, layer.cell)
+    order = {path: place for place, (path, _) in enumerate(model.network.cells_and_names())}
+    return [_layer_status(model, path, layers[path]) for path in sorted(layers, key=order.__getitem__)]
+
+
+def _layer_status(model, path, cell):
+    here = {name: adapter for name, adapter in model.adapters.items() if path in adapter.frame.deltas}
+    return TunerLayerStatus(
+        name=path,
+        module_type=type(cell).__name__,
+        enabled=model.is_enabled,
+        active_adapters=[name for name in model.active_adapters if name in here],
+        merged_adapters=[name for name in model.merged_adapters if name in here],
+        requires_grad={name: _trains(model, name, adapter) for name, adapter in here.items()},
+        available_adapters=sorted(here),
+        devices={name: [ms.get_context("device_target")] for name in here},
+    )
+
+
+def get_model_status(model):
+    """What the adapters of a model do.
+
+    Args:
+        model (PeftModel): the model.
+
+    Returns:
+        TunerModelStatus.
+
+    Raises:
+        TypeError: `model` is not a PeftModel.
+    """
+    _check_model(model)
+    trainable, total = model.get_nb_trainable_parameters()
+    return TunerModelStatus(
+        base_model_type=type(model.network).__name__,
+        adapter_model_type=type(model).__name__,
+        peft_types={name: config.peft_type.value for name, config in model.peft_config.items()},
+        trainable_params=trainable,
+        total_params=total,
+        num_adapter_layers=len({path for adapter in model.adapters.values() for path in adapter.frame.deltas}),
+        enabled=model.is_enabled,
+        active_adapters=model.active_adapters,
+        merged_adapters=model.merged_adapters,
+        requires_grad={name: _trains(model, name, adapter) for name, adapter in model.adapters.items()},
+        available_adapters=sorted(model.adapters),
+        devices={name: [ms.get_context("device_target")] for name in model.adapters},
+    )
+
+
+def _trains(model, name, adapter):
+    return name in model.active_adapters and any(param.requires_grad for param in adapter.frame.params.values())
+
+
+def _check_model(model):
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"'model' must be a PeftModel, but got {model!r} ({type(model).__name__}).")
