@@ -387,6 +387,8 @@ class PeftModel(nn.Cell):
             raise ValueError("save_pretrained: 'safe_serialization' must be True: files are safetensors.")
         names = list(self.adapters) if selected_adapters is None else list(selected_adapters)
         adapters = {name: self._get(name) for name in names}
+        if not adapters:
+            raise AdapterError("save_pretrained: there is no adapter.")
         state.refuse_slices(self.network)
         self._refuse_lost()
         strayed = [name for name, adapter in adapters.items() if adapter.strayed]
@@ -572,11 +574,14 @@ def _check_bare(network):
 
 
 def _check_name(name, taken):
-    """Refuse what cannot be an adapter's name: it becomes the name of a folder."""
+    """Refuse what cannot be an adapter's name: it becomes the name of a folder, beside files of 'default'."""
     if not isinstance(name, str):
         raise TypeError(f"'adapter_name' must be a str, but got {name!r} ({type(name).__name__}).")
-    if not re.fullmatch(r"\w[\w\-.]*", name) or name == BASE:
-        raise AdapterError(f"'adapter_name' must be of letters, digits, '_', '-' and '.', but got {name!r}.")
+    if not re.fullmatch(r"\w[\w\-.]*", name) or name == BASE or name in state.FILES:
+        raise AdapterError(
+            f"'adapter_name' must be of letters, digits, '_', '-' and '.', and not the name of a file that is saved, but "
+            f"got {name!r}."
+        )
     if name in taken:
         raise AdapterError(f"'adapter_name': there is an adapter {name!r} already.")
 

@@ -152,6 +152,7 @@ class Placement:
         if not self.adapters:
             self._open()
         self.adapters[name] = Adapter(config or plan.config, plan, frame, stored, trainable, set(values))
+        self.set_flags()
 
     def activate(self, name):
         """Have an adapter in the network, and no other."""

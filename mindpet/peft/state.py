@@ -20,6 +20,7 @@ from mindpet.utils.tensors import TensorFile, save_tensors
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PASSPORT_NAME = "mindpet_passport.json"
+FILES = (WEIGHTS_NAME, "adapter_model.bin", PASSPORT_NAME, CONFIG_NAME)  # names that a folder of 'default' has
 PREFIX = "base_model.model."
 PROMPT = "prompt_embeddings"
 DOUBLES = re.compile(r"\.((modules_to_save|original_module)\.bias|num_batches_tracked)$")

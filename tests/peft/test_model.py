@@ -271,7 +271,7 @@ def test_delete_adapter(mode, rng):
         model.delete_adapter("two")
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "..", "__base__", "a b", "default"])
+@pytest.mark.parametrize("name", ["", "a/b", "..", "__base__", "a b", "default", "adapter_model.safetensors"])
 def test_names_that_cannot_be(name):
     model = get_peft_model(Small(), config())
     with pytest.raises(AdapterError, match="'adapter_name'"):
