@@ -67,7 +67,7 @@ class MixedBatches:
     def _prepare(self, used):
         """Have Cells for the adapters: for all that can be mixed, else for those that are used."""
         current = self.placement.adapters
-        if used <= set(self.adapters) and all(current.get(name) is own for name, own in self.adapters.items()):
+        if self.root and used <= set(self.adapters) and all(current.get(name) is own for name, own in self.adapters.items()):
             return
         try:
             self._build({name: adapter for name, adapter in current.items() if _can_mix(adapter)})

@@ -295,7 +295,7 @@ class Placement:
             MergeError: an adapter cannot be merged; nothing was changed.
         """
         chosen = {name: self.adapters[name] for name in names}
-        active = self.adapters[self.active]
+        active = self.adapters.get(self.active)
         layers = {layer.path: layer for adapter in chosen.values() for layer in adapter.plan.targets}
         copies = active.frame.copies if for_good and self.active in names else {}
         owners = {path: _weight_place(layer) for path, layer in layers.items()}
@@ -329,12 +329,13 @@ class Placement:
         Raises:
             AdapterError: at the end, if parameters of the merged delta were written to.
         """
-        adapter = self.adapters[self.active]
         merged, self.merged, self.merged_names = self.merged, None, []
         for param, own, _ in merged.values():
             assign(param, Tensor(own))
+        if self.active is None:
+            return
         try:
-            self._refuse_changes(adapter, "unmerge_adapter")
+            self._refuse_changes(self.adapters[self.active], "unmerge_adapter")
         finally:
             self.activate(self.active)
 

@@ -271,6 +271,22 @@ def test_a_merge_that_fails_changes_nothing(active, mode, rng):
     same(numbers(model, x), out)
 
 
+def test_an_adapter_merges_where_none_is_active(mode, rng):
+    network, x = Tiny(), ids(rng)
+    expected, base = numbers(network, x), state(network)
+    model = PeftModel(network)
+    model.add_adapter("one", LoraConfig(r=2, target_modules=["query"], init_lora_weights=False))
+    same(numbers(model, x), expected)
+    same(model(x, adapter_names=["__base__"] * 4).asnumpy(), expected)
+    model.merge_adapter(["one"])
+    merged = numbers(model, x)
+    assert np.abs(merged - expected).max() > 1e-3
+    model.unmerge_adapter()
+    assert equal(state(network), base) and model.active_adapter is None
+    same(numbers(model, x), expected)
+    same(numbers(model.merge_and_unload(adapter_names=["one"]), x), merged)
+
+
 def test_a_head_goes_on_training_while_its_adapter_is_merged(mode, rng, tmp_path):
     model, x = get_peft_model(Tiny(), KINDS["head"]), ids(rng)
     move(model, 1)
@@ -514,6 +530,14 @@ def test_mixed_batches_have_one_graph_for_all_adapters(rng):
         assert compiles.count == 1
     finally:
         ms.set_context(mode=with_mode)
+
+
+def test_a_batch_of_the_base_alone_where_no_adapter_can_be_mixed(mode, rng):
+    network, x = Tiny(), ids(rng)
+    expected = numbers(network, x)
+    model = get_peft_model(network, KINDS["bitfit"])
+    move(model, 1)
+    same(model(x, adapter_names=["__base__"] * 4).asnumpy(), expected)
 
 
 def test_mixed_precision_by_amp_after_wrapping(rng, tmp_path, monkeypatch):
