@@ -123,14 +123,29 @@ class InFront(nn.Cell):
     def __init__(self, delta):
         super().__init__(auto_prefix=False)
         self.delta = delta
+        self.concat = ops.Concat(axis=2)
 
     def construct(self, key, value):
         past_key, past_value = self.past(key.shape[0], key.dtype)
-        return ops.concat((past_key, key), 2), ops.concat((past_value, value), 2)
+        return self.concat((past_key, key)), self.concat((past_value, value))
 
     def past(self, batch, dtype):
         """The trained keys and values, each `(batch, heads, tokens, head_dim)`."""
         raise NotImplementedError
+
+    def shard(self, batch, heads):
+        """Cut the result over the batch and the heads; the parameters are the same on every rank.
+
+        Args:
+            batch (int): slices of the batch.
+            heads (int): slices of the key and value heads.
+
+        Returns:
+            InFront, itself.
+        """
+        layout = (batch, heads, 1, 1)
+        self.concat.shard((layout, layout))
+        return self
 
 
 def out_features(cell, kind):

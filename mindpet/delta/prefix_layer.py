@@ -136,6 +136,11 @@ def warn_of_snapshot():
 class PrefixLayerInFront(InFront):
     """A PrefixLayer in front of the keys and values of its attention."""
 
+    def __init__(self, delta):
+        super().__init__(delta)
+        self.transpose = ops.Transpose()
+        self.tile = ops.Tile()
+
     def past(self, batch, dtype):
         key, value = self.delta()
         return self.split_heads(key, batch, dtype), self.split_heads(value, batch, dtype)
@@ -144,7 +149,13 @@ class PrefixLayerInFront(InFront):
         """`(tokens, heads * head_dim) -> (batch, heads, tokens, head_dim)`."""
         tokens, heads = self.delta.prefix_token_num, self.delta.num_heads
         rows = ops.cast(ops.reshape(rows, (1, tokens, heads, -1)), dtype)
-        return ops.tile(ops.transpose(rows, (0, 2, 1, 3)), (batch, 1, 1, 1))
+        return self.tile(self.transpose(rows, (0, 2, 1, 3)), (batch, 1, 1, 1))
+
+    def shard(self, batch, heads):
+        self.delta.shard()
+        self.transpose.shard(((1, 1, 1, 1),))  # cut where it is repeated, which needs no communication
+        self.tile.shard(((batch, heads, 1, 1),))
+        return super().shard(batch, heads)
 
 
 def prefix_layer(heads, head_dim, tokens, embed_dim=None, mid_dim=None):

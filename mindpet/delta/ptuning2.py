@@ -156,9 +156,21 @@ class PrefixEncoder(nn.Cell):
 class PrefixEncoderInFront(InFront):
     """A PrefixEncoder of one layer in front of the keys and values of its attention."""
 
+    def __init__(self, delta):
+        super().__init__(delta)
+        self.halves = ops.Split(axis=0, output_num=2)
+        self.squeeze = ops.Squeeze(0)
+
     def past(self, batch, dtype):
-        past = self.delta(batch, dtype)[0]
-        return past[0], past[1]
+        key, value = self.halves(self.delta(batch, dtype)[0])
+        return self.squeeze(key), self.squeeze(value)
+
+    def shard(self, batch, heads):
+        self.delta.shard(batch, heads)
+        layout = (1, batch, heads, 1, 1)
+        self.halves.shard((layout,))
+        self.squeeze.shard((layout,))
+        return super().shard(batch, heads)
 
 
 def prefix_encoder(heads, head_dim, tokens, **keywords):
