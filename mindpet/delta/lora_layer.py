@@ -99,6 +99,7 @@ class LoraLayer(nn.Cell):
             self.sub = ops.Sub()
         self.lora_dropout = get_dropout(dropout)
         self.lora_a_matmul, self.lora_b_matmul = self.make_operators(cell)
+        self.bias_add = ops.BiasAdd("NCDHW" if kind.name == "conv3d" else "NCHW") if lora_bias else None
         self.mul = ops.Mul()
         self.add = ops.Add()
 
@@ -109,7 +110,7 @@ class LoraLayer(nn.Cell):
         if self.starts_from_weight:
             delta = self.sub(delta, self.start(x))
         if self.lora_bias:
-            delta = delta + self.channels(ops.cast(self.mindpet_delta_lora_bias, self.compute_dtype))
+            delta = self.bias_add(delta, ops.cast(self.mindpet_delta_lora_bias, self.compute_dtype))
         delta = ops.cast(self.mul(delta, ops.cast(self.mindpet_lora_scaling, self.compute_dtype)), out.dtype)
         if self.use_dora:
             gain = ops.cast(self.gain(), out.dtype)
@@ -207,6 +208,7 @@ class LoraLayer(nn.Cell):
             "strategy_lora_start_a_matmul": (self.lora_start_a_matmul, "ni,ri"),
             "strategy_lora_start_b_matmul": (self.lora_start_b_matmul, "nr,or"),
             "strategy_lora_sub": (self.sub, "no,no"),
+            "strategy_lora_bias_add": (self.bias_add, "no,o"),
             "strategy_lora_mul": (self.mul, "no,"),
             "strategy_lora_add": (self.add, "no,no"),
         }
@@ -219,6 +221,7 @@ class LoraLayer(nn.Cell):
         strategy_lora_start_a_matmul=None,
         strategy_lora_start_b_matmul=None,
         strategy_lora_sub=None,
+        strategy_lora_bias_add=None,
         strategy_lora_mul=None,
         strategy_lora_add=None,
     ):
@@ -245,7 +248,6 @@ class LoraLayer(nn.Cell):
 class LoraEmbedding(LoraLayer):
     """The LoRA delta of an embedding; `x` are the ids. Dropout does not act on ids."""
 
-    operators = None
     file_names = {
         "mindpet_delta_lora_a": "lora_embedding_A",
         "mindpet_delta_lora_b": "lora_embedding_B",
@@ -261,11 +263,19 @@ class LoraEmbedding(LoraLayer):
     def make_operators(self, cell):
         return ops.Gather(), ops.MatMul(transpose_a=True, transpose_b=True)
 
+    @property
+    def operators(self):
+        """The operator behind each slot of `shard()`; A is whole: MindSpore would gather what is taken from a part."""
+        return {
+            "strategy_lora_a_matmul": (self.lora_a_matmul, "rf,n"),
+            "strategy_lora_b_matmul": (self.lora_b_matmul, "rn,or"),
+            "strategy_lora_mul": (self.mul, "no,"),
+            "strategy_lora_add": (self.add, "no,no"),
+        }
+
 
 class LoraConvolution(LoraLayer):
     """The LoRA delta of a convolution: one with `rank` channels, then one with a kernel of one tap."""
-
-    operators = None
 
     def update(self, x, lora_a, lora_b):
         x = self.lora_dropout(ops.cast(x, self.compute_dtype))
@@ -292,6 +302,20 @@ class LoraConvolution(LoraLayer):
     def make_operators(self, cell):
         name = self.kind.name
         return convolution_like(cell, name, self.rank), pointwise_like(cell, name, self.out_channels)
+
+    @property
+    def operators(self):
+        """The operator behind each slot of `shard()`, of a convolution with the one operator that has strategies."""
+        if not isinstance(self.lora_a_matmul, ops.Conv2D):
+            return {}
+        return {
+            "strategy_lora_dropout": (self.lora_dropout.dropout, "nihw"),
+            "strategy_lora_a_matmul": (self.lora_a_matmul, "nihw,rikl"),
+            "strategy_lora_b_matmul": (self.lora_b_matmul, "nrhw,orkl"),
+            "strategy_lora_bias_add": (self.bias_add, "nohw,o"),
+            "strategy_lora_mul": (self.mul, "nohw,"),
+            "strategy_lora_add": (self.add, "nohw,nohw"),
+        }
 
 
 # Parameter -> keyword of `fold_lora`; a bias is folded into the layer's own.

@@ -45,7 +45,22 @@ def shard_like(cell, in_strategy=None):
         check.require(same, ValueError, "in_strategy", in_strategy, "one in which both inputs cut the last axis alike")
     check.done()
     (rows, inputs), (outputs, _) = in_strategy
-    counts = {"n": rows, "i": inputs, "o": outputs}
+    return shard_axes(cell, {"n": rows, "i": inputs, "o": outputs})
+
+
+def shard_axes(cell, counts):
+    """Set all strategies of a delta Cell from how often each axis of its base layer is cut.
+
+    Args:
+        cell (Cell): has the table `operators`, see `mindpet.utils.sharding`.
+        counts (dict): letter of an axis -> count; what is missing is not cut.
+
+    Returns:
+        Cell, `cell`.
+
+    Raises:
+        ValueError: an activation cannot be sharded.
+    """
     return cell.shard(
         **{
             slot: tuple(tuple(counts.get(axis, 1) for axis in names) for names in axes.split(","))

@@ -3,8 +3,8 @@
 A Cell that can be sharded has a table `operators`: slot -> (operator, axes). The slot is an argument of its `shard()`.
 The operator is a Primitive, an activation Cell, or None. The axes are those of the operator's inputs, as `einsum`
 writes them, one letter an axis: `n` the rows, `i` and `o` the features that go into and come out of the base layer, `r`
-the rank or bottleneck of the delta, `f` and `k` the axes of the factors of a matrix. A matmul of `(n, i)` with `(r, i)`
-is "ni,ri".
+the rank or bottleneck of the delta, `h` and `w` the axes of an image. `f`, `k` and `l` are axes that are never cut, of
+tables, kernels and the factors of a matrix. A matmul of `(n, i)` with `(r, i)` is "ni,ri".
 """
 
 import warnings
