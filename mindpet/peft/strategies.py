@@ -1,15 +1,117 @@
-"""The strategies of deltas, from those of the network around them."""
+"""The strategies of deltas, from those of the operators of the layer or attention that they belong to.
 
-from mindpet.parallel import shard_like
-from mindpet.utils.sharding import slot_table
+A Cell of which no operator has a strategy is left to MindSpore, and its delta too. Where there are strategies that a
+delta cannot follow it is refused: it would be right, but gather what is cut.
+"""
+
+from mindpet.errors import ConfigError
+from mindpet.layers.kinds import layer_kind
+from mindpet.parallel.derive import shard_axes
+from mindpet.utils.sharding import check_strategy, slot_table
+from mindpet.utils.validate import Checker, is_int
+
+# Kind of a layer -> type of the operator that takes its weight, and the axes of its inputs as `operators` have them.
+OPERATORS = {"linear": ("MatMul", "ni,oi"), "embedding": ("Gather", "vo,n"), "conv2d": ("Conv2D", "nihw,oikl")}
+CUT = "prefix_strategy"  # an attention's attribute: in how many slices the batch and the key and value heads are cut
+DELTAS = ("mindpet_", "prefix_source")  # how the names of Cells begin that are put into layers and attentions
+
+
+def find_problems(plan):
+    """What speaks against deltas where a plan wants them, because of strategies: a list of texts that name the path."""
+    places = [(layer, layer_kind(layer.cell)) for layer in plan.targets] + [(layer, None) for layer in plan.attentions]
+    problems = []
+    for layer, kind in places:
+        try:
+            if _cuts(layer.cell, kind) and getattr(plan.config, "use_dora", False):
+                problems.append(f"{layer.path}: no DoRA beside a layer with strategies")
+        except ConfigError as error:
+            problems.append(f"{layer.path}: {error}")
+    return problems
 
 
 def carry_strategy(cell, kind, delta):
-    """Derive the delta's strategies from that of the layer's matmul, if it has one."""
-    strategy = getattr(getattr(cell, "matmul", None), "in_strategy", None)
-    delta = getattr(delta, "delta", delta)
-    if strategy is None or kind.name != "linear" or not slot_table(delta):
-        return
-    if kind.fan_in_fan_out:
-        strategy = (strategy[0], strategy[1][::-1])
-    shard_like(delta, strategy)
+    """Derive a delta's strategies from those of its layer or attention; do nothing if that has none.
+
+    Args:
+        cell (Cell): the layer or attention.
+        kind (LayerKind): of the layer; None for an attention.
+        delta (Cell): made for it.
+
+    Raises:
+        ConfigError: there are strategies that the delta cannot follow.
+    """
+    cuts = _cuts(cell, kind)
+    if cuts and kind is None:
+        delta.shard(*cuts)
+    elif cuts:
+        delta = getattr(delta, "delta", delta)
+        if not slot_table(delta):
+            raise ConfigError(f"{type(delta).__name__} has no table 'operators': it cannot follow a layer's strategies")
+        shard_axes(delta, cuts)
+
+
+def _cuts(cell, kind):
+    """How the operators of a layer or attention are cut, see the functions below; None if none has a strategy."""
+    sharded = [
+        primitive
+        for path, inner in cell.cells_and_names()
+        if not any(part.startswith(DELTAS) for part in path.split("."))
+        for primitive in inner._primitives.values()
+        if any(getattr(primitive, name, None) is not None for name in ("in_strategy", "in_layout"))
+    ]
+    if kind is None:
+        return _attention_cuts(cell, sharded) if sharded or getattr(cell, CUT, None) is not None else None
+    return _layer_cuts(kind, sharded) if sharded else None
+
+
+def _layer_cuts(kind, sharded):
+    """How often each axis of a layer is cut: letter -> count."""
+    if kind.name not in OPERATORS:
+        raise ConfigError(f"no delta beside a layer with strategies of the kind '{kind.name}'")
+    name, axes = OPERATORS[kind.name]
+    found = [primitive for primitive in sharded if primitive.name == name]
+    if len(found) != 1:
+        raise ConfigError(f"a delta takes its strategies from one {name}, but {len(found)} have one in this layer")
+    strategy = _strategy(found[0])
+    if name == "MatMul":
+        flipped = (found[0].transpose_a, not found[0].transpose_b)
+        axes = ",".join(part[::-1] if flip else part for part, flip in zip(axes.split(","), flipped))
+    if name == "Gather":  # the delta takes the ids in one row
+        if any(count > 1 for layout in strategy[1:] for count in layout[1:]):
+            raise ConfigError(f"no delta where ids are cut along other axes than the first, as in {strategy}")
+        strategy = (strategy[0], *(layout[:1] for layout in strategy[1:]))
+    check = Checker("")
+    if not check_strategy(check, f"strategy of {name}", strategy, axes):
+        raise ConfigError("; ".join(message for _, message in check.problems))
+    return {letter: count for part, layout in zip(axes.split(","), strategy) for letter, count in zip(part, layout)}
+
+
+def _attention_cuts(cell, sharded):
+    """(slices of the batch, slices of the key and value heads) of an attention.
+
+    Key and value are the second inputs, `(batch, heads, ..., ...)`, of its batched matmuls.
+    """
+    cut = getattr(cell, CUT, None)
+    if cut is None:
+        layouts = {_strategy(primitive)[-1] for primitive in sharded if primitive.name == "BatchMatMul"}
+        cut = layouts.pop() if len(layouts) == 1 else ()
+        if len(cut) != 4 or cut[2:] != (1, 1):
+            raise ConfigError(
+                "its batched matmuls do not tell in how many slices the batch and the heads of key and value are cut; "
+                f"give it an attribute '{CUT}', a tuple of these two"
+            )
+        cut = cut[:2]
+    pair = isinstance(cut, tuple) and len(cut) == 2 and all(is_int(count) and count > 0 for count in cut)
+    if not pair or cell.kv_heads % cut[1]:
+        raise ConfigError(
+            f"its '{CUT}' must be two positive ints, of which the second divides its {cell.kv_heads} key and value "
+            f"heads, but is {cut!r}"
+        )
+    return cut
+
+
+def _strategy(primitive):
+    """The strategy of an operator, a tuple of tuples."""
+    if getattr(primitive, "in_layout", None) is not None:
+        raise ConfigError(f"no delta where the strategy of {primitive.name} is a Layout: give tuples of ints")
+    return primitive.in_strategy
