@@ -174,7 +174,10 @@ def portable(tensors, config, plan, network, names):
         for name, param in cell.parameters_and_names()
         if "mindpet" not in name
     }
-    return {**surplus, **tensors}, config
+    tensors = {**surplus, **tensors}
+    # A BatchNorm of PyTorch counts its batches, which only an average over all of them needs.
+    norms = [key[: -len("running_var")] for key in tensors if key.endswith(".running_var")]
+    return {**{f"{norm}num_batches_tracked": np.zeros((), np.int64) for norm in norms}, **tensors}, config
 
 
 def _listed(entries):

@@ -9,6 +9,8 @@ from mindspore import Tensor, nn, ops
 
 from mindpet.errors import ConfigError
 from mindpet.peft import LoraConfig, PeftModel, PrefixTuningConfig, Ptuning2Config, get_peft_model
+from mindpet.peft.convert import convert
+from mindpet.utils.tensors import save_tensors
 
 pytestmark = pytest.mark.interop
 
@@ -291,6 +293,57 @@ def test_names_that_end_alike_come_from_hugging_face(choice, rng, tmp_path):
         expected = wrapped(torch.tensor(x)).numpy()
     model = PeftModel.from_pretrained(ours, tmp_path)
     np.testing.assert_allclose(model(Tensor(x)).asnumpy(), expected, atol=1e-5)
+
+
+def test_a_batch_norm_goes_both_ways(rng, tmp_path):
+    import peft
+    import torch
+    from pairs import WIDTH
+
+    fields = {"target_modules": ["0"], "modules_to_save": ["1"]}
+    x = rng.normal(size=(5, WIDTH)).astype(np.float32)
+
+    def pair():
+        torch.manual_seed(1)
+        theirs = torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH), torch.nn.BatchNorm1d(WIDTH)).eval()
+        ours = nn.SequentialCell(nn.Dense(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)).set_train(False)
+        for name in ("weight", "bias"):
+            getattr(ours[0], name).set_data(Tensor(getattr(theirs[0], name).detach().numpy()))
+        return theirs, ours
+
+    theirs, ours = pair()
+    wrapped = peft.get_peft_model(theirs, peft.LoraConfig(**fields)).eval()
+    disturb(wrapped.parameters(), rng)
+    with torch.no_grad():
+        wrapped.base_model.model[1].modules_to_save["default"].running_mean.add_(0.5)
+        expected = wrapped(torch.tensor(x)).numpy()
+    wrapped.save_pretrained(tmp_path / "theirs")
+    model = PeftModel.from_pretrained(ours, tmp_path / "theirs").set_train(False)
+    np.testing.assert_allclose(model(Tensor(x)).asnumpy(), expected, atol=1e-5)
+    model.save_pretrained(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(pair()[0], tmp_path / "ours").eval()
+    with torch.no_grad():
+        np.testing.assert_allclose(again(torch.tensor(x)).numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("projection", ["layers", "encoder"])
+def test_a_delta_file_of_projected_prefixes_goes_to_hugging_face(projection, rng, tmp_path):
+    """Of a PrefixLayer in each attention, and of P-Tuning v2 in each attention."""
+    import peft
+    from pairs import inputs, make_pair, their_logits
+
+    theirs, ours = make_pair("gpt2", tmp_path / "base")
+    torch_inputs, our_inputs = inputs("gpt2", rng)
+    cls = PrefixTuningConfig if projection == "layers" else Ptuning2Config
+    config = cls(num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=8, task_type="CAUSAL_LM")
+    model = get_peft_model(ours, config)
+    for param in model.trainable_params():
+        param.set_data(Tensor((param.asnumpy() + 0.1 * rng.normal(size=param.shape)).astype(np.float32)))
+    expected = model.set_train(False)(*our_inputs).asnumpy()
+    save_tensors(tmp_path / "d.safetensors", {param.name: param.asnumpy() for param in model.trainable_params()})
+    convert(tmp_path / "d.safetensors", tmp_path / "a", model.peft_config["default"])
+    wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path / "a").eval()
+    np.testing.assert_allclose(their_logits(wrapped, torch_inputs), expected, atol=1e-4)
 
 
 def test_ptuning2_goes_to_hugging_face(rng, tmp_path):

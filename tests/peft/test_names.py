@@ -134,7 +134,12 @@ def test_a_start_that_was_computed_exactly_is_written_as_such():
 
 
 def test_statistics_have_the_names_of_pytorch():
-    assert to_torch("bn.moving_mean") == "bn.running_mean" and to_torch("bn.moving_variance") == "bn.running_var"
+    network = nn.SequentialCell(nn.Dense(4, 4), nn.BatchNorm1d(4))
+    plan = plan_targets(network, LoraConfig(target_modules=["0"], modules_to_save=["1"]))
+    content, _ = portable(file_of(plan, NameMap())[0], plan.config, plan, network, NameMap())
+    leaves = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    assert {key for key in content if ".1." in key} == {f"base_model.model.1.{leaf}" for leaf in leaves}
+    assert content["base_model.model.1.num_batches_tracked"].shape == ()
 
 
 def fused_file(rng, path):
