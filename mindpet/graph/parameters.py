@@ -106,6 +106,8 @@ def _places(cells):
     """The first place of each Parameter; one in a ParameterTuple counts if there is no other."""
     places = {}
     for cell, path, full in cells:
+        if not cell._params:
+            continue
         tuples = {name: value for name, value in cell.__dict__.items() if isinstance(value, ParameterTuple)}
         in_tuple = {id(param): f"{name}." for name, params in tuples.items() for param in params}
         for name, param in cell._params.items():
