@@ -106,8 +106,9 @@ def combine(
     _check_plain(adapters)
     layers = {}
     for weight, adapter in zip(weights, adapters):
+        values = adapter.values
         for path in adapter.frame.deltas:
-            found = fold_arguments(path, adapter.values)
+            found = fold_arguments(path, values)
             layers.setdefault(path, []).append((weight, float(found["scaling"]), found["lora_a"], found["lora_b"]))
     _check_layers(layers, combination_type)
     rank = svd_rank or max(rank for each in adapters for rank in (each.config.r, *each.config.rank_pattern.values()))
@@ -117,11 +118,16 @@ def combine(
     for path, parts in layers.items():
         weight, scaling, parts_a, parts_b = zip(*parts)
         scales = np.multiply(weight, scaling)
+        whole_a = np.concatenate([scale * lora_a for scale, lora_a in zip(np.float32(scales), parts_a)])
+        whole_b = np.hstack(parts_b)
         if combination_type == "cat":
-            lora_a, lora_b = np.concatenate([f * a for f, a in zip(np.float32(scales), parts_a)]), np.hstack(parts_b)
+            lora_a, lora_b = whole_a, whole_b
+        elif combination_type == "svd" and len(whole_a) >= rank:
+            lora_a, lora_b = _factors(_svd_of_product(whole_b, whole_a), rank, svd_clamp)
         elif combination_type.endswith("svd"):
             deltas = [np.float32(s) * (lora_b @ lora_a) for s, lora_a, lora_b in zip(scaling, parts_a, parts_b)]
-            lora_a, lora_b = _factors(merge(deltas, weight), rank, svd_clamp)
+            decomposition = np.linalg.svd(merge(deltas, weight), full_matrices=False)
+            lora_a, lora_b = _factors(decomposition, rank, svd_clamp)
         else:
             roots = np.sqrt(np.abs(scales))
             lora_a, lora_b = merge(parts_a, np.copysign(roots, scales)), merge(parts_b, roots)
@@ -132,7 +138,9 @@ def combine(
     config = LoraConfig(
         r=most,
         lora_alpha=most,
-        target_modules=exact_targets(layers),
+        target_modules=exact_targets(
+            path for adapter in adapters for layer in adapter.plan.targets for path in layer.paths
+        ),
         rank_pattern=others,
         alpha_pattern=dict(others),
         task_type=adapters[0].config.task_type,
@@ -252,9 +260,16 @@ def _mean_of_majority(tensors, factors, majority_sign_method):
     return (factors * tensors * agree).sum(0) / np.maximum(agree.sum(0), 1).astype(np.float32)
 
 
-def _factors(delta, rank, clamp):
-    """A and B of a rank, whose product is next to a matrix."""
-    left, roots, right = np.linalg.svd(delta, full_matrices=False)
+def _svd_of_product(lora_b, lora_a):
+    """The singular value decomposition of B A, which takes a thousandth of the time if the rank is low."""
+    (left, upper), (right, lower) = np.linalg.qr(lora_b), np.linalg.qr(lora_a.T)
+    inner_left, roots, inner_right = np.linalg.svd(upper @ lower.T)
+    return left @ inner_left, roots, inner_right @ right.T
+
+
+def _factors(decomposition, rank, clamp):
+    """A and B of a rank, whose product is next to a matrix, from its singular value decomposition."""
+    left, roots, right = decomposition
     lora_a, lora_b = right[:rank], left[:, :rank] * roots[:rank]
     if clamp is not None:
         limit = np.quantile(np.concatenate((lora_a, lora_b), axis=None), clamp)

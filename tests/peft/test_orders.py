@@ -4,7 +4,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn, ops
-from small import LABELS, VOCAB, WIDTH, Compiles, Tied, Tiny, graph_mode, ids, move, numbers, same
+from small import LABELS, VOCAB, WIDTH, Compiles, Small, Tied, Tiny, graph_mode, ids, move, numbers, same
 
 from mindpet.errors import AdapterError, ConfigError, MergeError
 from mindpet.graph import freeze_delta
@@ -538,6 +538,21 @@ def test_a_batch_of_the_base_alone_where_no_adapter_can_be_mixed(mode, rng):
     model = get_peft_model(network, KINDS["bitfit"])
     move(model, 1)
     same(model(x, adapter_names=["__base__"] * 4).asnumpy(), expected)
+
+
+@pytest.mark.parametrize("kind", ["cat", "linear", "svd", "ties"])
+def test_a_sum_on_a_layer_that_stands_in_two_places(kind, rng, tmp_path):
+    ms.set_seed(3)
+    model, x = get_peft_model(Small(), LoraConfig(r=2, target_modules=["shared"])), ids(rng)
+    move(model, 1)
+    expected = numbers(model, x)
+    density = 1.0 if kind == "ties" else None
+    model.add_weighted_adapter(["default"], [1.0], "sum", kind, density=density)
+    model.set_adapter("sum")
+    np.testing.assert_allclose(numbers(model, x), expected, atol=1e-5)
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    again = PeftModel.from_pretrained(model.unload(), tmp_path / "sum")
+    np.testing.assert_allclose(numbers(again, x), expected, atol=1e-5)
 
 
 def test_mixed_precision_by_amp_after_wrapping(rng, tmp_path, monkeypatch):
