@@ -263,7 +263,7 @@ def _mean_of_majority(tensors, factors, majority_sign_method):
 def _svd_of_product(lora_b, lora_a):
     """The singular value decomposition of B A, which takes a thousandth of the time if the rank is low."""
     (left, upper), (right, lower) = np.linalg.qr(lora_b), np.linalg.qr(lora_a.T)
-    inner_left, roots, inner_right = np.linalg.svd(upper @ lower.T)
+    inner_left, roots, inner_right = np.linalg.svd(upper @ lower.T, full_matrices=False)
     return left @ inner_left, roots, inner_right @ right.T
 
 

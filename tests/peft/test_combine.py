@@ -180,6 +180,22 @@ def test_a_sum_has_the_layers_and_ranks_of_its_adapters_only(kind):
     assert {path: len(values[f"{path}.mindpet_delta_lora_a"]) for path in sizes} == sizes
 
 
+@pytest.mark.parametrize("ranks", [(1, 1), (2, 3), (4, 1), (8, 8)])
+def test_svd_is_the_best_approximation(ranks, rng):
+    """Whatever the ranks are beside the `(5, 6)` of the weight."""
+    own = [
+        (2.0, rng.normal(size=(rank, 6)).astype(np.float32), rng.normal(size=(5, rank)).astype(np.float32))
+        for rank in ranks
+    ]
+    whole = sum(weight * 2 * lora_b @ lora_a for weight, (_, lora_a, lora_b) in zip((0.7, -0.4), own))
+    parts = [part({"fc": factors}, r=rank) for rank, factors in zip(ranks, own)]
+    left, roots, right = np.linalg.svd(whole)
+    for rank in (None, 1, 2, 5, 9):
+        kept = min(rank or max(ranks), 5)
+        found = deltas(*combine(parts, [0.7, -0.4], "svd", rank))["fc"]
+        np.testing.assert_allclose(found, (left[:, :kept] * roots[:kept]) @ right[:kept], atol=1e-4)
+
+
 def test_a_sum_has_the_task_and_the_base_of_the_first():
     parts = golden("ab")
     parts[0].config.task_type, parts[0].config.base_model_name_or_path = TaskType.CAUSAL_LM, "here"
