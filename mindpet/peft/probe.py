@@ -67,7 +67,7 @@ def probe_merge(cell, kind, deltas, merged):
             refused = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             continue
         difference = float(np.abs(got - expected).max())
-        allowed = 8 * _error(kind, dtype, merged) * _size(cell, kind, deltas, merged, columns)
+        allowed = 4 * _error(kind, dtype, merged) * _size(cell, kind, deltas, merged, columns)
         if difference <= allowed:  # False for NaN, too
             return Probe()
         return Probe(
