@@ -15,7 +15,7 @@ import pathlib
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
-from models.generate import generate
+from models.generate import generate, pad_left
 from models.llama import CrossEntropy, LlamaConfig, LlamaForCausalLM
 from text_data import read_docstrings
 from tqdm import trange
@@ -95,9 +95,9 @@ print("licence:", repr(write(model, "Apache ")))
 model.set_adapter("default")
 print("zen:    ", repr(write(model, "Readability ")))
 
-# %% One batch, an adapter for each row
-rows = np.stack([encode("Beautiful is ")] * 3)
-logits = model(Tensor(rows), adapter_names=["default", "licence", "__base__"])
+# %% One batch, an adapter for each row. What is shorter has padding on the left
+rows, mask = pad_left([encode("Beautiful is "), encode("Apache "), encode("Beautiful is ")])
+logits = model(Tensor(rows), Tensor(mask), adapter_names=["default", "licence", "__base__"])
 print("next:   ", [chr(letter) for letter in logits.asnumpy()[:, -1].argmax(-1)])
 
 # %% Saved as Hugging Face PEFT does, loaded into the same base, merged
