@@ -158,8 +158,12 @@ def portable(tensors, config, plan, network, names):
     known = {names.to_torch(place[0]): place for place in places}
     if isinstance(config, LoraConfig):
         if is_renamed or config.target_modules == ALL_LINEAR or config.layers_to_transform is not None:
-            own = {names.to_torch(layer.path): layer.path for layer in plan.targets}
-            config = _explicit(config, [(own.get(path, path), path) for path in target_paths(tensors)], known)
+            own = {
+                names.to_torch(layer.path): [(layer.path, names.to_torch(path)) for path in layer.paths]
+                for layer in plan.targets
+            }
+            pairs = [pair for path in target_paths(tensors) for pair in own.get(path, [(path, path)])]
+            config = _explicit(config, pairs, known)
         if re.fullmatch(APPROXIMATE_INITS, str(config.init_lora_weights)):
             config.init_lora_weights = "pissa"
     meant = {names.to_torch(path) for layer in plan.modules_to_save for path in layer.paths}

@@ -76,6 +76,19 @@ def test_what_is_written_means_the_same_layers(choice, names):
                 assert f"base_model.model.{names.to_torch(f'{path}.{name}')}" in content
 
 
+def test_a_layer_in_several_places_is_written_with_all_of_them():
+    network, shared = nn.CellList([Part(), Part()]), nn.Dense(4, 4)
+    for part in network:
+        part.fc = shared
+    plan = plan_targets(network, LoraConfig(target_modules="all-linear", rank_pattern={"0.fc": 3}))
+    tensors, _ = file_of(plan, NameMap())
+    _, config = portable(tensors, plan.config, plan, network, NameMap())
+    assert config.target_modules == ["0.attn", "0.fc", "1.attn", "1.fc"]
+    again = plan_targets(network, config)
+    assert [layer.paths for layer in again.targets] == [layer.paths for layer in plan.targets]
+    assert again.config.sizes("0.fc")["rank"] == again.config.sizes("1.fc")["rank"] == 3
+
+
 def test_what_needs_no_change_is_left_as_it_is():
     network = Colliding()
     config = LoraConfig(target_modules=["fc"], rank_pattern={"fc": 2}, modules_to_save=["my_classifier"])
