@@ -202,3 +202,24 @@ def test_bfloat16_parameters_round_trip(tmp_path):
     fresh.weight = Parameter(Tensor(np.zeros((2, 4)), ms.bfloat16), name="weight")
     load_delta(fresh, file)
     assert fresh.weight.get_bytes() == network.weight.get_bytes()
+
+
+class Named(nn.Cell):
+    """Two parameters with names of their own, and two layers that got the same name when they were put in."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.SequentialCell(nn.Dense(2, 2)), nn.SequentialCell(nn.Dense(2, 2))
+        self.left[0].weight.name, self.right[0].weight.name = "student.weight", "teacher.weight"
+        self.left[0].bias.name = self.right[0].bias.name = "fc.bias"
+
+
+def test_names_of_parameters_are_understood_where_they_leave_no_doubt(tmp_path):
+    network = Named()
+    values = {"student.weight": 1, "teacher.weight": 2, "left.0.bias": 3, "right.0.bias": 4}
+    arrays = {key: np.full((2, 2) if "weight" in key else 2, value, np.float32) for key, value in values.items()}
+    load_delta(network, save(tmp_path / "named.ckpt", arrays))
+    assert [param.asnumpy().flat[0] for param in network.get_parameters()] == [1, 3, 2, 4]
+    doubtful = {**arrays, "fc.bias": arrays["left.0.bias"]}
+    with pytest.raises(CheckpointError, match="unchanged:\\n  surplus: fc.bias \\(2,\\)"):
+        load_delta(network, save(tmp_path / "doubtful.ckpt", doubtful))
