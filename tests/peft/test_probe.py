@@ -6,7 +6,9 @@ import pytest
 from mindspore import Parameter, Tensor, mint, nn, ops
 from small import Compiles, Tiny, contents, graph_mode, ids, numbers, same
 
+from mindpet.errors import MergeError
 from mindpet.layers.kinds import layer_kind, register_layer
+from mindpet.peft import LoraConfig, get_peft_model
 from mindpet.peft.merge import fold
 from mindpet.peft.overlay import Overlay, beside
 from mindpet.peft.probe import probe_merge
@@ -203,3 +205,15 @@ def test_nothing_changes(mode, rng):
     with Compiles() as compiles:
         same(numbers(network, x), output)
     assert compiles.count == 0 or not graph_mode()
+
+
+def test_a_merge_that_would_be_wrong_is_refused_with_the_layers_name(mode, rng):
+    network = nn.SequentialCell(nn.Dense(12, 12), OtherWay(12, 12))
+    x = Tensor(rng.normal(size=(2, 12)).astype(np.float32))
+    model = get_peft_model(network, LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False))
+    output, before = numbers(model, x), contents(network)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(MergeError, match="1 computes something else with the merged weight") as error:
+            merge()
+        assert "0 computes" not in str(error.value) and contents(network) == before
+        same(numbers(model, x), output)
