@@ -9,6 +9,7 @@ from mindspore import Tensor
 from mindpet.errors import AdapterError, ConfigError
 from mindpet.peft.inject import Attribute, Frame
 from mindpet.peft.overlay import Overlay, by_rows
+from mindpet.utils.sharding import PARALLEL_MODES
 from mindpet.utils.values import assign
 
 BASE = "__base__"  # stands for no adapter in `adapter_names`
@@ -56,6 +57,8 @@ class MixedBatches:
                 f"adapter_names: {', '.join(map(repr, whole))} cannot share a batch, for there is more than deltas of "
                 "layers: modules_to_save, biases or a prefix."
             )
+        if ms.get_auto_parallel_context("parallel_mode") in PARALLEL_MODES:
+            raise AdapterError("adapter_names: in semi-auto parallel mode all rows of a batch have one adapter.")
         values = (*inputs, *keywords.values())
         first = next((value for value in values if isinstance(value, Tensor) and value.ndim), None)
         if not names or (first is not None and len(names) != first.shape[0]):
@@ -67,7 +70,8 @@ class MixedBatches:
     def _prepare(self, used):
         """Have Cells for the adapters: for all that can be mixed, else for those that are used."""
         current = self.placement.adapters
-        if self.root and used <= set(self.adapters) and all(current.get(name) is own for name, own in self.adapters.items()):
+        is_current = all(current.get(name) is own for name, own in self.adapters.items())
+        if self.root and is_current and used <= set(self.adapters):
             return
         try:
             self._build({name: adapter for name, adapter in current.items() if _can_mix(adapter)})

@@ -12,14 +12,12 @@ import mindspore as ms
 from mindspore import Parameter, Tensor
 from mindspore.common._register_for_recompute import recompute_registry
 
-from mindpet.graph.parameters import matches, outer_prefix
+from mindpet.graph.parameters import TRAINED, matches, outer_prefix
 from mindpet.layers.kinds import layer_kind
 from mindpet.peft.match import list_layers
 from mindpet.peft.overlay import Overlay, beside
 from mindpet.peft.strategies import carry_strategy
 from mindpet.utils.values import assign, digest, value_of
-
-TRAINED = "mindpet_trained_"  # before the attribute whose Parameter is copied
 
 
 class Attribute:
@@ -108,6 +106,7 @@ class Frame:
             self.places.append(Overlay(layer.cell, beside, method.before_activation, {"mindpet_delta": delta}))
         for layer in plan.attentions:
             delta = method.make(layer.cell.kv_heads, layer.cell.head_dim, **plan.config.sizes(layer.path))
+            carry_strategy(layer.cell, None, delta)
             self._add(layer, method.prefix, delta, suffix)
             self.places.append(Attribute(layer.cell, "prefix_source", delta))
         if plan.attentions:

@@ -14,9 +14,10 @@ import mindpet.peft.state as state
 from mindpet.errors import AdapterError, ConfigError, MergeError
 from mindpet.graph.parameters import model_parameters
 from mindpet.peft.batch import BASE, MixedBatches
-from mindpet.peft.config import LoraConfig, PeftConfig
+from mindpet.peft.config import PeftConfig
 from mindpet.peft.inject import Frame
 from mindpet.peft.names import NameMap, portable, to_network
+from mindpet.peft.passport import check_base, check_files, make_passport
 from mindpet.peft.placement import MARK, Placement
 from mindpet.peft.plan import plan_targets
 
@@ -245,6 +246,7 @@ class PeftModel(nn.Cell):
         svd_driver=None,
         density=None,
         majority_sign_method="total",
+        seed=None,
     ):
         """Add a LoRA adapter that is a sum of others with weights; it does not train.
 
@@ -252,8 +254,8 @@ class PeftModel(nn.Cell):
             adapters (list of str): names of LoRA adapters.
             weights (list of float): one for each.
             adapter_name (str): of the new adapter.
-            combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method: see
-                `mindpet.peft.combine.combine`.
+            combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method, seed:
+                see `mindpet.peft.combine.combine`.
 
         Raises:
             AdapterError: a name is unknown or taken; an adapter cannot be summed; an adapter is merged.
@@ -272,6 +274,7 @@ class PeftModel(nn.Cell):
             svd_driver,
             density,
             majority_sign_method,
+            seed,
         )
         with self._placement.bare():
             self._placement.add(adapter_name, plan_targets(self.network, config), False, values)
@@ -401,7 +404,7 @@ class PeftModel(nn.Cell):
             config = dataclasses.replace(adapter.config, inference_mode=True)
             config.auto_mapping = config.auto_mapping or state.auto_mapping(self.network)
             config.peft_version = config.peft_version or f"mindpet {mindpet.__version__}"
-            passport = state.make_passport(self._base_values(adapter.plan), self.network, step)
+            passport = make_passport(self._base_values(adapter.plan), self.network, step)
             tensors, config = self._tensors(adapter, config)
             state.save_adapter(state.folder_of(save_directory, name), config, tensors, passport)
 
@@ -462,17 +465,17 @@ class PeftModel(nn.Cell):
         self._check_state("load_adapter")
         _check_name(adapter_name, self.adapters)
         config = copy.deepcopy(config) if config is not None else PeftConfig.from_pretrained(model_id)
+        config.check_supported(from_file=True)
         with self._placement.bare():
             # A file has the table that a projection computed, and not the projection.
             tensors, config = self.name_map.fuse(state.read_tensors(model_id), config)
-            if self._has_other_names(config):
-                config = to_network(config, tensors, self.network, self.name_map)
-            moving = self.batch_statistics or state.has_statistics(tensors)
+            config = to_network(config, tensors, self.network, self.name_map)
+            moving = self.batch_statistics or state.has_statistics(tensors, config)
             unmatched = []
             plan = plan_targets(self.network, state.without_projection(config), moving, unmatched)
-            values = state.load(model_id, tensors, Frame(self.network, plan), self.name_map)
+            values = state.load(model_id, tensors, Frame(self.network, plan), self.name_map, force)
             if not force:
-                state.check_passport(model_id, self._base_values(plan))
+                check_base(model_id, check_files(model_id), self._base_values())
             if unmatched:
                 warnings.warn(f"{model_id}: all tensors have their place, but {'; '.join(unmatched)}.", stacklevel=2)
             shown = state.with_projection(plan.config, config)
@@ -498,9 +501,6 @@ class PeftModel(nn.Cell):
         if name not in self.adapters:
             raise AdapterError(f"there is no adapter {name!r}; there are {list(self.adapters)}.")
         return self.adapters[name]
-
-    def _has_other_names(self, config):
-        return isinstance(config, LoraConfig) and self.name_map != NameMap()
 
     def _check_state(self, owner):
         if self._placement.merged is not None:
@@ -536,9 +536,10 @@ class PeftModel(nn.Cell):
                 "Cells in 'modules_to_save', or freeze them."
             )
 
-    def _base_values(self, plan):
+    def _base_values(self, plan=None):
         """path -> Parameter, or the base's own value, of all but modules that a plan trains as a whole."""
-        own = [param for path, param in plan.trained.items() if path in plan.buffers or _is_inside(path, plan)]
+        trained = plan.trained.items() if plan else ()
+        own = [param for path, param in trained if path in plan.buffers or _is_inside(path, plan)]
         left_out = self._adapter_ids() | set(map(id, own))
         return {
             path: self._placement.base_value(param) if self._placement.merged else param
@@ -579,8 +580,8 @@ def _check_name(name, taken):
         raise TypeError(f"'adapter_name' must be a str, but got {name!r} ({type(name).__name__}).")
     if not re.fullmatch(r"\w[\w\-.]*", name) or name == BASE or name in state.FILES:
         raise AdapterError(
-            f"'adapter_name' must be of letters, digits, '_', '-' and '.', and not the name of a file that is saved, but "
-            f"got {name!r}."
+            f"'adapter_name' must be of letters, digits, '_', '-' and '.', and not the name of a file that is saved, "
+            f"but got {name!r}."
         )
     if name in taken:
         raise AdapterError(f"'adapter_name': there is an adapter {name!r} already.")

@@ -56,7 +56,7 @@ def activated(self, out):
 
 @contextlib.contextmanager
 def one_error():
-    """A context that turns an error of `by_rows` into an AdapterError, without the stacks that graph mode adds to it."""
+    """A context that turns an error of `by_rows` into an AdapterError, without the stacks of graph mode."""
     try:
         yield
     except ValueError as error:

@@ -13,6 +13,7 @@ What always holds between two calls:
 import contextlib
 import functools
 
+import numpy as np
 from mindspore import Tensor
 
 from mindpet.errors import AdapterError, MergeError
@@ -146,7 +147,8 @@ class Placement:
         stored = {path: value_of(param) for path, param in frame.params.items()}
         for start in starts(frame):
             stored.update({path: new.astype(stored[path].dtype) for path, new in start.compute(stored).items()})
-        stored.update({path: new.astype(stored[path].dtype) for path, new in values.items()})
+        with np.errstate(over="ignore"):  # numbers that become infinite were let through by force
+            stored.update({path: new.astype(stored[path].dtype) for path, new in values.items()})
         free = [other.frame for other in self.adapters.values() if not (trainable or other.trainable)]
         frame = next((other for other in free if other.signature == frame.signature), frame)
         if not self.adapters:

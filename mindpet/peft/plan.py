@@ -14,6 +14,7 @@ from mindpet.graph.parameters import matches
 from mindpet.layers.kinds import layer_kind
 from mindpet.peft.config import PeftType, TaskType
 from mindpet.peft.match import check_patterns, default_targets, ends_with, find_targets, list_layers, no_match
+from mindpet.peft.strategies import find_problems
 from mindpet.utils.validate import is_int
 
 # New output layers that a task brings with it; they are trained and saved, as far as the network has them.
@@ -99,6 +100,9 @@ def plan_targets(network, config, batch_statistics=False, unmatched=None):
             errors.append(error)
     if errors:
         raise type(errors[0])("\n".join(map(str, errors)))
+    problems = find_problems(plan)
+    if problems:
+        raise ConfigError(f"{type(config).__name__}: " + "; ".join(problems) + ".")
     _find_trained(network, plan, batch_statistics)
     if not (plan.targets or plan.attentions or plan.trained):
         raise ConfigError(f"{type(config).__name__}: there is nothing to train in {type(network).__name__}.")
@@ -132,8 +136,6 @@ def _check_lora(config, targets):
             held = abs(float(np.asarray(scale, ms.dtype_to_nptype(dtype))))
         if not 0 < held < math.inf:
             problems.append(f"{layer.path}: the scale, {scale:g}, must be a number of {dtype}, in which it computes")
-        if config.use_dora and getattr(getattr(layer.cell, "matmul", None), "in_strategy", None) is not None:
-            problems.append(f"{layer.path}: no DoRA beside a layer with strategies")
         if name == "embedding" and config.lora_bias:
             problems.append(f"{layer.path}: an embedding has no lora_bias")
         if name != "linear" and is_from_weight(config):

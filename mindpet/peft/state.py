@@ -1,30 +1,23 @@
 """The files of an adapter: tensors and configuration as Hugging Face PEFT has them, and a passport of the base."""
 
-import contextlib
 import dataclasses
-import hashlib
-import json
 import pathlib
 import re
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, ops
 
-import mindpet
 from mindpet.errors import CheckpointError
 from mindpet.layers.kinds import layer_kind
 from mindpet.peft.config import CONFIG_NAME
-from mindpet.utils.files import atomic
+from mindpet.peft.passport import PASSPORT_NAME, WEIGHTS_NAME, fingerprint, write_passport
+from mindpet.utils.files import together
 from mindpet.utils.tensors import TensorFile, save_tensors
 
-WEIGHTS_NAME = "adapter_model.safetensors"
-PASSPORT_NAME = "mindpet_passport.json"
 FILES = (WEIGHTS_NAME, "adapter_model.bin", PASSPORT_NAME, CONFIG_NAME)  # names that a folder of 'default' has
 PREFIX = "base_model.model."
 PROMPT = "prompt_embeddings"
 DOUBLES = re.compile(r"\.((modules_to_save|original_module)\.bias|num_batches_tracked)$")
-SAMPLES = 64
 
 
 def file_keys(frame, plan, names):
@@ -78,15 +71,18 @@ def split_table(frame, table):
 
 
 def save_adapter(folder, config, tensors, passport):
-    """Write an adapter's three files: all are whole on the disk before the first takes its name, the tensors last."""
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        names = (WEIGHTS_NAME, PASSPORT_NAME, CONFIG_NAME)
-        weights, notes, fields = (pathlib.Path(stack.enter_context(atomic(folder / name))) for name in names)
-        save_tensors(weights, tensors)
-        notes.write_text(json.dumps(passport, indent=1), encoding="utf-8")
-        fields.write_text(config.to_json(), encoding="utf-8")
+    """Write an adapter's three files: a reader finds all of this save, or all of the one before.
+
+    Args:
+        folder (str): of the adapter.
+        config (PeftConfig): its configuration.
+        tensors (dict): key -> numpy.ndarray.
+        passport (dict): see `mindpet.peft.passport`.
+    """
+    with together(folder, (PASSPORT_NAME, CONFIG_NAME, WEIGHTS_NAME)) as staged:
+        save_tensors(staged / WEIGHTS_NAME, tensors)
+        (staged / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
+        write_passport(staged, folder, passport)
 
 
 def read_tensors(folder):
@@ -119,86 +115,15 @@ def without_doubles(tensors):
     return {name: value for name, value in tensors.items() if not DOUBLES.search(name)}
 
 
-def has_statistics(tensors):
-    """Whether a file has running statistics of BatchNorms."""
-    return any(name.endswith((".running_mean", ".moving_mean")) for name in tensors)
+def has_statistics(tensors, config):
+    """Whether a file has running statistics of BatchNorms other than those in modules that are saved as a whole."""
+    modules = config.modules_to_save or []
+    modules = [modules] if isinstance(modules, str) else modules
+    paths = [f".{key.rpartition('.')[0]}." for key in tensors if key.endswith((".running_mean", ".moving_mean"))]
+    return any(not any(f".{module}." in path for module in modules) for path in paths)
 
 
-def make_passport(base, network, step):
-    """What is written beside an adapter: for which base it was trained, with what, and how long."""
-    return {
-        "mindpet": mindpet.__version__,
-        "mindspore": ms.__version__,
-        "step": step,
-        "base": {
-            "network": type(network).__name__,
-            "parameters": {path: fingerprint(value) for path, value in base.items()},
-        },
-    }
-
-
-def fingerprint(value):
-    """Shape, type and a hash of up to 64 evenly spaced values, compared in float32.
-
-    Args:
-        value (Union[numpy.ndarray, Parameter]): of a Parameter only the samples leave the device.
-    """
-    if isinstance(value, Parameter):
-        dtype = np.dtype(ms.dtype_to_nptype(value.dtype)).name
-        flat = value.asnumpy().reshape(-1) if _is_on_host(value) else ops.reshape(value, (-1,))
-    else:
-        dtype, flat = value.dtype.name, value.reshape(-1)
-    places = np.linspace(0, flat.size - 1, min(SAMPLES, flat.size)).astype(np.int64)
-    if isinstance(flat, Tensor):
-        flat = ops.gather(flat, Tensor(places), 0).asnumpy()
-    elif flat.size:
-        flat = flat[places]
-    content = np.ascontiguousarray(flat.astype(np.float32)).tobytes()
-    return f"{list(value.shape)} {dtype} {hashlib.sha256(content).hexdigest()[:16]}"
-
-
-def _is_on_host(param):
-    """Whether a Parameter's value is read without a copy from a device, or cannot be gathered there."""
-    return param.size == 0 or ms.get_context("device_target") == "CPU"
-
-
-def read_passport(folder):
-    """The passport of an adapter's folder; an empty dict if there is none."""
-    path = pathlib.Path(folder) / PASSPORT_NAME
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a JSON object: {error}") from error
-
-
-def check_passport(folder, base):
-    """Refuse an adapter that was trained on another base; one without a passport is taken to fit.
-
-    Args:
-        folder (str): of the adapter.
-        base (dict): path -> Parameter, or numpy.ndarray, with the base's own value.
-
-    Raises:
-        CheckpointError: the base differs; the parameters are in the message.
-    """
-    expected = read_passport(folder).get("base", {}).get("parameters", {})
-    problems = []
-    for name, print_there in expected.items():
-        here = fingerprint(base[name]) if name in base else None
-        if here is None:
-            problems.append(f"{name}: not in this network")
-        elif here != print_there:
-            same_shape = here.rpartition(" ")[0] == print_there.rpartition(" ")[0]
-            what = "other values" if same_shape else f"{print_there.rpartition(' ')[0]}, here {here.rpartition(' ')[0]}"
-            problems.append(f"{name}: {what}")
-    if problems:
-        raise CheckpointError(
-            f"{folder}: trained on another base, whose parameters differ (force=True loads it all the same):\n  "
-            + "\n  ".join(problems)
-        )
-
-
-def load(folder, found, frame, names):
+def load(folder, found, frame, names, force=False):
     """The values of an adapter's parameters from its file.
 
     Args:
@@ -206,12 +131,14 @@ def load(folder, found, frame, names):
         found (dict): key -> numpy.ndarray, what is in its file.
         frame (Frame): of the adapter.
         names (NameMap): to the names in the file.
+        force (bool): whether NaN and infinite numbers are let through. Default: False.
 
     Returns:
         dict of name -> numpy.ndarray.
 
     Raises:
-        CheckpointError: see `check_tensors`.
+        CheckpointError: see `check_tensors`; a tensor has NaN or infinite numbers, or gets them in the type of the
+            network's parameter.
     """
     plan = frame.plan
     keys = file_keys(frame, plan, names)
@@ -223,7 +150,24 @@ def load(folder, found, frame, names):
     _check_base_layers(folder, found, plan, names)
     check_tensors(folder, found, wanted)
     table = split_table(frame, found[PROMPT]) if plan.attentions else {}
-    return {**{name: found[key] for name, key in keys.items()}, **table}
+    values = {**{name: found[key] for name, key in keys.items()}, **table}
+    if not force:
+        _check_finite(folder, frame, values)
+    return values
+
+
+def _check_finite(folder, frame, values):
+    """Refuse what is not finite, in the type of the file or in that of the network's own parameter."""
+    problems = []
+    for name, value in values.items():
+        with np.errstate(over="ignore"):
+            own = value.astype(ms.dtype_to_nptype(frame.params[name].dtype)) if name in frame.copies else value
+        if not np.isfinite(own.astype(np.float32)).all():
+            problems.append(f"{name} as {own.dtype.name}")
+    if problems:
+        raise CheckpointError(
+            f"{folder}: NaN or infinite numbers (force=True loads them all the same):\n  " + "\n  ".join(problems)
+        )
 
 
 def _check_base_layers(folder, found, plan, names):

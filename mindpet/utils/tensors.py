@@ -57,11 +57,16 @@ class TensorFile:
                     raise ValueError(f"a header of {length} bytes")
                 header = json.loads(file.read(length))
             self.metadata = header.pop("__metadata__", {})
+            codes = {name: entry["dtype"] for name, entry in header.items() if entry["dtype"] not in TYPES}
+            if codes:
+                raise CheckpointError(f"{path}: of types that are not read here: {codes}; known are {list(TYPES)}.")
             self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
             self.dtypes = {name: TYPES[entry["dtype"]] for name, entry in header.items()}
             self._places = {name: entry["data_offsets"] for name, entry in header.items()}
             self._data = 8 + length
             self._check()
+        except CheckpointError:
+            raise
         except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
             size = os.path.getsize(path)
             raise CheckpointError(f"{path}: not a whole safetensors file ({size} bytes): {error!r}") from error

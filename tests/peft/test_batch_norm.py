@@ -4,7 +4,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, nn
-from small import move, numbers, same
+from small import numbers, same
 
 from mindpet.peft import LoraConfig, PeftModel, get_peft_model
 from mindpet.utils.tensors import TensorFile

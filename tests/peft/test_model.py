@@ -346,7 +346,7 @@ def test_add_weighted_adapter(combination):
 @pytest.mark.parametrize(
     "arguments, error, match",
     [
-        ((["default"], [1.0, 2.0], "sum"), ValueError, "'weights' must have one for each of 1"),
+        ((["default"], [1.0, 2.0], "sum"), ValueError, "'weights' must be a list of finite numbers, one for each of 1"),
         ((["default"], [1.0], "sum", "mean"), ValueError, "'combination_type' must be one of"),
         ((["nix"], [1.0], "sum"), AdapterError, "no adapter 'nix'"),
         ((["default"], [1.0], "default"), AdapterError, "there is an adapter 'default' already"),

@@ -470,7 +470,7 @@ def test_an_error_inside_of_disable_adapter_leaves_no_trace(mode, rng):
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
             with model.disable_adapter():
-                1 / 0
+                raise ZeroDivisionError
         same(numbers(model, x), expected)
         assert equal(values(model)["default"], before["default"]) and model.trainable_params()
 
