@@ -13,7 +13,15 @@ class AutoPeftModel:
     task_type = None  # that the adapter must be for
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, loader=None, **keywords):
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        adapter_name="default",
+        is_trainable=False,
+        config=None,
+        loader=None,
+        **keywords,
+    ):
         """A base with an adapter.
 
         The configuration says where the base's weights are, `base_model_name_or_path`, and `auto_mapping`, which class
@@ -21,9 +29,12 @@ class AutoPeftModel:
 
         Args:
             pretrained_model_name_or_path (str): the adapter's folder.
+            adapter_name (str): Default: 'default'.
+            is_trainable (bool): whether the adapter trains. Default: False.
+            config (PeftConfig): takes the place of the one in the folder. Default: None.
             loader (callable): from `base_model_name_or_path`, which may be None, to the base network. Default: None,
                 for the method `from_pretrained` of the class in `auto_mapping`.
-            keywords: of `PeftModel.from_pretrained`: `adapter_name`, `is_trainable`, `force`, `name_map`.
+            keywords: of `PeftModel.from_pretrained`: `force`, `name_map` and others.
 
         Returns:
             PeftModel.
@@ -35,18 +46,17 @@ class AutoPeftModel:
             CheckpointError, ...: see `PeftModel.from_pretrained`.
         """
         folder = pretrained_model_name_or_path
-        config = PeftConfig.from_pretrained(folder)
+        config = PeftConfig.from_pretrained(folder) if config is None else config
         if cls.task_type is not None and config.task_type not in (None, cls.task_type):
             raise ConfigError(
                 f"{folder}: 'task_type' must be {cls.task_type.value} for {cls.__name__}, but is "
                 f"{config.task_type.value}."
             )
         if loader is None and not config.base_model_name_or_path:
-            raise ConfigError(
-                f"{folder}: 'base_model_name_or_path' must name the base, but is not set; give 'loader'."
-            )
+            raise ConfigError(f"{folder}: 'base_model_name_or_path' must name the base, but is not set; give 'loader'.")
         load = loader or _class_of(config.auto_mapping, folder).from_pretrained
-        return PeftModel.from_pretrained(load(config.base_model_name_or_path), folder, **keywords)
+        base = load(config.base_model_name_or_path)
+        return PeftModel.from_pretrained(base, folder, adapter_name, is_trainable, config, **keywords)
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):

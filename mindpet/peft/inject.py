@@ -229,7 +229,7 @@ def renew_recompute(network):
     for _, cell in list(network.cells_and_names()):
         old = cell._recompute_cell
         if isinstance(old, ms.nn.Cell):
-            cell._recompute_cell = recompute_registry.get()(cell.construct)
+            cell._recompute_cell = recompute_registry.get()(cell.construct).set_train(cell.training)
         elif old is not None:  # use_reentrant=False, MindSpore 2.10: a function that has its options in its closure
             options = {**inspect.getclosurevars(old).nonlocals, "block": cell.construct, "use_reentrant": False}
             cell._recompute_cell = recompute_registry.get()(**options)

@@ -38,7 +38,7 @@ class PeftModel(nn.Cell):
     not made for several threads at once.
 
     Args:
-        network (Cell): the base network; it is changed.
+        model (Cell): the base network; it is changed.
         peft_config (PeftConfig): of the first adapter. Default: None, for none yet.
         adapter_name (str): of the first adapter. Default: 'default'.
         autocast_adapter_dtype (bool): whether adapters are float32 where the layer is in half precision; else they have
@@ -54,23 +54,23 @@ class PeftModel(nn.Cell):
 
     def __init__(
         self,
-        network,
+        model,
         peft_config=None,
         adapter_name="default",
         autocast_adapter_dtype=True,
         name_map=None,
         batch_statistics=False,
     ):
-        _check_bare(network)
+        _check_bare(model)
         super().__init__(auto_prefix=False)
-        self.network = network
+        self.network = model
         self.name_map = name_map or NameMap()
         self.autocast_adapter_dtype, self.batch_statistics = autocast_adapter_dtype, batch_statistics
         self.merge_report = []
-        self._placement = Placement(network)
+        self._placement = Placement(model)
         self._mixed = MixedBatches(self._placement)
-        self.add_flags(training=network.training)
-        self._phase = network._phase  # 'train' or 'predict', with `training`
+        self.add_flags(training=model.training)
+        self._phase = model._phase  # 'train' or 'predict', with `training`
         if peft_config is not None:
             self.add_adapter(adapter_name, peft_config)
             self.set_adapter(adapter_name)
