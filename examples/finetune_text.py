@@ -49,15 +49,16 @@ PEFT_CONFIGS = {
     "bitfit": BitFitConfig(task_type="SEQ_CLS"),
 }
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+# With AdamW; docs/examples.md says what they were tried on.
 LEARNING_RATES = {
     "lora": 2e-3,
     "adapter": 2e-3,
-    "low_rank_adapter": 4e-3,
-    "prefixtuning": 2e-3,
-    "ptuning2": 1e-2,
-    "bitfit": 4e-3,
-    "full": 1e-4,
-    "head": 1e-2,
+    "low_rank_adapter": 8e-3,
+    "prefixtuning": 5e-3,
+    "ptuning2": 2e-2,
+    "bitfit": 8e-3,
+    "full": 2e-4,
+    "head": 2e-2,
 }
 
 
