@@ -151,7 +151,7 @@ class InFront(nn.Cell):
 def out_features(cell, kind):
     """Features of a layer's output, and the type that it computes in."""
     weight = kind.weight_of(cell)
-    return weight.shape[-1 if kind.transposed else 0], getattr(cell, "compute_dtype", weight.dtype)
+    return weight.shape[-1 if kind.transposed else 0], kind.compute_dtype
 
 
 def set_zeros(*params):

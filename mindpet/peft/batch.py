@@ -8,9 +8,9 @@ from mindspore import Tensor
 
 from mindpet.errors import AdapterError, ConfigError
 from mindpet.peft.inject import Attribute, Frame
-from mindpet.peft.overlay import Overlay, by_rows
+from mindpet.peft.overlay import Overlay, by_rows, one_error
 from mindpet.utils.sharding import PARALLEL_MODES
-from mindpet.utils.values import assign
+from mindpet.utils.values import assign, forget_graphs, has_jit_functions
 
 BASE = "__base__"  # stands for no adapter in `adapter_names`
 
@@ -20,13 +20,18 @@ class MixedBatches:
 
     Args:
         placement (Placement): has the adapters.
+
+    Attributes:
+        roots (dict): whether the network trains -> Cell around it, with graphs of its own.
+        adapters (dict): name -> Adapter that the Cells compute.
+        frames (dict): name -> Frame, Cells of its own for each adapter.
+        places (list of Overlay and Attribute): what is put into the network for a batch.
+        deltas (list of tuple): (CellList of deltas, the layer that they belong to).
     """
 
     def __init__(self, placement):
         self.placement = placement
-        self.root = None
-        self.adapters = {}  # name -> Adapter, of `root`
-        self.frames = {}
+        self.clear()
 
     def run(self, names, inputs, keywords):
         """The network's output with adapter `names[i]` for row i of the batch; see `PeftModel.__call__`."""
@@ -40,17 +45,28 @@ class MixedBatches:
                     assign(param, Tensor(values[path[: -len(f"@{name}")]]))
             order = {BASE: -1, **{name: index for index, name in enumerate(self.adapters)}}
             self.rows.set_data(Tensor(np.array([order[name] for name in names], np.int32)), slice_shape=True)
+            network = self.placement.network
+            root = self.roots.setdefault(network.training, Root(network))
             with contextlib.ExitStack() as stack:
                 for place in self.places:
                     place.put()
                     stack.callback(place.remove)
-                return self.root(*inputs, **keywords)
+                for deltas, cell in self.deltas:
+                    deltas.set_train(cell.training)
+                stack.enter_context(_without_jit_functions())
+                with one_error():
+                    return root(*inputs, **keywords)
+
+    def clear(self):
+        """Forget the Cells."""
+        self.roots, self.adapters, self.frames, self.places, self.deltas = {}, {}, {}, [], []
 
     def _check(self, names, inputs, keywords):
         adapters = self.placement.adapters
         unknown = [name for name in dict.fromkeys(names) if name != BASE and name not in adapters]
         if unknown:
-            raise AdapterError(f"adapter_names: there is no adapter {unknown}; there are {list(adapters)}.")
+            names = ", ".join(map(repr, unknown))
+            raise AdapterError(f"adapter_names: there is no adapter {names}; there are {list(adapters)}.")
         whole = [name for name in dict.fromkeys(names) if name != BASE and not _can_mix(adapters[name])]
         if whole:
             raise AdapterError(
@@ -71,7 +87,7 @@ class MixedBatches:
         """Have Cells for the adapters: for all that can be mixed, else for those that are used."""
         current = self.placement.adapters
         is_current = all(current.get(name) is own for name, own in self.adapters.items())
-        if self.root and is_current and used <= set(self.adapters):
+        if self.adapters and is_current and used <= set(self.adapters):
             return
         try:
             self._build({name: adapter for name, adapter in current.items() if _can_mix(adapter)})
@@ -87,14 +103,16 @@ class MixedBatches:
         layers = {layer.path: layer.cell for adapter in adapters.values() for layer in adapter.plan.targets}
         still = {id(cell): cell for adapter in adapters.values() for cell in adapter.plan.still}
         self.places = [Attribute(cell, "use_batch_statistics", False) for cell in still.values()]
+        self.deltas = []
         for path, cell in layers.items():
             before = {frame.plan.method.before_activation for frame in frames.values() if path in frame.deltas}
             if len(before) > 1 and getattr(cell, "activation_flag", False):
                 raise ConfigError(f"adapter_names: {path} has deltas before and behind its activation.")
             deltas = [frame.deltas.get(path, Unchanged()) for frame in frames.values()]
             cells = {"mindpet_deltas": ms.nn.CellList(deltas, auto_prefix=False)}
+            self.deltas.append((cells["mindpet_deltas"], cell))
             self.places.append(Overlay(cell, by_rows, True in before, cells, {"mindpet_rows": self.rows}))
-        self.adapters, self.frames, self.root = adapters, frames, Root(network)
+        self.roots, self.adapters, self.frames = {}, adapters, frames
 
 
 class Root(ms.nn.Cell):
@@ -113,6 +131,19 @@ class Unchanged(ms.nn.Cell):
 
     def construct(self, x, out):
         return out
+
+
+@contextlib.contextmanager
+def _without_jit_functions():
+    """A context with compiled `mindspore.jit` functions of its own, where PyNative mode may call some."""
+    is_needed = ms.get_context("mode") == ms.PYNATIVE_MODE
+    if is_needed and has_jit_functions():
+        forget_graphs()
+    try:
+        yield
+    finally:
+        if is_needed and has_jit_functions():
+            forget_graphs()
 
 
 def _can_mix(adapter):

@@ -95,12 +95,12 @@ class Frame:
         self.names, self.params, self.copies = {}, {}, {}
         self.holder, self.hidden = None, {}
         self._layers = []  # (delta, the Cell that it belongs to)
-        copies = self._copy_trained(suffix)
+        copies = self._copy_trained(suffix)  # (id of a Cell, attribute) -> copy
         for layer in plan.targets:
             kind = layer_kind(layer.cell)
             delta = method.make(layer.cell, kind, **plan.config.sizes(layer.path))
             if getattr(delta, "use_dora", False):
-                delta.base_bias = copies.get(id(delta.base_bias), delta.base_bias)
+                delta.base_bias = copies.get((id(layer.cell), kind.bias), delta.base_bias)
             carry_strategy(layer.cell, kind, delta)
             self._add(layer, method.prefix, delta, suffix)
             self.places.append(Overlay(layer.cell, beside, method.before_activation, {"mindpet_delta": delta}))
@@ -115,7 +115,7 @@ class Frame:
         self.places += [Attribute(cell, "use_batch_statistics", False) for cell in plan.still]
 
     def _copy_trained(self, suffix):
-        """The copies of the base's parameters, by the id of what they are copies of."""
+        """The copies of the base's parameters, by where they go."""
         found = {}
         for path, places in self.plan.places.items():
             own, _, attribute = places[0]
@@ -123,7 +123,7 @@ class Frame:
             base = self.plan.trained[path]
             copy = Parameter(Tensor(value_of(base)), name=self.outer + name, requires_grad=False)
             self.params[name], self.copies[name] = copy, path
-            found.setdefault(id(base), copy)
+            found.update({(id(cell), key): copy for _, cell, key in places})
             self.places += [Copy(cell, key, copy) for _, cell, key in places]
         return found
 
@@ -161,6 +161,10 @@ class Frame:
 
     def put(self):
         """Put the deltas and copies into the network, in the mode, training or not, of their layers."""
+        outer = outer_prefix(self.network)
+        for name, param in self.params.items() if outer != self.outer else ():
+            param.name = outer + name  # the network has come into another one
+        self.outer = outer
         for place in self.places:
             place.put()
         for delta, cell in self._layers:
@@ -229,7 +233,7 @@ def renew_recompute(network):
     for _, cell in list(network.cells_and_names()):
         old = cell._recompute_cell
         if isinstance(old, ms.nn.Cell):
-            cell._recompute_cell = recompute_registry.get()(cell.construct).set_train(cell.training)
+            cell._recompute_cell = recompute_registry.get()(cell.construct)
         elif old is not None:  # use_reentrant=False, MindSpore 2.10: a function that has its options in its closure
             options = {**inspect.getclosurevars(old).nonlocals, "block": cell.construct, "use_reentrant": False}
             cell._recompute_cell = recompute_registry.get()(**options)

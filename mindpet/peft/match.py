@@ -90,8 +90,7 @@ def find_targets(network, config, supported, unmatched=None):
     if targets is None:
         targets = default_targets(layers)
     wanted = _matcher("target_modules", targets, layers, missing)
-    # A file may leave out parts of the model that this network does not have.
-    excluded = _matcher("exclude_modules", config.exclude_modules, layers, [] if config.inference_mode else missing)
+    excluded = _matcher("exclude_modules", config.exclude_modules, layers, missing)
     numbered = _layer_numbers(config, layers, missing)
     found, torn = [], []
     for layer in layers:

@@ -160,15 +160,22 @@ def untie(network, owners):
     """Give the places that are meant a Parameter of their own, where others have the same one; see `shared_weights`.
 
     The Parameter stays where it has its name from; the other side gets a new one, named by its path.
+
+    Returns:
+        list of tuple: the new Parameters, each with the one that it is a copy of.
     """
-    outer = outer_prefix(network)
-    for path, others in shared_weights(network, owners).items():
-        own = owners[path]
+    outer, made = outer_prefix(network), []
+    for path, own in owners.items():
+        others = shared_weights(network, {path: own}).get(path)
+        if not others:
+            continue
         _, cell, key = own[0]
         param = cell._params[key]
-        is_namesake = any(f"{outer}{path}.{key}" == param.name for path, _, key in own)
+        is_namesake = any(f"{outer}{place}.{key}" == param.name for place, _, key in own)
         places = others if is_namesake else own
         name = ".".join(filter(None, (outer.rstrip("."), places[0][0], places[0][2])))
         copy = Parameter(Tensor(param.asnumpy()), name=name, requires_grad=param.requires_grad)
         for _, cell, key in places:
             cell._params[key] = copy
+        made.append((copy, param))
+    return made

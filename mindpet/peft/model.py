@@ -92,7 +92,14 @@ class PeftModel(nn.Cell):
         if adapter_names is None:
             return super().__call__(*inputs, **keywords)
         self._check_state("adapter_names")
-        return self._mixed.run(list(adapter_names), inputs, keywords)
+        return self._mixed.run(_names("adapter_names", adapter_names), inputs, keywords)
+
+    def __deepcopy__(self, memo):
+        """A copy with a network of its own, that follows what is loaded into that one."""
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        twin._placement.rebind()
+        return twin
 
     def __getattr__(self, name):
         try:
@@ -194,7 +201,7 @@ class PeftModel(nn.Cell):
         """
         self._check_state("set_adapter")
         if not isinstance(adapter_name, str):
-            names = list(adapter_name)
+            names = _names("adapter_name", adapter_name)
             if len(names) != 1:
                 raise AdapterError(
                     f"set_adapter: one adapter is active at a time, but got {names}; add_weighted_adapter() makes one "
@@ -218,6 +225,7 @@ class PeftModel(nn.Cell):
         if adapter_name == self.active_adapter:
             self.set_adapter(others[0])
         del self.adapters[adapter_name]
+        self._mixed.clear()
 
     @contextlib.contextmanager
     def disable_adapter(self):
@@ -263,10 +271,10 @@ class PeftModel(nn.Cell):
         """
         self._check_state("add_weighted_adapter")
         _check_name(adapter_name, self.adapters)
-        parts = [self._get(name) for name in adapters]
+        parts = [self._get(name) for name in _names("adapters", adapters)]
         config, values = combine.combine(
             parts,
-            list(weights),
+            weights,
             combination_type,
             svd_rank,
             svd_clamp,
@@ -382,13 +390,14 @@ class PeftModel(nn.Cell):
             step (int): training step, for the passport. Default: None.
 
         Raises:
-            AdapterError: there is no such adapter; a parameter of the base is trainable, which would be lost.
+            AdapterError: there is no such adapter; a parameter of the base is trainable, which would be lost; an
+                adapter starts from weights that are not those of the base any more.
             ValueError: `safe_serialization` is False.
             CheckpointError: the parameters are cut over ranks; see docs/peft.md for how to save them.
         """
         if not safe_serialization:
             raise ValueError("save_pretrained: 'safe_serialization' must be True: files are safetensors.")
-        names = list(self.adapters) if selected_adapters is None else list(selected_adapters)
+        names = list(self.adapters) if selected_adapters is None else _names("selected_adapters", selected_adapters)
         adapters = {name: self._get(name) for name in names}
         if not adapters:
             raise AdapterError("save_pretrained: there is no adapter.")
@@ -397,8 +406,8 @@ class PeftModel(nn.Cell):
         strayed = [name for name, adapter in adapters.items() if adapter.strayed]
         if strayed:
             raise AdapterError(
-                f"save_pretrained: {strayed} took a part off the base's weights, and other weights were loaded after "
-                "they were trained; a file would be read with another part. Load the base first."
+                f"save_pretrained: {strayed} start from the base's weights (PiSSA, OLoRA), and others were loaded "
+                "after they were trained; a file would be read with another start. Load the base first."
             )
         for name, adapter in adapters.items():
             config = dataclasses.replace(adapter.config, inference_mode=True)
@@ -478,7 +487,7 @@ class PeftModel(nn.Cell):
                 check_base(model_id, check_files(model_id), self._base_values())
             if unmatched:
                 warnings.warn(f"{model_id}: all tensors have their place, but {'; '.join(unmatched)}.", stacklevel=2)
-            shown = state.with_projection(plan.config, config)
+            shown = dataclasses.replace(state.with_projection(plan.config, config), inference_mode=not is_trainable)
             self._placement.add(adapter_name, plan, is_trainable, values, config=shown)
 
     def adapter_tensors(self, adapter_name):
@@ -498,7 +507,7 @@ class PeftModel(nn.Cell):
     # How it is done
 
     def _get(self, name):
-        if name not in self.adapters:
+        if not isinstance(name, str) or name not in self.adapters:
             raise AdapterError(f"there is no adapter {name!r}; there are {list(self.adapters)}.")
         return self.adapters[name]
 
@@ -510,7 +519,7 @@ class PeftModel(nn.Cell):
 
     def _merge(self, adapter_names, progressbar=False, for_good=False, untie_weights=False):
         self._check_state("merge")
-        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        names = self.active_adapters if adapter_names is None else _names("adapter_names", adapter_names)
         for name in names:
             self._get(name)
         if not names or len(set(names)) < len(names):
@@ -519,6 +528,7 @@ class PeftModel(nn.Cell):
 
     def _close(self):
         self._placement.close()
+        self._mixed.clear()
         return self.network
 
     def _adapter_ids(self):
@@ -550,7 +560,7 @@ class PeftModel(nn.Cell):
     def _tensors(self, adapter, config):
         """The tensors and the configuration of an adapter as they stand in its files."""
         keys = state.file_keys(adapter.frame, adapter.plan, self.name_map)
-        tensors = {key: adapter.value(own) for own, key in keys.items()}
+        tensors = {key: adapter.value(own).copy() for own, key in keys.items()}
         with self._placement.bare():
             if adapter.plan.attentions:
                 tensors[state.PROMPT] = state.prefix_table(Frame(self.network, adapter.plan), adapter.values)
@@ -572,6 +582,13 @@ def _check_bare(network):
             f"the {type(network).__name__} has adapters already; use add_adapter() or load_adapter() of its PeftModel, "
             "or unload() it first."
         )
+
+
+def _names(argument, value):
+    """A list of names; one that is a str is not taken for a list of letters."""
+    if not isinstance(value, (list, tuple, set)) or not all(isinstance(name, str) for name in value):
+        raise TypeError(f"'{argument}' must be a list of str, but got {value!r} ({type(value).__name__}).")
+    return list(value)
 
 
 def _check_name(name, taken):

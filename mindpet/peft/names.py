@@ -100,7 +100,7 @@ class NameMap:
                 scale = config.scaling(before + name)
                 for pattern in (config.rank_pattern, config.alpha_pattern):
                     pattern.pop(exactly(before + name), None)
-                for part, values in _split(own, parts).items():
+                for part, values in _split(before + name, own, parts).items():
                     tensors.update({f"{start}{part}.{key}": value for key, value in values.items()})
                     rank, alpha = len(values[A]), scale * config.divisor(len(values[A]))
                     if rank != config.r:
@@ -232,9 +232,10 @@ def _fuse(start, parts, found):
     lacking = [part for part in parts if not some <= set(found[part])]
     if lacking:
         raise CheckpointError(f"{start}: {sorted(some)} must be of all of {list(parts)}, but {lacking} have none.")
-    rank = sum(len(own[A]) for own in present.values())
-    dtype = next(iter(present.values()))[A].dtype
-    lora_b = np.zeros((sum(parts.values()), rank), dtype)
+    first = next(iter(present.values()))[A]
+    is_same = all(np.array_equal(own[A], first) for own in present.values())  # as `split` may have left them
+    rank = len(first) if is_same else sum(len(own[A]) for own in present.values())
+    lora_b = np.zeros((sum(parts.values()), rank), first.dtype)
     row, column = 0, 0
     for part, size in parts.items():
         if part in present:
@@ -242,14 +243,18 @@ def _fuse(start, parts, found):
             if len(block) != size:
                 raise CheckpointError(f"{start}{part}: {size} output features are expected, but it has {len(block)}.")
             lora_b[row : row + size, column : column + block.shape[1]] = block
-            column += block.shape[1]
+            column += 0 if is_same else block.shape[1]
         row += size
-    fused = {A: np.concatenate([own[A] for own in present.values()]), B: lora_b}
+    fused = {A: first if is_same else np.concatenate([own[A] for own in present.values()]), B: lora_b}
     return {**fused, **{key: np.concatenate([found[part][key] for part in parts]) for key in some}}
 
 
-def _split(own, parts):
+def _split(name, own, parts):
     """The tensors of the parts from those of the layer."""
+    if sum(parts.values()) != len(own[B]):
+        raise CheckpointError(
+            f"NameMap: 'fused' has {parts} for {name}, {sum(parts.values())} output features, but it has {len(own[B])}."
+        )
     rows = np.split(np.arange(len(own[B])), np.cumsum(list(parts.values()))[:-1])
     result = {}
     for part, chosen in zip(parts, rows):

@@ -16,13 +16,13 @@ import functools
 import numpy as np
 from mindspore import Tensor
 
-from mindpet.errors import AdapterError, MergeError
+from mindpet.errors import AdapterError, ConfigError, MergeError
 from mindpet.layers.kinds import layer_kind
 from mindpet.peft.combine import fold_arguments
 from mindpet.peft.inject import Frame, renew_recompute
 from mindpet.peft.merge import merge_layers, shared_weights, untie
 from mindpet.peft.start import starts
-from mindpet.utils.values import assign, digest, forget_graphs, unwatch, value_of, watch
+from mindpet.utils.values import assign, digest, forget_graphs, is_watched, unwatch, value_of, watch
 
 MARK = "mindpet_wrapped"  # attribute of a network that has adapters
 
@@ -46,8 +46,8 @@ class Adapter:
     def __init__(self, config, plan, frame, stored, trainable, given):
         self.config, self.plan, self.frame = config, plan, frame
         self.stored, self.trainable, self.given = stored, trainable, given
-        self.starts, self.strayed = starts(frame), False
-        self.bases = {id(start.base): digest(value_of(start.base)) for start in self.starts}
+        self.starts, self.strayed = starts(plan, frame), False
+        self.bases = {start.paths[0]: digest(value_of(start.base)) for start in self.starts}
         self.started = {path: digest(stored[path]) for start in self.starts for path in start.paths}
 
     @property
@@ -73,17 +73,16 @@ class Adapter:
 
         What has been trained since stays, and so does what came from a file.
         """
-        now = digest(value_of(base)) if id(base) in self.bases else None
-        if self.bases.get(id(base)) == now:
-            return
-        self.bases[id(base)] = now
-        for start in self.starts:
-            if start.base is not base:
+        concerned = [start for start in self.starts if start.base is base]
+        now = digest(value_of(base)) if concerned else None
+        for start in concerned:
+            before, self.bases[start.paths[0]] = self.bases[start.paths[0]], now
+            if before == now:
                 continue
             if any(digest(self.value(path)) != self.started[path] for path in start.paths):
                 self.strayed |= start.is_lasting
                 continue
-            fresh = start.compute({path: self.value(path) for path in self.frame.params})
+            fresh = start.compute({path: self.value(path) for path in (*start.paths, *start.inputs)})
             values = {path: value.astype(self.stored[path].dtype) for path, value in fresh.items()}
             self.write({path: value for path, value in values.items() if path not in self.given})
             self.started.update({path: digest(self.value(path)) for path in start.paths})
@@ -100,7 +99,7 @@ class Placement:
         active (str): name of the active adapter, or None.
         frame (Frame): the frame that is in the network, or None.
         disabled (bool): whether the active adapter is hidden by `disable`.
-        merged (dict): id of a Parameter -> (Parameter, its own value, Fold), or None.
+        merged (dict): id of a Parameter -> [Parameter, its own value, Fold, digest of the merged value], or None.
         merged_names (list of str): of the adapters that are merged.
     """
 
@@ -112,11 +111,33 @@ class Placement:
 
     def _open(self):
         """Freeze the base, and see to it that adapters follow what is loaded into it."""
-        self._base = [(param, param.requires_grad) for param in self.network.get_parameters()]
-        for param, _ in self._base:
+        params = list(self.network.get_parameters())
+        others = [param.name for param in params if is_watched(param)]
+        if others:
+            raise ConfigError(f"the network shares {others} with another one that has adapters; unload() that first.")
+        self._base = [(param, param.requires_grad) for param in params]
+        for param in params:
             param.requires_grad = False
-            watch(param, functools.partial(self._follow, param))
+        self.watch()
+        self._hook = self.network.register_load_state_dict_post_hook(self._follow_all)  # it calls no `set_data`
         vars(self.network)[MARK] = True
+
+    def watch(self):
+        """Be told when the base is loaded by `set_data`."""
+        for param, _ in self._base:
+            watch(param, functools.partial(self._follow, param))
+
+    def rebind(self):
+        """Do with the network what was done with the one that this is a deep copy of; functions are not copied."""
+        self.watch()
+        for adapter in self.adapters.values():
+            adapter.starts = starts(adapter.plan, adapter.frame)
+        if self.merged:
+            self.merged = {id(entry[0]): entry for entry in self.merged.values()}
+
+    def _follow_all(self, cell, keys):
+        for param, _ in self._base:
+            self._follow(param)
 
     def close(self):
         """Take everything out of the network, and let train again what trained before."""
@@ -124,6 +145,9 @@ class Placement:
         for param, flag in self._base:
             param.requires_grad = flag
             unwatch(param)
+        if self._base:
+            self._hook.remove()
+            renew_recompute(self.network)
         vars(self.network).pop(MARK, None)
         self.adapters, self.active, self._base = {}, None, []
         self.merged, self.merged_names = None, []
@@ -145,7 +169,7 @@ class Placement:
         frame = Frame(self.network, plan)
         frame.set_types(values, as_layer)
         stored = {path: value_of(param) for path, param in frame.params.items()}
-        for start in starts(frame):
+        for start in starts(plan, frame):
             stored.update({path: new.astype(stored[path].dtype) for path, new in start.compute(stored).items()})
         with np.errstate(over="ignore"):  # numbers that become infinite were let through by force
             stored.update({path: new.astype(stored[path].dtype) for path, new in values.items()})
@@ -182,13 +206,17 @@ class Placement:
         adapter.trainable = True
 
     def set_flags(self):
-        """Let what trains in the active adapter have gradients, and nothing else of the adapters."""
+        """Let what trains in the active adapter have gradients, and nothing else of the adapters.
+
+        It is called after each change of what is in the network, for Cells that recompute depend on both.
+        """
         active = self.adapters.get(self.active)
         for adapter in self.adapters.values():
             frame = adapter.frame
             trained = set(frame.trained) if active and active.trainable and active.frame is frame else ()
             for path, param in frame.params.items():
                 param.requires_grad = path in trained and path not in frame.hidden
+        renew_recompute(self.network)
 
     @contextlib.contextmanager
     def bare(self):
@@ -232,7 +260,6 @@ class Placement:
         if frame is not None:
             frame.put()
         self.frame = frame
-        renew_recompute(self.network)
         forget_graphs()
         return True
 
@@ -271,10 +298,10 @@ class Placement:
         for adapter in self.adapters.values():
             adapter.follow(param)
         if self.merged and id(param) in self.merged:
-            _, _, one = self.merged[id(param)]
+            _, _, one, merged = self.merged[id(param)]
             own = value_of(param)
-            self.merged[id(param)] = (param, own, one)
-            assign(param, Tensor(one.apply(own, self._deltas(self.merged_names, one.path))))
+            if digest(own) != merged:
+                self._set_merged(param, one, one.apply(own, self._deltas(self.merged_names, one.path)))
         if self.frame is not None and self.frame.hidden:
             if any(start.base is param for start in self.adapters[self.active].starts):
                 self.frame.hide(copies=self.disabled)
@@ -300,7 +327,13 @@ class Placement:
         active = self.adapters.get(self.active)
         layers = {layer.path: layer for adapter in chosen.values() for layer in adapter.plan.targets}
         copies = active.frame.copies if for_good and self.active in names else {}
-        owners = {path: _weight_place(layer) for path, layer in layers.items()}
+        owners = {}
+        for adapter in chosen.values():
+            for layer in adapter.plan.targets:
+                for key in _merged_attributes(adapter, layer):
+                    if layer.cell._params.get(key) is not None:
+                        name = layer.path if key == layer_kind(layer.cell).weight else f"{layer.path}.{key}"
+                        owners[name] = [(layer.path, layer.cell, key)]
         owners.update({base: active.plan.places[base] for base in copies.values()})
         with self.bare():
             tied = {} if untie_weights else shared_weights(self.network, owners)
@@ -308,22 +341,27 @@ class Placement:
             deltas = {path: self._deltas(names, path) for path in layers}
             folds, report = merge_layers(list(layers.values()), deltas, progressbar)
             if untie_weights:
-                untie(self.network, owners)
+                flags = {id(param): flag for param, flag in self._base}
+                self._base += [(new, flags[id(old)]) for new, old in untie(self.network, owners)]
                 forget_graphs()
         trained = {copy: active.value(copy) for copy in copies}
         self.merged, self.merged_names = {}, list(names)
         for one in folds:
             param = one.cell._params[one.attribute]
-            self.merged[id(param)] = (param, value_of(param), one)
-            assign(param, Tensor(one.value))
+            self._set_merged(param, one, one.value)
         if self.active in names:
             self._hide(active, copies=False)
         else:
             self._put(None)
+            self.set_flags()
         for copy, base in copies.items():
             _, cell, key = active.plan.places[base][0]
             assign(cell._params[key], Tensor(trained[copy]))
         return report
+
+    def _set_merged(self, param, one, value):
+        self.merged[id(param)] = [param, value_of(param), one, digest(value)]
+        assign(param, Tensor(value))
 
     def unmerge(self):
         """Undo `merge`.
@@ -332,7 +370,7 @@ class Placement:
             AdapterError: at the end, if parameters of the merged delta were written to.
         """
         merged, self.merged, self.merged_names = self.merged, None, []
-        for param, own, _ in merged.values():
+        for param, own, _, _ in merged.values():
             assign(param, Tensor(own))
         if self.active is None:
             return
@@ -377,7 +415,3 @@ def _merged_attributes(adapter, layer):
     """The attributes whose Parameters merging an adapter changes in a layer."""
     kind = layer_kind(layer.cell)
     return (kind.weight, kind.bias) if getattr(adapter.config, "lora_bias", False) else (kind.weight,)
-
-
-def _weight_place(layer):
-    return [(layer.path, layer.cell, layer_kind(layer.cell).weight)]

@@ -10,7 +10,7 @@ from mindspore import nn
 
 from mindpet.delta.lora_layer import starts_from_weight
 from mindpet.errors import ConfigError, MindPetError, NoMatchError
-from mindpet.graph.parameters import matches
+from mindpet.graph.parameters import STATISTICS, matches
 from mindpet.layers.kinds import layer_kind
 from mindpet.peft.config import PeftType, TaskType
 from mindpet.peft.match import check_patterns, default_targets, ends_with, find_targets, list_layers, no_match
@@ -23,7 +23,6 @@ TASK_HEADS = {
     TaskType.TOKEN_CLS: ("classifier", "score"),
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
-STATISTICS = ("moving_mean", "moving_variance")  # of a BatchNorm
 BIASES = ("*.bias", "*.beta", "bias", "beta")  # a LayerNorm calls its bias beta
 
 
@@ -145,7 +144,7 @@ def _check_lora(config, targets):
 
 
 def is_from_weight(config):
-    """Whether A and B start from the layer's weight, and are taken off it: PiSSA and OLoRA."""
+    """Whether A and B of a configuration start from the layer's weight: PiSSA and OLoRA."""
     return starts_from_weight(getattr(config, "init_lora_weights", None))
 
 
@@ -223,28 +222,34 @@ def _find_trained(network, plan, batch_statistics):
     A copy of a module's own parameter goes into that module only, also where another Cell has the same Parameter.
     """
     everywhere = _parameter_places("", network)
+    for layer in plan.modules_to_save:
+        _take(plan, _parameter_places(layer.path, layer.cell))
     patterns = plan.method.trainable if not (plan.method.kinds or plan.method.cells) else ()
     bias = getattr(plan.config, "bias", "none")
     patterns += BIASES if bias == "all" else ()
-    for path, places in everywhere.items():
-        if matches(path, patterns) and not _is_statistic(places[0]):
-            plan.places[path] = places
-    if bias == "lora_only":
-        own = {id(layer_kind(layer.cell).bias_of(layer.cell)) for layer in plan.targets}
-        for path, places in everywhere.items():
-            if id(_parameter(places)) in own:
-                plan.places[path] = places
-    for layer in plan.modules_to_save:
-        inside = _parameter_places(layer.path, layer.cell)
-        plan.places.update(inside)
+    own = {id(layer_kind(layer.cell).bias_of(layer.cell)) for layer in plan.targets} if bias == "lora_only" else set()
     statistics = {path: places for path, places in everywhere.items() if _is_statistic(places[0])}
-    if batch_statistics:
-        plan.places.update(statistics)
+    for path, places in everywhere.items():
+        if path not in statistics and (matches(path, patterns) or id(_parameter(places)) in own):
+            _take(plan, {path: places})
+    for path, places in statistics.items():
+        # Only Cells with this attribute can be told to leave their statistics alone.
+        if batch_statistics or not hasattr(places[0][1], "use_batch_statistics"):
+            _take(plan, {path: places})
     plan.trained = {path: _parameter(places) for path, places in plan.places.items()}
     plan.buffers = {path for path, places in plan.places.items() if _is_statistic(places[0])}
     moving = {id(cell) for path in plan.buffers for _, cell, _ in plan.places[path]}
     still = {id(cell): cell for places in statistics.values() for _, cell, _ in places}
-    plan.still = [cell for key, cell in still.items() if key not in moving and hasattr(cell, "use_batch_statistics")]
+    plan.still = [cell for key, cell in still.items() if key not in moving]
+
+
+def _take(plan, places):
+    """Add places to those of a plan; one that a copy goes to already is left out."""
+    taken = {(id(cell), key) for found in plan.places.values() for _, cell, key in found}
+    for found in places.values():
+        free = [place for place in found if (id(place[1]), place[2]) not in taken]
+        if free:
+            plan.places[".".join(filter(None, (free[0][0], free[0][2])))] = free
 
 
 def _parameter_places(prefix, network):
@@ -265,7 +270,7 @@ def _parameter(places):
 
 def _is_statistic(place):
     _, cell, key = place
-    return key in STATISTICS and set(STATISTICS) <= set(cell._params)
+    return any(key in names and set(names[:2]) <= set(cell._params) for names in STATISTICS)
 
 
 def _name(cell):

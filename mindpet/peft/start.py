@@ -21,42 +21,44 @@ class Start:
     Attributes:
         base (Parameter): the Parameter.
         paths (tuple): of the values.
-        compute (callable): from the adapter's values, a dict by path, to these, a dict by path.
+        inputs (tuple): paths of further values of the adapter that they are computed with.
+        compute (callable): from a dict by path with the values of `paths` and `inputs` to these, a dict by path.
         is_lasting (bool): whether they are not in the adapter's file, and computed from the base again. Default: False.
     """
 
     base: object
     paths: tuple
+    inputs: tuple
     compute: Callable
     is_lasting: bool = False
 
 
-def starts(frame):
-    """The Starts of the adapters with a frame, in the order in which they are computed.
+def starts(plan, frame):
+    """The Starts of an adapter, in the order in which they are computed.
 
     Args:
-        frame (Frame): the frame.
+        plan (Plan): of the adapter.
+        frame (Frame): of the adapter; it may have been made for another one.
 
     Returns:
         list of Start.
     """
-    plan = frame.plan
     found = [_copy(path, plan.trained[base]) for path, base in frame.copies.items()]
     for layer in plan.targets:
-        weight = layer_kind(layer.cell).weight_of(layer.cell)
+        weight, inputs = layer_kind(layer.cell).weight_of(layer.cell), tuple(frame.names[layer.path])
         if is_from_weight(plan.config):
-            found.append(_from_weight(layer, weight, plan.config.init_lora_weights))
+            found.append(_from_weight(layer, weight, inputs, plan.config.init_lora_weights))
         if f"{layer.path}.{MAGNITUDE}" in frame.params:
-            found.append(_magnitude(layer, weight))
+            found.append(_magnitude(layer, weight, inputs))
     return found
 
 
 def _copy(path, base):
-    return Start(base, (path,), lambda values: {path: value_of(base)})
+    return Start(base, (path,), (), lambda values: {path: value_of(base)})
 
 
-def _from_weight(layer, weight, init):
-    """A and B of PiSSA and OLoRA, and what is taken off the weight for them."""
+def _from_weight(layer, weight, inputs, init):
+    """A and B of PiSSA and OLoRA, and A0 and B0, which their update is counted from."""
     path, kind = layer.path, layer_kind(layer.cell)
 
     def compute(values):
@@ -66,16 +68,16 @@ def _from_weight(layer, weight, init):
         own = {A: lora_a, B: lora_b, START_A: lora_a, START_B: lora_b}
         return {f"{path}.{name}": np.ascontiguousarray(value, np.float32) for name, value in own.items()}
 
-    return Start(weight, tuple(f"{path}.{name}" for name in (A, B, START_A, START_B)), compute, True)
+    return Start(weight, tuple(f"{path}.{name}" for name in (A, B, START_A, START_B)), inputs, compute, True)
 
 
-def _magnitude(layer, weight):
+def _magnitude(layer, weight, inputs):
     """DoRA's magnitude with which its gain is one: the norms of `W + s B A`."""
     path, kind = f"{layer.path}.{MAGNITUDE}", layer_kind(layer.cell)
 
     def compute(values):
         delta = {**fold_arguments(layer.path, values), "magnitude": None}
-        _, _, tuned = fold(value_of(weight), kind, getattr(layer.cell, "group", 1), [delta])
+        _, _, tuned = fold(value_of(weight), kind, kind.groups_of(layer.cell), [delta])
         return {path: np.linalg.norm(tuned, axis=1).reshape(values[path].shape)}
 
-    return Start(weight, (path,), compute)
+    return Start(weight, (path,), inputs, compute)

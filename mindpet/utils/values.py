@@ -58,6 +58,11 @@ def watch(param, watcher):
     vars(param)["set_data"] = set_data
 
 
+def is_watched(param):
+    """Whether a Parameter has a watcher."""
+    return "set_data" in vars(param)
+
+
 def unwatch(param):
     """Undo `watch`."""
     vars(param).pop("set_data", None)
@@ -66,6 +71,11 @@ def unwatch(param):
 def digest(value):
     """A hash of an array's bytes."""
     return hashlib.blake2b(value.tobytes(), digest_size=16).digest()
+
+
+def has_jit_functions():
+    """Whether MindSpore has compiled a `mindspore.jit` function."""
+    return bool(api.ms_compile_cache)
 
 
 def forget_graphs():

@@ -36,6 +36,7 @@ def test_switching_copies_values_and_compiles_nothing(mode, rng, tmp_path):
     first = numbers(model, x)
     model = loaded(model, tmp_path)
     model.set_adapter("two")
+    numbers(model, x)
     with Compiles() as compiles:
         second = numbers(model, x)
         model.set_adapter("default")

@@ -1,5 +1,7 @@
 """Calls in other orders than the usual one: no adapter, and no base, gets values that are not its own."""
 
+import copy
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -562,3 +564,199 @@ def test_mixed_precision_by_amp_after_wrapping(rng, tmp_path, monkeypatch):
     expected = numbers(model, x)
     for level in ("O1", "O2", "O3"):
         np.testing.assert_allclose(numbers(ms.amp.auto_mixed_precision(model, level), x), expected, atol=2e-2)
+
+
+# What reviewers of the rules above found
+
+
+def test_mixed_batches_and_compiled_functions_inside_of_the_network(rng):
+    class Jitted(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.inner, self.classifier = nn.Embedding(VOCAB, WIDTH), Compiled(), nn.Dense(WIDTH, LABELS)
+
+        def construct(self, ids):
+            return self.classifier(self.inner(self.embed(ids)).mean(1))
+
+    class Compiled(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.query = nn.Dense(WIDTH, WIDTH)
+
+        @ms.jit
+        def construct(self, x):
+            return self.query(x)
+
+    model, x = get_peft_model(Jitted(), KINDS["lora"]), ids(rng)
+    move(model, 1)
+    model.add_adapter("two", KINDS["lora"])
+    model.set_adapter("two")
+    move(model, 2)
+    expected = {}
+    for name in ("default", "two"):
+        model.set_adapter(name)
+        expected[name] = numbers(model, x)
+    names = ["default", "two", "two", "default"]
+    for _ in range(2):
+        got = model(x, adapter_names=names).asnumpy()
+        np.testing.assert_allclose(got, [expected[name][row] for row, name in enumerate(names)], atol=1e-5)
+        same(numbers(model, x), expected["two"])
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_mixed_batches_have_the_dropout_of_the_mode_that_the_network_is_in(first, mode, rng):
+    model = get_peft_model(Tiny(), LoraConfig(r=2, target_modules=["query"], lora_dropout=0.5))
+    move(model, 1)
+    x = ids(rng)
+    for training in (first, not first):
+        model.set_train(training)
+        outputs = [model(x, adapter_names=["default"] * 4).asnumpy() for _ in range(4)]
+        assert any(np.abs(out - outputs[0]).max() > 1e-5 for out in outputs) == training
+
+
+def test_adapters_of_one_shape_start_from_the_base_each_in_its_way():
+    network = Tiny()
+    model = PeftModel(network)
+    for init in ("pissa", "olora"):
+        fields = {"r": 2, "target_modules": ["query"], "init_lora_weights": init, "inference_mode": True}
+        model.add_adapter(init, LoraConfig(**fields))
+    ms.load_param_into_net(network, another_base(network))
+    expected = PeftModel(Tiny())
+    ms.load_param_into_net(expected.network, another_base(network))
+    for init in ("pissa", "olora"):
+        expected.add_adapter(init, LoraConfig(r=2, target_modules=["query"], init_lora_weights=init))
+        assert equal(values(model)[init], values(expected)[init])
+
+
+def test_untied_weights_have_the_flags_that_they_had(rng):
+    for modules in (["head"], ["embed", "head"]):
+        network, x = Tied(), ids(rng)
+        table = network.embed.embedding_table
+        model = get_peft_model(network, LoraConfig(r=2, target_modules=modules))
+        move(model, 1)
+        expected = numbers(model, x)
+        merged = model.merge_and_unload(untie_weights=True)
+        np.testing.assert_allclose(numbers(merged, x), expected, atol=1e-5)
+        assert network.embed.embedding_table is table and network.head.weight is not table
+        assert all(param.requires_grad for param in network.get_parameters())
+
+
+def test_a_bias_that_two_layers_have_in_common_is_not_merged():
+    network = nn.SequentialCell(nn.Dense(4, 4), nn.Dense(4, 4))
+    network[1].bias = network[0].bias
+    model = get_peft_model(network, LoraConfig(r=2, target_modules=["0"], lora_bias=True))
+    with pytest.raises(MergeError, match="0.bias has its weight in common with"):
+        model.merge_adapter()
+
+
+class SharedBias(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.query, self.b, self.head = (
+            nn.Dense(4, 4),
+            nn.Dense(4, 4),
+            nn.SequentialCell(nn.Dense(4, 4), nn.Dense(4, 4)),
+        )
+        self.b.bias = self.query.bias
+
+    def construct(self, x):
+        return self.head(self.b(self.query(x)))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"bias": "all", "modules_to_save": ["b"]},
+        {"modules_to_save": ["head", "head.0"]},
+        {"modules_to_save": ["b"], "use_dora": True},
+    ],
+)
+def test_a_parameter_that_is_meant_twice_has_one_copy_in_each_place(fields, rng, tmp_path):
+    ms.set_seed(3)
+    network, x = SharedBias(), Tensor(rng.normal(size=(3, 4)).astype(np.float32))
+    before = numbers(network, x)
+    model = get_peft_model(network, LoraConfig(r=2, target_modules=["query"], **fields))
+    np.testing.assert_allclose(numbers(model, x), before, atol=2e-6)
+    if fields.get("use_dora"):  # the bias of b is not that of query any more
+        shift = np.ones(4, np.float32)
+        out = numbers(network.query, x)
+        network.b.bias.set_data(Tensor(network.b.bias.asnumpy() + shift))
+        np.testing.assert_allclose(numbers(network.query, x), out, atol=1e-6)
+    move(model, 1)
+    expected = numbers(model, x)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(model.unload(), tmp_path)
+    np.testing.assert_allclose(numbers(again, x), expected, atol=1e-5)
+    same(numbers(again.unload(), x), before)
+
+
+@pytest.mark.parametrize("kind", ["head", "dora", "pissa"])
+def test_a_base_that_is_loaded_as_a_state_dict_is_followed(kind, mode, rng):
+    network, plain, x = Tiny(), Tiny(), ids(rng)
+    model = get_peft_model(network, KINDS[kind])
+    network.load_state_dict(plain.state_dict(), strict=False)
+    np.testing.assert_allclose(numbers(model, x), numbers(plain, x), atol=2e-5)
+
+
+def test_a_deep_copy_follows_its_own_base(rng):
+    model, x = get_peft_model(Tiny(), KINDS["head"]), ids(rng)
+    before = numbers(model, x)
+    twin, plain = copy.deepcopy(model), Tiny()
+    same(numbers(twin, x), before)
+    ms.load_param_into_net(twin.network, {param.name: param for param in plain.get_parameters()})
+    np.testing.assert_allclose(numbers(twin, x), numbers(plain, x), atol=1e-6)
+    same(numbers(model, x), before)
+    twin.unload()
+    same(numbers(model, x), before)
+
+
+def test_networks_that_share_a_cell_are_not_wrapped_both():
+    one, other = Tiny(), Tiny()
+    other.embed = one.embed
+    model = get_peft_model(one, KINDS["lora"])
+    with pytest.raises(ConfigError, match="shares .*embed.embedding_table.* with another one that has adapters"):
+        get_peft_model(other, KINDS["lora"])
+    assert all(param.requires_grad for param in other.classifier.get_parameters())
+    model.unload()
+    get_peft_model(other, KINDS["lora"])
+
+
+def test_two_models_in_one_network_have_names_of_their_own():
+    class Outer(nn.Cell):
+        def __init__(self, one, two):
+            super().__init__()
+            self.one, self.two = one, two
+
+    models = [get_peft_model(Tiny(), KINDS["lora"]) for _ in range(2)]
+    for model in models:
+        model.add_adapter("wide", LoraConfig(r=3, target_modules=["query"]))
+    outer = Outer(*models)
+    for model in models:
+        model.set_adapter("wide")
+    names = [param.name for param in outer.trainable_params()]
+    assert len(set(names)) == len(names) == 4
+    nn.Adam(outer.trainable_params())
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: model.merge_adapter("default"),
+        lambda model: model.merge_adapter([["default"]]),
+        lambda model: model.set_adapter(None),
+        lambda model: model.save_pretrained("x", selected_adapters="default"),
+        lambda model: model.add_weighted_adapter("default", [1.0], "sum"),
+    ],
+)
+def test_what_is_no_list_of_names(call):
+    with pytest.raises(TypeError, match="must be a list of str"):
+        call(get_peft_model(Tiny(), KINDS["lora"]))
+
+
+def test_tensors_of_an_adapter_are_copies():
+    model = get_peft_model(Tiny(), KINDS["lora"])
+    model.add_adapter("two", KINDS["lora"])
+    before = values(model)["two"]
+    for value in model.adapter_tensors("two").values():
+        value[:] = 7
+    assert equal(values(model)["two"], before)
