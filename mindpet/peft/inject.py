@@ -31,16 +31,18 @@ class Attribute:
 
     def __init__(self, cell, name, value):
         self.cell, self.name, self.value = cell, name, value
-        self.where = cell._cells if isinstance(value, ms.nn.Cell) else vars(cell)
 
     def put(self):
-        """Set the value."""
-        self.before = {self.name: vars(self.cell).pop(self.name)} if self.name in vars(self.cell) else {}
-        self.where[self.name] = self.value
+        """Set the value, on the object, where it hides what the class has."""
+        self.before = {self.name: vars(self.cell)[self.name]} if self.name in vars(self.cell) else {}
+        vars(self.cell)[self.name] = self.value
+        if isinstance(self.value, ms.nn.Cell):
+            self.cell._cells[self.name] = self.value
 
     def remove(self):
         """Set the value that was there before."""
-        del self.where[self.name]
+        del vars(self.cell)[self.name]
+        self.cell._cells.pop(self.name, None)
         vars(self.cell).update(self.before)
 
 

@@ -84,7 +84,7 @@ class PeftModel(nn.Cell):
         Args:
             inputs, keywords: of the network.
             adapter_names (list of str): for each row of the batch the name of an adapter, or '__base__'. Default: None,
-                for the adapter that is in place.
+                for the active adapter.
 
         Raises:
             AdapterError: a name is unknown; an adapter cannot share a batch.
@@ -170,7 +170,7 @@ class PeftModel(nn.Cell):
     # Adapters
 
     def add_adapter(self, adapter_name, peft_config):
-        """Add a fresh adapter; the one that is in place stays in place.
+        """Add a fresh adapter; the active one stays active.
 
         Args:
             adapter_name (str): its name.
@@ -288,10 +288,10 @@ class PeftModel(nn.Cell):
             self._placement.add(adapter_name, plan_targets(self.network, config), False, values)
 
     def prepare_for_training(self, adapter_name=None):
-        """Put an adapter in place and let it train, say one that was loaded with `is_trainable=False`.
+        """Make an adapter the active one and let it train, say one that was loaded with `is_trainable=False`.
 
         Args:
-            adapter_name (str): Default: None, for the one that is in place.
+            adapter_name (str): Default: None, for the active one.
 
         Returns:
             list of Parameter, what trains, for an optimizer.

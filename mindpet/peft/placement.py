@@ -40,7 +40,7 @@ class Adapter:
 
     Attributes:
         strayed (bool): whether it was trained, and then other values of the base were loaded, so that what PiSSA or
-            OLoRA took off the weight cannot be computed from it any more.
+            OLoRA started from cannot be computed from it any more.
     """
 
     def __init__(self, config, plan, frame, stored, trainable, given):

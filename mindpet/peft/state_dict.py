@@ -35,7 +35,7 @@ def get_peft_model_state_dict(model, state_dict=None, adapter_name="default"):
         AdapterError: there is no such adapter.
         KeyError: a key of the adapter is not in `state_dict`.
     """
-    _check_model(model)
+    check_model(model)
     found = {key: Tensor(value) for key, value in model.adapter_tensors(adapter_name).items()}
     return found if state_dict is None else {key: state_dict[key] for key in found}
 
@@ -56,7 +56,7 @@ def set_peft_model_state_dict(model, peft_model_state_dict, adapter_name="defaul
         AdapterError: there is no such adapter, or one is merged.
         CheckpointError: tensors are missing, surplus, or do not fit; all are in the message, and nothing was changed.
     """
-    _check_model(model)
+    check_model(model)
     tensors = {
         key: value.asnumpy() if isinstance(value, Tensor) else value for key, value in peft_model_state_dict.items()
     }
@@ -64,6 +64,7 @@ def set_peft_model_state_dict(model, peft_model_state_dict, adapter_name="defaul
     return LoadResult([], [])
 
 
-def _check_model(model):
+def check_model(model):
+    """Refuse what is not a PeftModel."""
     if not isinstance(model, PeftModel):
         raise TypeError(f"'model' must be a PeftModel, but got {model!r} ({type(model).__name__}).")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import mindspore as ms
 
-from mindpet.peft.model import PeftModel
+from mindpet.peft.state_dict import check_model
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def get_layer_status(model):
     Raises:
         TypeError: `model` is not a PeftModel.
     """
-    _check_model(model)
+    check_model(model)
     layers = {}
     for adapter in model.adapters.values():
         for layer in adapter.plan.targets + adapter.plan.attentions:
@@ -106,7 +106,7 @@ def get_model_status(model):
     Raises:
         TypeError: `model` is not a PeftModel.
     """
-    _check_model(model)
+    check_model(model)
     trainable, total = model.get_nb_trainable_parameters()
     return TunerModelStatus(
         base_model_type=type(model.network).__name__,
@@ -126,8 +126,3 @@ def get_model_status(model):
 
 def _trains(model, name, adapter):
     return name in model.active_adapters and any(param.requires_grad for param in adapter.frame.params.values())
-
-
-def _check_model(model):
-    if not isinstance(model, PeftModel):
-        raise TypeError(f"'model' must be a PeftModel, but got {model!r} ({type(model).__name__}).")
