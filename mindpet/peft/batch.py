@@ -75,8 +75,7 @@ class MixedBatches:
             )
         if ms.get_auto_parallel_context("parallel_mode") in PARALLEL_MODES:
             raise AdapterError("adapter_names: in semi-auto parallel mode all rows of a batch have one adapter.")
-        values = (*inputs, *keywords.values())
-        first = next((value for value in values if isinstance(value, Tensor) and value.ndim), None)
+        first = next((value for value in _tensors([inputs, keywords]) if value.ndim), None)
         if not names or (first is not None and len(names) != first.shape[0]):
             rows = "" if first is None else f": {first.shape[0]}"
             raise AdapterError(
@@ -144,6 +143,15 @@ def _without_jit_functions():
     finally:
         if is_needed and has_jit_functions():
             forget_graphs()
+
+
+def _tensors(value):
+    """The Tensors in a value, also within lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
 
 
 def _can_mix(adapter):

@@ -153,7 +153,8 @@ class Frame:
         """What must be equal for two adapters to share a frame."""
         kinds = tuple((path, getattr(delta, "signature", str(delta))) for path, delta in self.deltas.items())
         shapes = tuple((name, param.shape, param.dtype) for name, param in self.params.items())
-        return kinds, shapes, tuple(map(id, self.plan.still))
+        places = tuple((id(cell), key) for found in self.plan.places.values() for _, cell, key in found)
+        return kinds, shapes, places, tuple(map(id, self.plan.still))
 
     @property
     def trained(self):

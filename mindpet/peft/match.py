@@ -8,7 +8,7 @@ from mindspore import nn
 
 from mindpet.delta.registry import METHODS
 from mindpet.errors import ConfigError, NoMatchError
-from mindpet.layers.kinds import layer_kind
+from mindpet.layers.kinds import layer_kind, why_not
 from mindpet.peft.config import pattern_value
 from mindpet.utils.validate import is_int
 
@@ -234,7 +234,7 @@ def _check_supported(config, found, supported):
     deltas = tuple(cell for method in METHODS.values() for cell in method.cells)
     wrapped = [layer.path for layer in found if isinstance(layer.cell, deltas)]
     other = [
-        f"{layer.path} ({type(layer.cell).__name__})"
+        f"{layer.path} ({why_not(layer.cell) or type(layer.cell).__name__})"
         for layer in found
         if not supported(layer.cell) and layer.path not in wrapped
     ]

@@ -201,8 +201,8 @@ def _orient(deltas, files, config):
     for name, entry in deltas.items():
         if "lora_a" not in entry:
             continue
-        conv = len(files.shapes[name]) == 4
-        kind = "embedding" if entry["embedding"] else "conv2d" if conv else "linear"
+        axes = len(files.shapes[name]) - 2
+        kind = "embedding" if entry["embedding"] else f"conv{axes}d" if axes else "linear"
         entry["kind"] = LayerKind(kind, fan_in_fan_out=kind == "linear" and way)
         shape = (len(entry["lora_b"]), int(np.prod(entry["lora_a"].shape[1:])))
         stored = files.shapes[name]
@@ -247,7 +247,7 @@ def _fold(name, value, config, entry, report):
         start = before
         if is_from_weight(config):
             start = start_from_weight(before, config.init_lora_weights, len(lora_a), scaling)[2]
-        group = len(lora_a) // lora_b.shape[1] if kind.name == "conv2d" else 1
+        group = len(lora_a) // lora_b.shape[1] if kind.is_convolution else 1
         after = fold_lora(start, lora_a, lora_b, scaling, entry.get("magnitude"), group)
         result = kind.from_matrix(after, value.shape).astype(value.dtype)
         report.append(describe(name, result, before, after, kind))

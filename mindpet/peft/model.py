@@ -20,6 +20,7 @@ from mindpet.peft.names import NameMap, portable, to_network
 from mindpet.peft.passport import check_base, check_files, make_passport
 from mindpet.peft.placement import MARK, Placement
 from mindpet.peft.plan import plan_targets
+from mindpet.utils.values import know_graphs
 
 
 class PeftModel(nn.Cell):
@@ -96,8 +97,9 @@ class PeftModel(nn.Cell):
 
     def __deepcopy__(self, memo):
         """A copy with a network of its own, that follows what is loaded into that one."""
-        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin = memo[id(self)] = type(self)(nn.Cell())
         vars(twin).update(copy.deepcopy(vars(self), memo))
+        know_graphs(twin)
         twin._placement.rebind()
         return twin
 

@@ -22,7 +22,7 @@ from mindpet.peft.combine import fold_arguments
 from mindpet.peft.inject import Frame, renew_recompute
 from mindpet.peft.merge import merge_layers, shared_weights, untie
 from mindpet.peft.start import starts
-from mindpet.utils.values import assign, digest, forget_graphs, is_watched, unwatch, value_of, watch
+from mindpet.utils.values import assign, digest, forget_graphs, is_watched, know_graphs, unwatch, value_of, watch
 
 MARK = "mindpet_wrapped"  # attribute of a network that has adapters
 
@@ -118,6 +118,7 @@ class Placement:
         self._base = [(param, param.requires_grad) for param in params]
         for param in params:
             param.requires_grad = False
+        know_graphs(self.network)
         self.watch()
         self._hook = self.network.register_load_state_dict_post_hook(self._follow_all)  # it calls no `set_data`
         vars(self.network)[MARK] = True

@@ -94,7 +94,7 @@ def together(folder, names):
 
 def _is_moved(staged, folder):
     """Whether `staged` has become `folder`, which was missing or empty."""
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and (any(folder.iterdir()) or _is_inside(folder)):
         return False
     with contextlib.suppress(OSError):
         if folder.is_dir():
@@ -111,12 +111,16 @@ def _is_exchanged(staged, folder, names):
     in: a process in the old folder would stand in one that is gone.
     """
     has_more = set(os.listdir(folder)) - set(names)
-    is_inside = folder in (pathlib.Path.cwd(), *pathlib.Path.cwd().parents)
     changed = any(_differ(staged / name, folder / name) for name in names[1:-1])
-    if has_more or is_inside or not changed:
+    if has_more or _is_inside(folder) or not changed:
         return False
     shutil.copymode(folder, staged)
     return exchange(staged, folder)
+
+
+def _is_inside(folder):
+    """Whether this process stands in a folder."""
+    return folder in (pathlib.Path.cwd(), *pathlib.Path.cwd().parents)
 
 
 def exchange(one, other):

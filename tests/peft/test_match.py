@@ -127,8 +127,10 @@ def test_an_entry_that_matches_nothing_is_an_error(fields, match):
         paths(**fields)
 
 
-def test_a_file_may_exclude_what_the_network_does_not_have():
-    assert paths(target_modules=["query"], exclude_modules=["vision_tower"], inference_mode=True) == QUERIES
+@pytest.mark.parametrize("inference_mode", [True, False])
+def test_a_configuration_excludes_only_what_the_network_has(inference_mode):
+    with pytest.raises(NoMatchError, match="'exclude_modules': no layer matches 'vision_tower'"):
+        paths(target_modules=["query"], exclude_modules=["vision_tower"], inference_mode=inference_mode)
 
 
 LOOSE = {

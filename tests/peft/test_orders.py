@@ -1,6 +1,7 @@
 """Calls in other orders than the usual one: no adapter, and no base, gets values that are not its own."""
 
 import copy
+import os
 
 import mindspore as ms
 import numpy as np
@@ -698,7 +699,7 @@ def test_a_base_that_is_loaded_as_a_state_dict_is_followed(kind, mode, rng):
     np.testing.assert_allclose(numbers(model, x), numbers(plain, x), atol=2e-5)
 
 
-def test_a_deep_copy_follows_its_own_base(rng):
+def test_a_deep_copy_follows_its_own_base(mode, rng):
     model, x = get_peft_model(Tiny(), KINDS["head"]), ids(rng)
     before = numbers(model, x)
     twin, plain = copy.deepcopy(model), Tiny()
@@ -708,6 +709,9 @@ def test_a_deep_copy_follows_its_own_base(rng):
     same(numbers(model, x), before)
     twin.unload()
     same(numbers(model, x), before)
+    again = get_peft_model(twin.network, LoraConfig(r=2, target_modules=["query"], init_lora_weights=False))
+    assert np.abs(numbers(again, x) - numbers(plain, x)).max() > 1e-3  # no graph of the copy is stale
+    same(numbers(again.network, x), numbers(again, x))
 
 
 def test_networks_that_share_a_cell_are_not_wrapped_both():
@@ -751,6 +755,47 @@ def test_two_models_in_one_network_have_names_of_their_own():
 def test_what_is_no_list_of_names(call):
     with pytest.raises(TypeError, match="must be a list of str"):
         call(get_peft_model(Tiny(), KINDS["lora"]))
+
+
+def test_adapters_whose_copies_go_to_other_places_share_nothing(rng):
+    network, x = SharedBias(), Tensor(rng.normal(size=(3, 4)).astype(np.float32))
+    model, expected = PeftModel(network), {}
+    for name, fields in (("one", {"modules_to_save": ["b"]}), ("all", {"bias": "all"})):
+        model.add_adapter(name, LoraConfig(r=2, target_modules=["query"], **fields, inference_mode=True))
+        adapter = model.adapters[name]
+        adapter.write(
+            {path: rng.normal(size=value.shape).astype(value.dtype) for path, value in adapter.values.items()}
+        )
+        model.set_adapter(name)
+        expected[name] = numbers(model, x)
+    for name in ("one", "all"):
+        model.set_adapter(name)
+        same(numbers(model, x), expected[name])
+
+
+def test_names_are_counted_where_tensors_are_in_a_tuple(mode, rng):
+    class Pair(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.inner = Tiny()
+
+        def construct(self, pair):
+            return self.inner(pair[0])
+
+    model, x = get_peft_model(Pair(), KINDS["lora"]), ids(rng)
+    same(model((x, x), adapter_names=["default"] * 4).asnumpy(), numbers(model, (x, x)))
+    with pytest.raises(AdapterError, match="another number of rows than there are names"):
+        model((x, x), adapter_names=["default"] * 2)
+
+
+def test_a_save_into_the_folder_that_the_process_is_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = get_peft_model(Tiny(), KINDS["lora"])
+    for alpha in (4, 5):
+        model.peft_config["default"].lora_alpha = alpha
+        model.save_pretrained(".")
+        assert len(os.listdir(".")) == 3 and os.getcwd() == str(tmp_path)
+    PeftModel.from_pretrained(model.unload(), ".")
 
 
 def test_tensors_of_an_adapter_are_copies():

@@ -6,7 +6,7 @@ import pytest
 from mindspore import Parameter, Tensor, nn, ops
 from small import contents, move, numbers
 
-from mindpet.errors import AdapterError
+from mindpet.errors import AdapterError, ConfigError
 from mindpet.layers.kinds import register_layer
 from mindpet.parallel import dry_run
 from mindpet.peft import AdapterConfig, LoraConfig, get_peft_model
@@ -204,3 +204,22 @@ def test_unload_leaves_nothing(mode, rng):
     assert set(vars(network.fc)) - set(own) <= {"parameter_layout_dict", "_param_prefix"}
     x, shift = (Tensor(rng.normal(size=(2, WIDTH)).astype(np.float32)) for _ in range(2))
     assert network(x, shift).dtype == ms.float32
+
+
+class Squared(nn.Dense):
+    """Not W x + b."""
+
+    def construct(self, x):
+        return ops.matmul(x, self.weight.T) ** 2
+
+
+def test_a_layer_that_cannot_carry_a_delta_says_why():
+    with pytest.raises(ConfigError, match=r"0 \(Squared has construct of its own, .* than a Dense; .*register_layer"):
+        get_peft_model(nn.SequentialCell(Squared(4, 4)), LoraConfig(target_modules=["0"]))
+
+
+def test_rows_that_belong_to_no_sample_are_a_short_error(mode, rng):
+    model = two_adapters(Pooled())
+    with pytest.raises(AdapterError) as error:
+        model(Tensor(rng.normal(size=(2, 3, WIDTH)).astype(np.float32)), adapter_names=["one", "two"])
+    assert "\n" not in str(error.value)
