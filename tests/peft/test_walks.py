@@ -1,0 +1,821 @@
+"""Random walks through the calls of a PeftModel, in both modes; `oracle` tells what must come out.
+
+After each call everything is compared: outputs, the values of the base and of every adapter, requires_grad, the mode of
+every Cell, and the base's parameters, their names and their order. A walk that fails is shrunk by Hypothesis to a short
+one, which is printed. The walks are the same ones each time; `WALKS=1000 pytest tests/peft/test_walks.py` takes others.
+"""
+
+import contextlib
+import os
+import pathlib
+import tempfile
+import warnings
+
+import mindspore as ms
+import numpy as np
+import oracle
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.common.lazy_inline import lazy_inline
+
+from mindpet.errors import AdapterError, CheckpointError, ConfigError, MergeError
+from mindpet.graph import freeze_delta, load_delta
+from mindpet.peft import AdapterConfig, BitFitConfig, LoraConfig, PeftModel, get_peft_model
+
+VOCAB = LABELS = 5
+WIDTH = 4
+
+
+class Block(nn.Cell):
+    """The path of its layer ends as that of another one, `fc`."""
+
+    def __init__(self, fc):
+        super().__init__()
+        self.fc = fc
+
+    def construct(self, x):
+        return self.fc(x)
+
+
+class LazyBlock(nn.Cell):
+    """A block that is compiled once for all."""
+
+    @lazy_inline(policy="front")
+    def __init__(self, width):
+        super().__init__()
+        self.fc = nn.Dense(width, width)
+
+    def construct(self, x):
+        return self.fc(x)
+
+
+class Network(nn.Cell):
+    """What `oracle.forward` computes.
+
+    Args:
+        kind (str): 'plain', 'tied': the head's weight is the embedding's table, 'shared': the blocks have one layer,
+            'lazy': they are compiled once, or 'recompute': some Cells compute twice for a gradient.
+    """
+
+    def __init__(self, kind):
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, WIDTH)
+        self.fc = nn.Dense(WIDTH, WIDTH, activation="sigmoid")
+        layers = [nn.Dense(WIDTH, WIDTH), nn.Dense(WIDTH, WIDTH)]
+        layers = layers[:1] * 2 if kind == "shared" else layers
+        self.blocks = nn.CellList([LazyBlock(WIDTH) if kind == "lazy" else Block(layer) for layer in layers])
+        self.classifier = nn.Dense(WIDTH, LABELS)
+        if kind == "tied":
+            self.classifier.weight = self.embed.embedding_table
+        if kind == "recompute":
+            self.fc.recompute()
+            self.blocks[0].recompute()
+        self.embed.embedding_table.requires_grad = False
+
+    def construct(self, ids):
+        hidden = self.fc(self.embed(ids))
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        return self.classifier(hidden.mean(1))
+
+
+class Loss(nn.Cell):
+    """Squared error."""
+
+    def __init__(self, model):
+        super().__init__(auto_prefix=False)
+        self.model = model
+
+    def construct(self, ids):
+        return ops.square(self.model(ids) - 1.0).mean()
+
+
+def lora(**fields):
+    return lambda dropout: LoraConfig(
+        **{"r": 2, "lora_alpha": 3, "target_modules": ["fc"], **fields}, lora_dropout=dropout
+    )
+
+
+HEAD = {"modules_to_save": ["classifier"]}
+METHODS = {
+    "lora": lora(),
+    "one layer": lora(target_modules="fc", lora_alpha=5),  # a regular expression: not blocks.0.fc
+    "one block": lora(target_modules=r"blocks\.1\.fc"),
+    "rslora": lora(use_rslora=True, r=3, target_modules=["embed", "fc"]),
+    "random": lora(init_lora_weights=False),
+    "dora": lora(use_dora=True),
+    "pissa": lora(init_lora_weights="pissa"),
+    "pissa, dora": lora(init_lora_weights="pissa", use_dora=True, bias="lora_only", **HEAD),
+    "head": lora(**HEAD),
+    "biases": lora(bias="all"),
+    "lora_bias": lora(lora_bias=True),
+    "on the head": lora(target_modules=["classifier"]),
+    "bitfit": lambda dropout: BitFitConfig(),
+    "bitfit, head": lambda dropout: BitFitConfig(**HEAD),
+    "adapter": lambda dropout: AdapterConfig(target_modules=["fc"], bottleneck_size=3, non_linearity="sigmoid"),
+}
+NAMES = ("default", "fc", "third", "fourth")
+WHICH = st.integers(0, 59)  # of so many adapters as there are
+
+
+class Known:
+    """What is known of an adapter.
+
+    Args:
+        config (PeftConfig): its configuration.
+        values (dict): path -> array.
+        trainable (bool): whether it trains.
+        loaded (bool): whether its values come from a file.
+    """
+
+    def __init__(self, config, values, trainable, loaded=False):
+        self.config, self.trainable, self.loaded = config, trainable, loaded
+        self.values, self.started = values, {}
+        self.strayed = False  # whether PiSSA was trained, and then another base was loaded
+
+    @property
+    def is_lora(self):
+        return isinstance(self.config, LoraConfig)
+
+    @property
+    def dropout(self):
+        return getattr(self.config, "lora_dropout", 0)
+
+    @property
+    def drops(self):
+        """Whether dropout changes what it computes; it does not act on the ids of an embedding."""
+        layers = [path for path in oracle.layers_of(self.values) if path != "embed"]
+        return self.dropout > 0 and any(self.values[f"{path}.{oracle.B}"].any() for path in layers)
+
+    @property
+    def diverged(self):
+        return any(np.isnan(value).any() for value in self.values.values())
+
+    @property
+    def copies(self):
+        """Paths of its values that are copies of the base's -> path of what they are copies of."""
+        return {path: path.replace(oracle.COPY, "") for path in self.values if oracle.COPY in path}
+
+    @property
+    def trained(self):
+        """Paths of the values that train."""
+        return {path for path in self.values if "scaling" not in path and "lora_start" not in path}
+
+    @property
+    def folded(self):
+        """Paths of the weights that merging writes to."""
+        layers = oracle.layers_of(self.values)
+        weights = {oracle.TABLE if layer == "embed" else f"{layer}.weight" for layer in layers}
+        return weights | {f"{layer}.bias" for layer in layers if f"{layer}.{oracle.BIAS}" in self.values}
+
+    def groups(self):
+        """(path of a weight of the base, paths of the values that start from it)."""
+        found = [(base, (path,)) for path, base in self.copies.items()]
+        for layer in oracle.layers_of(self.values):
+            for names in ((oracle.A, oracle.B, oracle.START_A, oracle.START_B), (oracle.MAGNITUDE,)):
+                paths = tuple(f"{layer}.{name}" for name in names)
+                if paths[-1] in self.values:
+                    found.append((oracle.TABLE if layer == "embed" else f"{layer}.weight", paths))
+        return found
+
+
+class Walk(RuleBasedStateMachine):
+    """A walk in PyNative mode."""
+
+    mode = ms.PYNATIVE_MODE
+
+    # The start
+
+    @initialize(
+        kind=st.sampled_from(["plain", "tied", "shared", "lazy", "recompute"]),
+        training=st.booleans(),
+        root=st.sampled_from(["model", "network", "jit"]),
+        method=st.sampled_from(list(METHODS)),
+    )
+    def start(self, kind, training, root, method):
+        ms.set_context(mode=self.mode, pynative_synchronize=True)
+        ms.set_seed(1)
+        self.rng = np.random.default_rng(1)
+        self.stack = contextlib.ExitStack()
+        self.folder = pathlib.Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
+        self.kind, self.network = kind, Network(kind)
+        self.root = root  # what is called
+        self.blocks = ["blocks.0.fc", "blocks.0.fc" if kind == "shared" else "blocks.1.fc"]
+        self.ids = self.rng.integers(0, VOCAB, (3, 2)).astype(np.int32)
+        self.places = [
+            (".".join(filter(None, (path, key))), cell, key, param)
+            for path, cell in self.network.cells_and_names()
+            for key, param in cell._params.items()
+        ]
+        self.params = dict(self.network.parameters_and_names())
+        self.order = [(param, param.name, param.requires_grad) for param in self.network.get_parameters()]
+        self.base = {path: param.asnumpy().copy() for path, param in self.params.items()}
+        self.saved, self.steps = {}, []
+        self.mark = getattr(self.network.blocks[0], "_cell_init_args", None)
+        self.leave()
+        self.set_base(list(self.base))
+        self.training = training
+        self.network.set_train(training)
+        self.wrap(method, True, False, False)
+
+    def leave(self):
+        """There are no adapters any more."""
+        self.model, self.known, self.active = None, {}, None
+        self.merged, self.context, self.dirty = None, None, False
+
+    def teardown(self):
+        if hasattr(self, "stack"):
+            if self.context is not None:
+                self.dirty = False
+                with contextlib.suppress(AdapterError):
+                    self.context.__exit__(None, None, None)
+            self.stack.close()
+        ms.set_context(mode=ms.PYNATIVE_MODE, pynative_synchronize=False)
+
+    # What must be
+
+    @property
+    def wrapped(self):
+        return self.model is not None
+
+    @property
+    def locked(self):
+        """The error of most calls while an adapter is merged or disabled."""
+        return AdapterError if self.merged is not None or self.context is not None else None
+
+    @property
+    def current(self):
+        """The active adapter, or None."""
+        return self.known.get(self.active)
+
+    def weights(self):
+        """The base's own."""
+        return {"classifier.weight": self.base[oracle.TABLE], **self.base}
+
+    def merged_weights(self):
+        weights = self.weights()
+        for name in self.merged or ():
+            weights = oracle.with_deltas(weights, self.known[name].values)
+        return weights
+
+    def outputs(self, values):
+        """Of the base with an adapter's values."""
+        weights = oracle.with_deltas(oracle.with_copies(self.weights(), values), values)
+        return oracle.forward(weights, self.blocks, self.ids, values)
+
+    def expected(self):
+        """The network's outputs."""
+        if self.current is None or self.context is not None:
+            return self.outputs({})
+        if self.merged is None:
+            return self.outputs(self.current.values)
+        live = self.current.values if self.active in self.merged else {}
+        return oracle.forward(oracle.with_copies(self.merged_weights(), live), self.blocks, self.ids)
+
+    def trains(self):
+        """Paths of the active adapter's values that train now."""
+        if self.current is None or not self.current.trainable or self.context is not None:
+            return set()
+        if self.merged is not None:
+            return set(self.current.copies) if self.active in self.merged else set()
+        return self.current.trained
+
+    def call(self, error, function):
+        """Call what must fail, or with None must not; returns whether it did not."""
+        if error is None:
+            function()
+            return True
+        with pytest.raises(error):
+            function()
+        return False
+
+    @invariant()
+    def all_is_as_it_must_be(self):
+        self.check_base()
+        self.check_adapters()
+        self.check_flags()
+        self.check_outputs()
+
+    def check_base(self):
+        shown = self.merged_weights()
+        folded = set().union(*(self.known[name].folded for name in self.merged or ()))
+        for path, cell, key, param in self.places:
+            assert cell._params[key] is param, path
+        for path, param in self.params.items():
+            if path in folded:
+                np.testing.assert_allclose(param.asnumpy(), shown[path], rtol=1e-4, atol=1e-5, err_msg=path)
+            else:
+                assert param.asnumpy().tobytes() == self.base[path].tobytes(), path
+        own = [param for param in self.network.get_parameters() if "mindpet" not in param.name]
+        assert [(param, param.name) for param in own] == [(param, name) for param, name, _ in self.order]
+        if self.kind == "lazy":
+            self.check_marks()
+        if not self.wrapped:
+            assert len(list(self.network.get_parameters())) == len(own)
+            for path, cell in self.network.cells_and_names():
+                names = {*vars(cell), *cell._cells, *cell._params, path}
+                assert not any("mindpet" in name or name == "construct" for name in names), path
+
+    def check_marks(self):
+        """MindSpore (not on a CPU) compiles a block once for all that have an equal mark."""
+        marks = [block._cell_init_args for block in self.network.blocks]
+        is_out = self.merged is not None and self.active not in self.merged
+        live = {} if is_out else self.live()
+        inside = [{path[9:] for path in live if path.startswith(f"blocks.{number}.")} for number in (0, 1)]
+        assert (marks[0] == marks[1]) == (inside[0] == inside[1])
+        assert [mark == self.mark for mark in marks] == [not names for names in inside]
+
+    def check_adapters(self):
+        if not self.wrapped:
+            return
+        assert list(self.model.adapters) == list(self.known)
+        assert self.model.active_adapter == self.active
+        assert self.model.merged_adapters == (self.merged or [])
+        for name, known in self.known.items():
+            got = self.model.adapters[name].values
+            assert set(got) == set(known.values)
+            assert [path for path in got if not equal(got[path], known.values[path])] == [], name
+
+    def check_flags(self):
+        for path, cell in (self.model or self.network).cells_and_names():
+            assert cell.training == self.training or "_recompute" in path, path
+        if not self.wrapped:
+            assert all(param.requires_grad == flag for param, _, flag in self.order)
+            return
+        live = {id(param): path for path, param in self.live().items()}
+        assert {live.get(id(param), param.name) for param in self.model.trainable_params()} == self.trains()
+        for name, adapter in self.model.adapters.items():
+            got = {path for path, param in adapter.frame.params.items() if param.requires_grad}
+            out = self.merged is not None and self.active not in self.merged  # of the network
+            assert got == set() or (name == self.active and (got == self.trains() or out)), name
+        size = sum(self.current.values[path].size for path in self.trains())
+        assert self.model.get_nb_trainable_parameters()[0] == size
+
+    def live(self):
+        """The Parameters of the active adapter."""
+        return self.model.adapters[self.active].frame.params if self.current is not None else {}
+
+    def call_network(self, ids):
+        """Not all at once: a Cell that another one has called could hide that its own graph is stale."""
+        if self.root == "jit" and self.mode == ms.GRAPH_MODE:
+            return self.jitted(ids)
+        return self.model(ids) if self.root == "model" and self.wrapped else self.network(ids)
+
+    def check_outputs(self):
+        if self.dirty:
+            return
+        got, expected = self.call_network(Tensor(self.ids)).asnumpy(), self.expected()
+        if self.locked or not self.training or self.current is None or not self.current.drops:
+            close(got, expected)
+        else:
+            assert np.isnan(expected).any() or np.abs(got - expected).max() > 1e-5
+
+    # The calls
+
+    def adopt(self, name, config, trainable, loaded=None):
+        """Take over a new adapter; the values that it starts with must be right."""
+        values = self.model.adapters[name].values
+        known = self.known[name] = Known(config, values, trainable, loaded is not None)
+        for path, value in (loaded or {}).items():
+            assert equal(values[path], value) or "lora_start" in path, path
+        self.follow(known, list(self.base))
+        if loaded is None and not (known.is_lora and config.init_lora_weights is False):
+            close(self.outputs(values), self.outputs({}))
+        for path in oracle.layers_of(values):
+            divisor = config.r**0.5 if config.use_rslora else config.r
+            np.testing.assert_allclose(values[f"{path}.mindpet_lora_scaling"], config.lora_alpha / divisor, rtol=1e-6)
+
+    def follow(self, known, changed, got=None):
+        """What starts from other values of the base now must have followed, unless it was trained or loaded."""
+        for base, paths in known.groups():
+            fresh = paths not in known.started or all(
+                equal(known.values[path], known.started[paths][path]) for path in paths
+            )
+            if self.source(base) not in changed:
+                continue
+            if not fresh:
+                known.strayed |= paths[-1].endswith(oracle.START_B)
+                continue
+            taken = [path for path in paths if not known.loaded or "lora_start" in path]
+            known.values.update({path: got[path] for path in taken} if got else {})
+            known.started[paths] = {path: known.values[path] for path in paths}
+            weight, values, layer = self.weights()[base], known.values, paths[-1].rpartition(".")[0]
+            if paths[-1] in known.copies:
+                assert known.loaded or equal(values[paths[-1]], weight)
+            elif paths[-1].endswith(oracle.START_B):
+                start = values[paths[3]].astype(float) @ values[paths[2]] * values[f"{layer}.mindpet_lora_scaling"]
+                close(start, oracle.largest(weight, len(values[paths[0]])))
+                assert known.loaded or (
+                    equal(values[paths[0]], values[paths[2]]) and equal(values[paths[1]], values[paths[3]])
+                )
+            elif not known.loaded:
+                close(values[paths[-1]], np.linalg.norm(weight + oracle.product(values, layer), axis=1))
+
+    def source(self, path):
+        """Where a weight of a layer stands in the base."""
+        return oracle.TABLE if self.kind == "tied" and path == "classifier.weight" else path
+
+    def config(self, method, trainable, dropout):
+        if self.kind == "shared" and method == "one block":
+            method = "one layer"  # the other block has the same one
+        config = METHODS[method](0.5 if dropout else 0.0)
+        config.inference_mode = not trainable
+        return config
+
+    def wrap(self, method, trainable, dropout, bare):
+        config = self.config(method, trainable, dropout)
+        if bare:
+            self.model = PeftModel(self.network)
+            self.model.add_adapter("default", config)
+        else:
+            self.model = get_peft_model(self.network, config)
+            self.active = "default"
+        self.adopt("default", config, trainable)
+
+    @precondition(lambda self: not self.wrapped)
+    @rule(method=st.sampled_from(list(METHODS)), trainable=st.booleans(), dropout=st.booleans(), bare=st.booleans())
+    def get_peft_model(self, method, trainable, dropout, bare):
+        self.wrap(method, trainable, dropout, bare)
+
+    @precondition(lambda self: self.wrapped)
+    @rule()
+    def wrap_twice(self):
+        self.call(ConfigError, lambda: get_peft_model(self.network, METHODS["lora"](0.0)))
+
+    @precondition(lambda self: self.wrapped)
+    @rule(
+        name=st.sampled_from(NAMES),
+        method=st.sampled_from(list(METHODS)),
+        trainable=st.booleans(),
+        dropout=st.booleans(),
+        activate=st.booleans(),
+    )
+    def add_adapter(self, name, method, trainable, dropout, activate):
+        config = self.config(method, trainable, dropout)
+        error = self.locked or (AdapterError if name in self.known else None)
+        if self.call(error, lambda: self.model.add_adapter(name, config)):
+            self.adopt(name, config, trainable)
+            if activate:
+                self.all_is_as_it_must_be()
+                self.activate(name)
+
+    @precondition(lambda self: self.wrapped)
+    @rule(which=WHICH)
+    def set_adapter(self, which):
+        self.activate(self.pick(which))
+
+    def pick(self, which):
+        """The name of an adapter, or now and then one that there is not."""
+        return [*self.known, "none"][which % (len(self.known) + 1)]
+
+    def activate(self, name):
+        error = self.locked or (None if name in self.known else AdapterError)
+        if self.call(error, lambda: self.model.set_adapter(name)):
+            self.active = name
+
+    @precondition(lambda self: self.wrapped)
+    @rule(which=WHICH)
+    def delete_adapter(self, which):
+        name = self.pick(which)
+        can = name in self.known and len(self.known) > 1
+        if self.call(self.locked or (None if can else AdapterError), lambda: self.model.delete_adapter(name)):
+            del self.known[name]
+            if name == self.active:
+                self.active = next(iter(self.known))
+
+    @precondition(lambda self: self.wrapped)
+    @rule(which=WHICH)
+    def prepare_for_training(self, which):
+        name = self.pick(which)
+        error = self.locked or (None if name in self.known else AdapterError)
+        if self.call(error, lambda: self.model.prepare_for_training(name)):
+            self.active, self.training, self.known[name].trainable = name, True, True
+
+    @precondition(lambda self: self.wrapped and self.context is None and self.active is not None)
+    @rule()
+    def disable(self):
+        context = self.model.disable_adapter()
+        if self.call(self.locked, context.__enter__):
+            self.context = context
+
+    @precondition(lambda self: self.context is not None)
+    @rule(inside=st.sampled_from([None, ValueError("an error inside of the context")]))
+    def enable(self, inside):
+        error = AdapterError if self.dirty and inside is None else None
+        context, self.context, self.dirty = self.context, None, False
+        self.call(error, lambda: context.__exit__(inside and type(inside), inside, None))
+
+    @precondition(lambda self: self.wrapped)
+    @rule(which=st.none() | st.lists(WHICH, max_size=2))
+    def merge_adapter(self, which):
+        names = which and list(map(self.pick, which))
+        error = self.locked or self.merge_error(names, False)
+        if self.call(error, lambda: self.model.merge_adapter(names)):
+            self.merged = [self.active] if names is None else names
+
+    def merge_error(self, names, for_good):
+        names = [name for name in (self.active,) if name] if names is None else names
+        if not names or len(set(names)) < len(names) or not set(names) <= set(self.known):
+            return AdapterError
+        chosen = [self.known[name] for name in names]
+        folded = set().union(*(known.folded for known in chosen))
+        live = set(self.current.copies.values()) if self.active in names else set()
+        tied = folded | (live if for_good else set())
+        wrong = [
+            any(isinstance(known.config, AdapterConfig) for known in chosen),
+            any(known.copies and known is not self.current for known in chosen),
+            bool(folded & live),  # it would be folded into what is hidden
+            any(known.folded and known.diverged for known in chosen),
+            self.kind == "tied" and not tied.isdisjoint({oracle.TABLE, "classifier.weight"}),
+        ]
+        return MergeError if any(wrong) else None
+
+    @precondition(lambda self: self.wrapped)
+    @rule()
+    def unmerge_adapter(self):
+        is_dirty, was_merged = self.dirty, self.merged is not None
+        self.call(AdapterError if is_dirty or not was_merged else None, lambda: self.model.unmerge_adapter())
+        if was_merged:
+            self.merged, self.dirty = None, False
+
+    @precondition(lambda self: self.wrapped)
+    @rule()
+    def unload(self):
+        was_dirty = self.dirty and self.merged is not None
+        error = AdapterError if self.context is not None or was_dirty else None
+        if self.call(error, lambda: self.model.unload()):
+            self.leave()
+        elif was_dirty:
+            self.merged, self.dirty = None, False
+
+    @precondition(lambda self: self.wrapped and not self.dirty)
+    @rule()
+    def merge_and_unload(self):
+        error = AdapterError if self.context is not None else self.merge_error(self.merged, True)
+        merged = self.merged or [self.active]
+        if self.call(error, lambda: self.model.merge_and_unload()):
+            self.merged = merged
+            shown = self.merged_weights()
+            live = self.current.copies if self.active in merged else {}
+            folded = set().union(*(self.known[name].folded for name in merged))
+            for path in folded:
+                got = self.params[path].asnumpy().copy()
+                close(got, shown[path])
+                self.base[path] = got
+            self.base.update({base: self.current.values[path] for path, base in live.items()})
+            self.leave()
+
+    @precondition(lambda self: self.wrapped)
+    @rule(
+        which=st.lists(WHICH, min_size=1, max_size=3),
+        combination=st.sampled_from(["cat", "svd", "linear"]),
+        weight=st.sampled_from([1.0, -0.5]),
+    )
+    def add_weighted_adapter(self, which, combination, weight):
+        names = list(map(self.pick, which))
+        parts = [self.known.get(name) for name in names]
+        weights = [weight, 2.0, 0.7][: len(names)]
+        ranks = {part.config.r for part in parts if part is not None and part.is_lora}
+        error = self.locked
+        if "fourth" in self.known or None in parts or not all(is_plain(part) for part in parts):
+            error = AdapterError
+        values = [part.values for part in parts if part is not None]
+        layers = sorted({path for own in values for path in oracle.layers_of(own)})
+        if error is None and combination == "linear":
+            shapes = [
+                {len(own[f"{path}.{oracle.A}"]) for own in values if f"{path}.{oracle.A}" in own} for path in layers
+            ]
+            error = AdapterError if any(len(ranks) > 1 for ranks in shapes) else None
+        if any(part.diverged for part in parts if part is not None):
+            error = AdapterError
+        rank = 4 if combination == "svd" else None  # nothing is lost with it
+        arguments = (names, weights, "fourth", combination, rank)
+        if self.call(error, lambda: self.model.add_weighted_adapter(*arguments)):
+            got = self.model.adapters["fourth"]
+            assert set(oracle.layers_of(got.values)) == set(layers), ranks
+            for path in layers:
+                expected = oracle.weighted_sum(values, weights, path, combination)
+                close(oracle.product(got.values, path), expected)
+            self.known["fourth"] = Known(got.config, got.values, False, loaded=True)
+
+    @precondition(lambda self: self.wrapped)
+    @rule(which=st.lists(st.none() | WHICH, min_size=3, max_size=3))
+    def adapter_names(self, which):
+        names = ["__base__" if one is None else self.pick(one) for one in which]
+        used = [self.known.get(name) for name in names if name != "__base__"]
+        error = self.locked
+        if error is None and (None in used or any(known.copies for known in used)):
+            error = AdapterError
+        if error is None and before_and_behind(used):
+            error = ConfigError
+        got = []
+        if self.call(error, lambda: got.append(self.model(Tensor(self.ids), adapter_names=names).asnumpy())):
+            if not (self.training and any(known.drops for known in used)):
+                rows = [self.outputs(self.known[name].values if name in self.known else {}) for name in names]
+                close(got[0], np.stack([outputs[row] for row, outputs in enumerate(rows)]))
+
+    @precondition(lambda self: self.wrapped)
+    @rule(which=WHICH)
+    def save_pretrained(self, which):
+        name = self.pick(which)
+        folder = self.folder / str(len(self.saved))
+        error = None if name in self.known and not self.known[name].strayed else AdapterError
+        if self.call(error, lambda: self.model.save_pretrained(folder, selected_adapters=[name])):
+            known = self.known[name]
+            self.saved[folder / ("" if name == "default" else name)] = (
+                known.config,
+                dict(known.values),
+                dict(self.base),
+            )
+
+    @precondition(lambda self: self.saved)
+    @rule(which=st.integers(0, 9), name=st.sampled_from(NAMES), trainable=st.booleans(), force=st.booleans())
+    def load(self, which, name, trainable, force):
+        folder = list(self.saved)[which % len(self.saved)]
+        config, values, base = self.saved[folder]
+        error = self.locked or (AdapterError if name in self.known else None)
+        whole = {oracle.TABLE if self.kind == "tied" else "classifier.weight", "classifier.bias"}
+        whole = whole if config.modules_to_save else set()
+        if any(not equal(base[path], self.base[path]) for path in base if path not in whole) and not force:
+            error = error or CheckpointError
+        if not all(np.isfinite(value).all() for value in values.values()) and not force:
+            error = error or CheckpointError
+        if self.wrapped:
+            if self.call(error, lambda: self.model.load_adapter(folder, name, trainable, force=force)):
+                self.adopt(name, config, trainable, values)
+            return
+        got = []
+        arguments = {"adapter_name": name, "is_trainable": trainable, "force": force}
+        if self.call(error, lambda: got.append(PeftModel.from_pretrained(self.network, folder, **arguments))):
+            self.model, self.active = got[0], name
+            self.adopt(name, config, trainable, values)
+
+    @precondition(lambda self: not self.dirty)
+    @rule(which=st.integers(0, 19), way=st.sampled_from(["load_param_into_net", "load_delta", "set_data"]))
+    def load_base(self, which, way):
+        paths = list(self.base)
+        self.set_base(paths[which : which + 1] or paths, way)
+
+    def set_base(self, paths, way="load_param_into_net"):
+        new = {path: 0.5 * self.rng.normal(size=self.base[path].shape).astype(np.float32) for path in paths}
+        self.base.update(new)
+        values = {self.params[path].name: Parameter(Tensor(value)) for path, value in new.items()}
+        if way == "load_param_into_net":
+            assert ms.load_param_into_net(self.model or self.network, values, strict_load=True)[1] == []
+        elif way == "load_delta":
+            ms.save_checkpoint(
+                [{"name": name, "data": value} for name, value in values.items()], str(self.folder / "base.ckpt")
+            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that the adapter is not in the file
+                load_delta(self.model or self.network, str(self.folder / "base.ckpt"), strict=False)
+        else:
+            for path, value in new.items():
+                self.params[path].set_data(Tensor(value))
+        self.jitted = jitted(self.network)  # the old one would have the old memory (MindSpore, without mindpet too)
+        for name, known in self.known.items():
+            self.follow(known, new, self.model.adapters[name].values)
+
+    @rule(flag=st.booleans())
+    def set_train(self, flag):
+        (self.model or self.network).set_train(flag)
+        self.training = flag
+
+    @precondition(lambda self: self.trains())
+    @rule()
+    def move(self):
+        """What training does, or `load_delta`: other values in the Parameters."""
+        for path in sorted(self.trains()):
+            param = self.live()[path]
+            # Not set_data: an optimizer that was made before goes on with the old memory (MindSpore, PyNative mode).
+            ops.assign(param, Tensor(param.asnumpy() + 0.3 * self.rng.normal(size=param.shape).astype(np.float32)))
+            self.current.values[path] = param.asnumpy().copy()
+
+    @precondition(lambda self: self.trains())
+    @rule()
+    def diverge(self):
+        """What a rate of learning that is too high does."""
+        for path in sorted(self.trains()):
+            param = self.live()[path]
+            ops.assign(param, Tensor(np.full(param.shape, np.nan, np.float32)))
+            self.current.values[path] = param.asnumpy().copy()
+
+    @precondition(lambda self: self.trains())
+    @rule(freeze=st.booleans())
+    def train(self, freeze):
+        """A new training step."""
+        if freeze and self.merged is None and self.current.is_lora:
+            freeze_delta(self.model, "lora", exclude=["classifier.*"] if self.current.config.modules_to_save else None)
+            kept = {path for path in self.trains() if oracle.COPY not in path}
+            kept |= {
+                path
+                for path in self.current.copies
+                if path.startswith("classifier.") and self.current.config.modules_to_save
+            }
+            assert {path for path, param in self.live().items() if param.requires_grad} == kept
+        step = nn.TrainOneStepCell(Loss(self.model), nn.Momentum(self.model.trainable_params(), 0.03, 0.9))
+        step.set_train()
+        self.training = True
+        self.steps = [*self.steps[-2:], (self.current, step)]
+        self.run(step, self.current)
+        if freeze and self.merged is None:
+            self.model.set_adapter(self.active)
+
+    @precondition(lambda self: self.steps)
+    @rule(which=st.integers(0, 2))
+    def train_on(self, which):
+        """A step that was made earlier, perhaps for another adapter, or for one that is no more."""
+        owner, step = self.steps[which % len(self.steps)]
+        self.run(step, owner)
+
+    def run(self, step, owner):
+        own = self.wrapped and owner is self.current
+        before = {path: param.asnumpy().copy() for path, param in self.live().items()} if self.wrapped else {}
+        try:
+            step(Tensor(self.ids)).asnumpy()
+        except Exception:
+            if own and not self.locked:
+                raise
+        if not self.wrapped or owner not in self.known.values():
+            return
+        name = next(name for name, known in self.known.items() if known is owner)
+        values = self.model.adapters[name].values
+        changed = {path for path in values if not equal(values[path], owner.values[path])}
+        assert changed <= owner.trained
+        if own and not self.locked and not owner.diverged:
+            given = {id(param) for param in step.optimizer.parameters}
+            trained = {part(path) for path, param in self.live().items() if id(param) in given}
+            assert {part(path) for path in changed} == trained
+        owner.values = values
+        if self.context is not None or self.active in (self.merged or ()):
+            hidden = [path for path in self.live() if path not in self.trains()]
+            self.dirty |= any(not equal(before[path], self.live()[path].asnumpy()) for path in hidden)
+
+
+class GraphWalk(Walk):
+    """A walk in graph mode."""
+
+    mode = ms.GRAPH_MODE
+
+
+def jitted(network):
+    """A compiled function that has a network in its closure."""
+
+    @ms.jit
+    def call(ids):
+        return network(ids)
+
+    return call
+
+
+def is_plain(known):
+    """Whether an adapter can be in a weighted sum."""
+    extra = (oracle.MAGNITUDE, oracle.BIAS, oracle.START_A)
+    return known.is_lora and not known.copies and not any(path.endswith(extra) for path in known.values)
+
+
+def before_and_behind(used):
+    """Whether deltas stand on both sides of the activation of `fc`."""
+    kinds = {
+        isinstance(known.config, AdapterConfig)
+        for known in used
+        if f"fc.{oracle.A}" in known.values or not known.is_lora
+    }
+    return len(kinds) > 1
+
+
+def part(path):
+    """What of an adapter must change in a step: a copy, or any of the values beside a layer; some start with zeros."""
+    return path if oracle.COPY in path else path.partition(".mindpet")[0]
+
+
+def equal(one, other):
+    """Whether two arrays are the same bit by bit."""
+    return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+
+
+def close(got, expected):
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)  # NaN equals NaN
+
+
+def walks(machine, count, steps):
+    own = "WALKS" in os.environ
+    test = machine.TestCase
+    test.settings = settings(
+        max_examples=int(os.environ.get("WALKS", count)),
+        stateful_step_count=steps,
+        derandomize=not own,
+        print_blob=True,
+        report_multiple_bugs=False,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    return test
+
+
+TestWalk = walks(Walk, 250, 20)
+TestGraphWalk = walks(GraphWalk, 30, 6)
