@@ -18,8 +18,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from mindspore import Parameter, Tensor, nn, ops
-from mindspore.common.lazy_inline import lazy_inline
+from mindspore import Parameter, Tensor, lazy_inline, nn, ops
 
 from mindpet.errors import AdapterError, CheckpointError, ConfigError, MergeError
 from mindpet.graph import freeze_delta, load_delta
