@@ -51,6 +51,9 @@ class MixedBatches:
                 for place in self.places:
                     place.put()
                     stack.callback(place.remove)
+                for frame in self.frames.values():
+                    frame.mark()
+                    stack.callback(frame.mark, remove=True)
                 for deltas, cell in self.deltas:
                     deltas.set_train(cell.training)
                 stack.enter_context(_without_jit_functions())

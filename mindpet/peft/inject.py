@@ -172,13 +172,13 @@ class Frame:
             place.put()
         for delta, cell in self._layers:
             delta.set_train(cell.training)
-        self._mark()
+        self.mark()
 
     def remove(self):
         """Take the deltas and copies out of the network."""
         for place in self.places:
             place.remove()
-        self._mark(remove=True)
+        self.mark(remove=True)
 
     def fill(self, holder, values, is_new=False):
         """Set the parameters; where graphs are compiled anew in any case, no operator is needed for it.
@@ -214,14 +214,18 @@ class Frame:
         """Paths of hidden parameters that somebody has written to."""
         return [name for name, before in self.hidden.items() if digest(value_of(self.params[name])) != before]
 
-    def _mark(self, remove=False):
+    def mark(self, remove=False):
         """Have Cells with `lazy_inline` compiled apart where their deltas differ.
 
         MindSpore compiles such Cells once for all that were made with the same arguments.
         """
         lazy = [layer for layer in list_layers(self.network) if hasattr(layer.cell, "_cell_init_args")]
         for layer in lazy:
-            inside = [name[len(layer.path) :] for name in self.params if name.startswith(f"{layer.path}.")]
+            inside = [
+                f"{name[len(layer.path) :]} {param.shape}"
+                for name, param in self.params.items()
+                if name.startswith(f"{layer.path}.")
+            ]
             mark = f"mindpet {inside}" if inside else ""
             own = layer.cell._cell_init_args
             layer.cell._cell_init_args = own.replace(mark, "") if remove else own + mark

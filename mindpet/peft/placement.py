@@ -184,6 +184,9 @@ class Placement:
     def activate(self, name):
         """Have an adapter in the network, and no other."""
         adapter = self.adapters[name]
+        others = adapter.frame.holder not in (None, adapter)
+        if others and any(param.requires_grad for param in adapter.frame.params.values()):
+            self._give_own_frame(adapter)  # somebody lets the other one train, say by freeze_delta
         self._hold(adapter, self._put(adapter.frame))
         self.active = name
         self.set_flags()
@@ -198,13 +201,16 @@ class Placement:
     def make_trainable(self, adapter):
         """Let an adapter train from now on, in a frame of its own."""
         if any(other.frame is adapter.frame for other in self.adapters.values() if other is not adapter):
-            adapter.stored = adapter.values
-            if adapter.frame.holder is adapter:
-                adapter.frame.holder = None
-            with self.bare():
-                adapter.frame = Frame(self.network, adapter.plan)
-            adapter.frame.set_types(adapter.stored)
+            self._give_own_frame(adapter)
         adapter.trainable = True
+
+    def _give_own_frame(self, adapter):
+        adapter.stored = adapter.values
+        if adapter.frame.holder is adapter:
+            adapter.frame.holder = None
+        with self.bare():
+            adapter.frame = Frame(self.network, adapter.plan)
+        adapter.frame.set_types(adapter.stored)
 
     def set_flags(self):
         """Let what trains in the active adapter have gradients, and nothing else of the adapters.

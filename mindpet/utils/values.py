@@ -89,6 +89,6 @@ def forget_graphs():
 
     MindSpore (2.7 to 2.10) does not see that a network that it has compiled has changed.
     """
-    for cache in api.cells_compile_cache.values():
+    for cache in list(api.cells_compile_cache.values()):  # a Cell that is freed meanwhile takes its entry out
         cache.clear()
     api.ms_compile_cache.clear()

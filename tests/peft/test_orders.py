@@ -126,6 +126,22 @@ def test_an_adapter_that_comes_to_train_leaves_those_of_its_shapes_alone(mode, r
     assert not equal(values(model)["one"], before["one"]) and equal(values(model)["two"], before["two"])
 
 
+def test_an_adapter_that_somebody_lets_train_shares_nothing_any_more(mode, rng):
+    model, x = PeftModel(Tiny()), ids(rng)
+    for name in ("one", "two"):
+        model.add_adapter(name, LoraConfig(r=2, target_modules=["query"], inference_mode=True, init_lora_weights=False))
+    model.set_adapter("one")
+    freeze_delta(model, "lora")
+    step, before = step_of(model), values(model)
+    step(x, labels())
+    model.set_adapter("two")
+    try:
+        step(x, labels())
+    except (RuntimeError, ValueError):
+        assert graph_mode()
+    assert equal(values(model)["two"], before["two"]) and not equal(values(model)["one"], before["one"])
+
+
 # The base is loaded after the adapter came
 
 
