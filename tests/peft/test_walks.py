@@ -267,10 +267,8 @@ class Walk(RuleBasedStateMachine):
 
     def expected(self):
         """The network's outputs."""
-        if self.current is None or self.context is not None:
-            return self.outputs({})
         if self.merged is None:
-            return self.outputs(self.current.values)
+            return self.outputs(self.current.values if self.current is not None and self.context is None else {})
         live = self.current.values if self.active in self.merged else {}
         return oracle.forward(oracle.with_copies(self.merged_weights(), live), self.blocks, self.ids)
 
