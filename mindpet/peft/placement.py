@@ -236,6 +236,7 @@ class Placement:
         finally:
             if frame is not None:
                 frame.put()
+                renew_recompute(self.network)  # flags may have been set meanwhile, without the frame
 
     @contextlib.contextmanager
     def disable(self):

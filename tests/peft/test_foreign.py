@@ -293,3 +293,24 @@ def test_dropout_follows_in_graphs(mode, rng):
     assert drops(model, x)
     model.set_adapter("default")
     assert drops(model, x)
+
+
+def test_layers_that_recompute_go_on_training_when_an_adapter_is_added(rng, tmp_path):
+    """Every call that takes the deltas out for a moment must renew what recomputes."""
+    network, x = made(Colliding, rng), ids(rng)
+    network.fc.recompute()
+    model = get_peft_model(network, METHODS["lora, head"](["fc"]))
+    model.save_pretrained(tmp_path)
+    for call in (
+        lambda: model.add_adapter("two", METHODS["dora"](["fc"])),
+        lambda: model.add_adapter("plain", LoraConfig(target_modules=["fc"])),
+        lambda: model.load_adapter(tmp_path, "three"),
+        lambda: model(x, adapter_names=["two"] * 4),
+        lambda: model.add_weighted_adapter(["plain"], [1.0], "sum", "cat"),
+        lambda: model.delete_adapter("two"),
+    ):
+        call()
+        before = model.adapters["default"].values
+        train(model, x, 1)
+        after = model.adapters["default"].values
+        assert not np.array_equal(after["fc.mindpet_delta_lora_b"], before["fc.mindpet_delta_lora_b"])
