@@ -115,6 +115,9 @@ class Frame:
             cells = [layer.cell for layer in list_layers(network) if hasattr(layer.cell, "position_offset")]
             self.places += [Attribute(cell, "position_offset", plan.config.num_virtual_tokens) for cell in cells]
         self.places += [Attribute(cell, "use_batch_statistics", False) for cell in plan.still]
+        self._marks = self._find_marks()
+        for param in self.params.values():  # until the adapter is active
+            param.requires_grad = False
 
     def _copy_trained(self, suffix):
         """The copies of the base's parameters, by where they go."""
@@ -123,7 +126,7 @@ class Frame:
             own, _, attribute = places[0]
             name = ".".join(filter(None, (own, TRAINED + attribute))) + suffix
             base = self.plan.trained[path]
-            copy = Parameter(Tensor(value_of(base)), name=self.outer + name, requires_grad=False)
+            copy = Parameter(Tensor(value_of(base)), name=self.outer + name)
             self.params[name], self.copies[name] = copy, path
             found.update({(id(cell), key): copy for _, cell, key in places})
             self.places += [Copy(cell, key, copy) for _, cell, key in places]
@@ -219,16 +222,18 @@ class Frame:
 
         MindSpore compiles such Cells once for all that were made with the same arguments.
         """
-        lazy = [layer for layer in list_layers(self.network) if hasattr(layer.cell, "_cell_init_args")]
-        for layer in lazy:
-            inside = [
-                f"{name[len(layer.path) :]} {param.shape}"
-                for name, param in self.params.items()
-                if name.startswith(f"{layer.path}.")
-            ]
-            mark = f"mindpet {inside}" if inside else ""
-            own = layer.cell._cell_init_args
-            layer.cell._cell_init_args = own.replace(mark, "") if remove else own + mark
+        for cell, mark in self._marks:
+            own = cell._cell_init_args
+            cell._cell_init_args = own.replace(mark, "") if remove else own + mark
+
+    def _find_marks(self):
+        """(Cell with `lazy_inline`, what tells apart what the frame puts into it)."""
+        found = []
+        for layer in (layer for layer in list_layers(self.network) if hasattr(layer.cell, "_cell_init_args")):
+            start, own = f"{layer.path}.", self.params.items()
+            inside = [f"{name[len(layer.path) :]} {param.shape}" for name, param in own if name.startswith(start)]
+            found += [(layer.cell, f"mindpet {inside}")] if inside else []
+        return found
 
 
 def renew_recompute(network):

@@ -179,7 +179,6 @@ class Placement:
         if not self.adapters:
             self._open()
         self.adapters[name] = Adapter(config or plan.config, plan, frame, stored, trainable, set(values))
-        self.set_flags()
 
     def activate(self, name):
         """Have an adapter in the network, and no other."""
@@ -193,8 +192,7 @@ class Placement:
 
     def write(self, adapter, values):
         """Give an adapter other values, from outside: they do not follow the base any more."""
-        types = {path: value_of(param).dtype for path, param in adapter.frame.params.items()}
-        adapter.write({path: value.astype(types[path]) for path, value in values.items()})
+        adapter.write({path: value.astype(adapter.stored[path].dtype) for path, value in values.items()})
         adapter.given |= set(values)
         adapter.started = {path: digest(adapter.value(path)) for path in adapter.started}
 
@@ -236,7 +234,6 @@ class Placement:
         finally:
             if frame is not None:
                 frame.put()
-                renew_recompute(self.network)  # flags may have been set meanwhile, without the frame
 
     @contextlib.contextmanager
     def disable(self):
