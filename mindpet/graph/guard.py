@@ -1,15 +1,13 @@
 """Is it learning, and what does it cost?"""
 
-import hashlib
 import warnings
 from typing import NamedTuple
-
-from mindspore import Tensor
 
 from mindpet.errors import NotLearningError
 from mindpet.graph.callback import TrainCallback, model_of
 from mindpet.graph.parameters import model_parameters, running_statistics, trainable_parameters
 from mindpet.utils.validate import Checker
+from mindpet.utils.values import digest
 
 
 class Summary(NamedTuple):
@@ -140,7 +138,7 @@ class DeltaGuard(TrainCallback):
         network = model_of(callback_params)
         buffers = running_statistics(network)
         weights = {name: param for name, param in model_parameters(network).items() if name not in buffers}
-        self._watched = {name: (param, param.requires_grad, _digest(param)) for name, param in weights.items()}
+        self._watched = {name: (param, param.requires_grad, digest(param.asnumpy())) for name, param in weights.items()}
         self._trainable = trainable_parameters(network)
         self._first_step = callback_params.cur_step_num
 
@@ -156,7 +154,7 @@ class DeltaGuard(TrainCallback):
 
     def _compare(self, callback_params):
         watched, self._watched = self._watched, {}
-        moved = {name for name, (param, _, digest) in watched.items() if _digest(param) != digest}
+        moved = {name for name, (param, _, before) in watched.items() if digest(param.asnumpy()) != before}
         still = [name for name, (_, trains, _) in watched.items() if trains and name not in moved]
         changed = [name for name, (_, trains, _) in watched.items() if not trains and name in moved]
         steps = callback_params.cur_step_num - self._first_step
@@ -176,7 +174,3 @@ class DeltaGuard(TrainCallback):
             raise NotLearningError(message)
         if problems:
             warnings.warn(message, stacklevel=2)
-
-
-def _digest(param):
-    return hashlib.blake2b(Tensor(param.data).get_bytes(), digest_size=16).digest()

@@ -23,7 +23,7 @@ def fold_arguments(path, values):
 
 
 def start_from_weight(weight, init, rank, scaling):
-    """A, B and the rest of a weight W, so that `W = rest + s B A`.
+    """A and B that start from a weight W, of which `s B A` is a part.
 
     PiSSA: with W = U S V^T, `B = U_r sqrt(S_r / s)`, `A = sqrt(S_r / s) V_r^T`. OLoRA: with W = Q R, `B = Q_r`,
     `A = R_r`.
@@ -37,17 +37,16 @@ def start_from_weight(weight, init, rank, scaling):
         scaling (float): s.
 
     Returns:
-        tuple of numpy.ndarray: A, B, rest.
+        tuple of numpy.ndarray: A, B.
     """
-    scaling = np.float32(scaling)
     if init == "olora":
         left, right = np.linalg.qr(weight)
         lora_b, lora_a = left[:, :rank], right[:rank]
     else:
         left, roots, right = np.linalg.svd(weight, full_matrices=False)
-        root = np.sqrt(roots[:rank] / scaling)
+        root = np.sqrt(roots[:rank] / np.float32(scaling))
         lora_b, lora_a = left[:, :rank] * root, root[:, None] * right[:rank]
-    return lora_a, lora_b, weight - scaling * (lora_b @ lora_a)
+    return lora_a, lora_b
 
 
 def combine(

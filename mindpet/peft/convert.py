@@ -16,10 +16,10 @@ from mindpet.errors import CheckpointError, ConfigError
 from mindpet.graph.parameters import TRAINED, matches
 from mindpet.peft.config import APPROXIMATE_INITS, CONFIG_NAME, LoraConfig, PeftConfig, get_peft_config
 from mindpet.peft.match import exact_targets, exactly
-from mindpet.peft.names import EMBEDDING, NameMap, target_paths
+from mindpet.peft.names import EMBEDDING, PREFIX, NameMap, target_paths
 from mindpet.peft.passport import WEIGHTS_NAME, read_passport
 from mindpet.peft.plan import is_from_weight
-from mindpet.peft.state import PREFIX, PROMPT, is_adapter, read_tensors, save_adapter
+from mindpet.peft.state import PROMPT, is_adapter, read_tensors, save_adapter
 from mindpet.utils.tensors import TensorFile, save_tensors
 
 # Name in a file of Hugging Face PEFT -> name of the Parameter beside a layer.

@@ -172,6 +172,11 @@ def ends_with(path, entry):
     return path == entry or path.endswith(f".{entry}")
 
 
+def listed(entries):
+    """Entries that are one str, several, or None, as a list."""
+    return [entries] if isinstance(entries, str) else sorted(entries or ())
+
+
 def exactly(path):
     """The key of `rank_pattern` or `alpha_pattern` that fits this path alone, here and in Hugging Face PEFT."""
     return f"^{re.escape(path)}$"

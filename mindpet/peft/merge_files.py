@@ -17,9 +17,8 @@ from mindpet.peft.combine import start_from_weight
 from mindpet.peft.config import LoraConfig
 from mindpet.peft.convert import LORA_KEY, LORA_NAMES, read_adapter, read_delta, write_delta
 from mindpet.peft.merge import describe
-from mindpet.peft.names import NameMap
+from mindpet.peft.names import PREFIX, NameMap
 from mindpet.peft.plan import is_from_weight
-from mindpet.peft.state import PREFIX
 from mindpet.utils.tensors import TensorFile, write_tensors
 
 INDEX = "model.safetensors.index.json"
@@ -244,11 +243,11 @@ def _fold(name, value, config, entry, report):
         kind, scaling = entry["kind"], config.scaling(entry["path"])
         lora_a, lora_b = entry["lora_a"], entry["lora_b"]
         before = kind.to_matrix(value.astype(np.float32))
-        start = before
+        start_a, start_b = None, None
         if is_from_weight(config):
-            start = start_from_weight(before, config.init_lora_weights, len(lora_a), scaling)[2]
+            start_a, start_b = start_from_weight(before, config.init_lora_weights, len(lora_a), scaling)
         group = len(lora_a) // lora_b.shape[1] if kind.is_convolution else 1
-        after = fold_lora(start, lora_a, lora_b, scaling, entry.get("magnitude"), group)
+        after = fold_lora(before, lora_a, lora_b, scaling, entry.get("magnitude"), group, start_a, start_b)
         result = kind.from_matrix(after, value.shape).astype(value.dtype)
         report.append(describe(name, result, before, after, kind))
     if not np.isfinite(result.astype(np.float32)).all():

@@ -12,7 +12,7 @@ import numpy as np
 from mindpet.delta.lora_layer import LoraLayer
 from mindpet.errors import CheckpointError
 from mindpet.peft.config import APPROXIMATE_INITS, LoraConfig, pattern_value
-from mindpet.peft.match import ALL_LINEAR, ends_with, exact_targets, exactly, list_layers
+from mindpet.peft.match import ALL_LINEAR, ends_with, exact_targets, exactly, list_layers, listed
 from mindpet.peft.plan import TASK_HEADS
 from mindpet.utils.values import value_of
 
@@ -43,6 +43,14 @@ def to_mindspore(name):
     if NORM.search(head) and leaf in ("weight", "bias"):
         return f"{head}.{'gamma' if leaf == 'weight' else 'beta'}"
     return f"{head}.embedding_table" if leaf == "weight" and EMBEDDING.search(head) else name
+
+
+PREFIX = "base_model.model."  # begins the keys of a file
+
+
+def key_start(plan):
+    """What the keys of an adapter's file begin with; Hugging Face PEFT does not wrap the model twice for a prefix."""
+    return "base_model." if plan.attentions else PREFIX
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ class NameMap:
             starts = {key[: -len(f"{part}.{A}")] for part in parts for key in tensors if key.endswith(f".{part}.{A}")}
             for start in sorted(starts):
                 found = {part: _take(tensors, f"{start}{part}.") for part in parts}
-                before = start.split("base_model.model.", 1)[-1]
+                before = start.split(PREFIX, 1)[-1]
                 scales = {part: config.scaling(before + part) for part, own in found.items() if own}
                 scale = next(iter(scales.values()))
                 for part, own_scale in scales.items():
@@ -96,7 +104,7 @@ class NameMap:
             starts = [key[: -len(f"{name}.{A}")] for key in tensors if key.endswith(f".{name}.{A}")]
             for start in starts:
                 own = _take(tensors, f"{start}{name}.")
-                before = start.split("base_model.model.", 1)[-1]
+                before = start.split(PREFIX, 1)[-1]
                 scale = config.scaling(before + name)
                 for pattern in (config.rank_pattern, config.alpha_pattern):
                     pattern.pop(exactly(before + name), None)
@@ -129,7 +137,7 @@ def to_network(config, tensors, network, names):
         pairs = [(path, own) for path in target_paths(tensors) for own in paths.get(path, ())]
         config = _explicit(config, pairs, [path for layer in layers for path in layer.paths])
     found = []
-    for entry in _listed(config.modules_to_save):
+    for entry in listed(config.modules_to_save):
         # Hugging Face PEFT looks at the end of a name, also inside of a part of it.
         own = [path for path, name in theirs.items() if name.endswith(entry) and _has_module(tensors, name)]
         usual = [layer.path for layer in layers if any(ends_with(path, entry) for path in layer.paths)]
@@ -167,11 +175,11 @@ def portable(tensors, config, plan, network, names):
         if re.fullmatch(APPROXIMATE_INITS, str(config.init_lora_weights)):
             config.init_lora_weights = "pissa"
     meant = {names.to_torch(path) for layer in plan.modules_to_save for path in layer.paths}
-    entries, heads = _listed(config.modules_to_save), TASK_HEADS.get(config.task_type, ())
+    entries, heads = listed(config.modules_to_save), TASK_HEADS.get(config.task_type, ())
     if is_renamed or _at_end([*entries, *heads], known) != meant:
         entries = sorted(meant)
     config.modules_to_save = entries or None
-    start = "base_model." if plan.attentions else "base_model.model."
+    start = key_start(plan)
     surplus = {  # that Hugging Face PEFT takes for meant too, and needs the tensors of
         f"{start}{names.to_torch(f'{path}.{name}')}": value_of(param)
         for path, cell in (known[path] for path in sorted(_at_end([*entries, *heads], known) - meant))
@@ -184,11 +192,6 @@ def portable(tensors, config, plan, network, names):
     return {**{f"{norm}num_batches_tracked": np.zeros((), np.int64) for norm in norms}, **tensors}, config
 
 
-def _listed(entries):
-    """`modules_to_save` as a list."""
-    return [entries] if isinstance(entries, str) else sorted(entries or ())
-
-
 def _at_end(entries, known):
     """The modules whose names end like one of the entries, as Hugging Face PEFT looks for them."""
     return {path for path in known if path.endswith(tuple(entries))}
@@ -196,7 +199,7 @@ def _at_end(entries, known):
 
 def _has_module(tensors, name):
     """Whether a file has tensors of a module as it is."""
-    return any(key.startswith((f"base_model.model.{name}.", f"base_model.{name}.")) for key in tensors)
+    return any(key.startswith((f"{PREFIX}{name}.", f"base_model.{name}.")) for key in tensors)
 
 
 def target_paths(tensors):

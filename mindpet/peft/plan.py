@@ -13,7 +13,7 @@ from mindpet.errors import ConfigError, MindPetError, NoMatchError
 from mindpet.graph.parameters import STATISTICS, matches
 from mindpet.layers.kinds import layer_kind
 from mindpet.peft.config import PeftType, TaskType
-from mindpet.peft.match import check_patterns, default_targets, ends_with, find_targets, list_layers, no_match
+from mindpet.peft.match import check_patterns, default_targets, ends_with, find_targets, list_layers, listed, no_match
 from mindpet.peft.strategies import find_problems
 from mindpet.utils.validate import is_int
 
@@ -195,12 +195,10 @@ def _check_attentions(owner, attentions):
 
 def _find_modules_to_save(network, plan, unmatched):
     config = plan.config
-    given = config.modules_to_save or []
-    given = [given] if isinstance(given, str) else sorted(given)
     heads = TASK_HEADS.get(config.task_type, ())
     layers = list_layers(network)
     problems, missing = [], False
-    for entry in dict.fromkeys([*given, *heads]):
+    for entry in dict.fromkeys([*listed(config.modules_to_save), *heads]):
         found = [layer for layer in layers if any(ends_with(path, entry) for path in layer.paths)]
         plan.modules_to_save += [layer for layer in found if layer not in plan.modules_to_save]
         if not found and entry not in heads:

@@ -64,7 +64,7 @@ def _from_weight(layer, weight, inputs, init):
     def compute(values):
         matrix = kind.to_matrix(value_of(weight).astype(np.float32))
         rank, scaling = len(values[f"{path}.{A}"]), float(values[f"{path}.{SCALING}"])
-        lora_a, lora_b, _ = start_from_weight(matrix, init, rank, scaling)
+        lora_a, lora_b = start_from_weight(matrix, init, rank, scaling)
         own = {A: lora_a, B: lora_b, START_A: lora_a, START_B: lora_b}
         return {f"{path}.{name}": np.ascontiguousarray(value, np.float32) for name, value in own.items()}
 

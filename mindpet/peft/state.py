@@ -10,12 +10,13 @@ import numpy as np
 from mindpet.errors import CheckpointError
 from mindpet.layers.kinds import layer_kind
 from mindpet.peft.config import CONFIG_NAME
+from mindpet.peft.match import listed
+from mindpet.peft.names import PREFIX, key_start
 from mindpet.peft.passport import PASSPORT_NAME, WEIGHTS_NAME, fingerprint, write_passport
 from mindpet.utils.files import together
 from mindpet.utils.tensors import TensorFile, save_tensors
 
 FILES = (WEIGHTS_NAME, "adapter_model.bin", PASSPORT_NAME, CONFIG_NAME)  # names that a folder of 'default' has
-PREFIX = "base_model.model."
 PROMPT = "prompt_embeddings"
 DOUBLES = re.compile(r"\.((modules_to_save|original_module)\.bias|num_batches_tracked)$")
 
@@ -23,7 +24,7 @@ DOUBLES = re.compile(r"\.((modules_to_save|original_module)\.bias|num_batches_tr
 def file_keys(frame, plan, names):
     """Where an adapter's values stand in its file: name of the Parameter -> key; prefixes are apart, see PROMPT."""
     keys = {}
-    start = "base_model." if plan.attentions else PREFIX
+    start = key_start(plan)
     for layer in plan.targets:
         delta = frame.deltas[layer.path]
         inside = getattr(delta, "file_names", None)
@@ -117,8 +118,7 @@ def without_doubles(tensors):
 
 def has_statistics(tensors, config):
     """Whether a file has running statistics of BatchNorms other than those in modules that are saved as a whole."""
-    modules = config.modules_to_save or []
-    modules = [modules] if isinstance(modules, str) else modules
+    modules = listed(config.modules_to_save)
     paths = [f".{key.rpartition('.')[0]}." for key in tensors if key.endswith((".running_mean", ".moving_mean"))]
     return any(not any(f".{module}." in path for module in modules) for path in paths)
 
