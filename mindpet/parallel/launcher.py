@@ -180,6 +180,14 @@ def _environment(device_num, rank):
     return "GPU", environment
 
 
+def _search_path():
+    """The paths that Python searches, folders of packages last: `amp.auto_mixed_precision` puts such in front.
+
+    MindSpore's own `nn/layer` has a `math.py`.
+    """
+    return sorted(sys.path, key=lambda path: os.path.exists(os.path.join(path, "__init__.py")))
+
+
 def _run_child(folder, request, environment, timeout):
     """Run the child to its end, or kill it; returns its results."""
     (folder / "request").write_bytes(pickle.dumps(request))
@@ -189,7 +197,7 @@ def _run_child(folder, request, environment, timeout):
         MS_DEV_SAVE_GRAPHS_PATH=str(folder / "graphs"),
         MS_DEV_DUMP_IR_PASSES="step_parallel,validate",
     )
-    command = [sys.executable, "-c", CHILD.format(path=sys.path, folder=str(folder))]
+    command = [sys.executable, "-c", CHILD.format(path=_search_path(), folder=str(folder))]
     with open(folder / "log", "wb") as log:
         child = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True

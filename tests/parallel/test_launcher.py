@@ -145,6 +145,11 @@ def test_settings_of_this_process_do_not_reach_the_child(monkeypatch):
     assert [plan.cell for plan in report.operators] == ["operators.0", "operators.0"]
 
 
+def test_a_folder_of_a_package_among_the_search_paths(monkeypatch):
+    monkeypatch.syspath_prepend(pathlib.Path(nn.__file__).parent / "layer")  # has a math.py, as after amp's rewriting
+    assert dry_run(listed, 8, train=False).operators
+
+
 def test_settings_reach_the_parallel_context():
     report = dry_run(
         functools.partial(build, "lora", {"n": 8}),
