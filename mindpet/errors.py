@@ -1,8 +1,16 @@
 """The exceptions of mindpet. Each is a `MindPetError`; where a built-in type fits, it is that too."""
 
+from mindpet.utils.quote import printable
+
 
 class MindPetError(Exception):
-    """Base of every exception that only mindpet raises."""
+    """Base of every exception that only mindpet raises.
+
+    Its message can be shown on a terminal, whatever the names and values of a file are that it quotes.
+    """
+
+    def __init__(self, message="", *rest):
+        super().__init__(printable(message), *rest)
 
 
 class UnexpectedError(MindPetError):

@@ -14,6 +14,8 @@ import mindpet
 ROOT = pathlib.Path(mindpet.__file__).parent
 # A module may import from what stands before it.
 ORDER = [
+    "utils.quote",
+    "utils.parse",
     "errors",
     "utils.exceptions",
     "utils.validate",

@@ -5,13 +5,16 @@ import os
 import warnings
 
 import mindspore as ms
-import yaml
 from mindspore import nn
 
 from mindpet.delta.registry import METHODS, find_method
 from mindpet.errors import LinkPathError, ModelConfigFreezeInfoError, NoMatchError, ReadYamlFileError
 from mindpet.graph.parameters import TRAINED, matches, model_parameters, running_statistics
+from mindpet.utils.parse import LARGEST_YAML, parse_yaml
+from mindpet.utils.quote import quote
 from mindpet.utils.validate import FLOAT_TYPES, Checker
+
+MOST_HINTS = 20  # to find the nearest names takes time
 
 
 def freeze_modules(model, include=None, exclude=None, strict=True):
@@ -36,7 +39,7 @@ def freeze_modules(model, include=None, exclude=None, strict=True):
     if not include and not exclude:
         raise ValueError(
             "freeze_modules: 'include' or 'exclude' must hold a pattern, but got "
-            f"include={include!r}, exclude={exclude!r}."
+            f"include={quote(include)}, exclude={quote(exclude)}."
         )
     params, fixed = _parameters(model)
     _report("freeze_modules", _unmatched(params, fixed, include, exclude), strict)
@@ -130,11 +133,11 @@ def _unmatched(params, fixed, include, exclude):
         for pattern in patterns:
             found = {name for name in params if _fits(name, [pattern])}
             if not found:
-                rule = f"matches no parameter; nearest: {_nearest(pattern, params)}"
-                problems.append(f"pattern {pattern!r} of '{which}' {rule}")
+                near = f"; nearest: {_nearest(pattern, params)}" if len(problems) < MOST_HINTS else ""
+                problems.append(f"pattern {quote(pattern)} of '{which}' matches no parameter{near}")
             elif which == "exclude" and found <= fixed:
                 rule = f"matches only running statistics, which no optimizer may have: {sorted(found)}"
-                problems.append(f"pattern {pattern!r} of '{which}' {rule}")
+                problems.append(f"pattern {quote(pattern)} of '{which}' {rule}")
     return problems
 
 
@@ -166,18 +169,18 @@ def _report(owner, problems, strict):
 def _read_freeze_lists(path):
     try:
         content = _read_yaml(path)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise ReadYamlFileError(f"freeze_from_config: cannot read 'config_path' {path!r}: {error}") from error
     lists = content.get("freeze") if isinstance(content, dict) and list(content) == ["freeze"] else None
     if not isinstance(lists, dict) or not lists or not set(lists) <= {"include", "exclude"}:
         raise ModelConfigFreezeInfoError(
             f"freeze_from_config: {path!r} must hold 'freeze' with 'include', 'exclude' "
-            f"or both, and nothing else, but holds {content!r}."
+            f"or both, and nothing else, but holds {quote(content)}."
         )
     for name, patterns in lists.items():
         if not isinstance(patterns, list) or not patterns or not all(isinstance(p, str) for p in patterns):
             raise ModelConfigFreezeInfoError(
-                f"freeze_from_config: '{name}' in {path!r} must be a list of names, but is {patterns!r}."
+                f"freeze_from_config: '{name}' in {path!r} must be a list of names, but is {quote(patterns)}."
             )
     return lists
 
@@ -188,5 +191,5 @@ def _read_yaml(path):
         raise LinkPathError(f"{path!r} is a symbolic link")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path!r} is not a file")
-    with open(path, encoding="utf-8", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW)) as file:
-        return yaml.safe_load(file)
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW)) as file:
+        return parse_yaml(file.read(LARGEST_YAML + 1))

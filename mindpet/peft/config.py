@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
 from mindpet.delta.registry import METHODS
-from mindpet.errors import ConfigError
+from mindpet.errors import CheckpointError, ConfigError
 from mindpet.layers.activation import ACTIVATIONS
 from mindpet.utils.files import atomic
+from mindpet.utils.parse import read_json
+from mindpet.utils.quote import quote
 from mindpet.utils.validate import Checker, is_int
 
 CONFIG_NAME = "adapter_config.json"
@@ -31,6 +33,8 @@ UNSUPPORTED = (
 )
 FOREIGN_INITS = ("corda", "lora_ga", "loftq")
 APPROXIMATE_INITS = r"pissa_niter_\d+"
+# Sizes of a delta that a tensor of its file has, too.
+AXES = ("rank", "bottleneck_size", "low_rank_size", "tokens")
 LORA_INITS = rf"gaussian|pissa|{APPROXIMATE_INITS}|olora"
 
 
@@ -103,6 +107,11 @@ class PeftConfig:
             check.choice("task_type", self.task_type, [kind.value for kind in TaskType])
         check.boolean(inference_mode=self.inference_mode)
         check_names(check, "modules_to_save", self.modules_to_save)
+        for name in ("peft_version", "base_model_name_or_path", "revision"):
+            value = getattr(self, name)
+            check.require(value is None or isinstance(value, str), TypeError, name, value, "a str or None")
+        mapped = self.auto_mapping is None or isinstance(self.auto_mapping, dict)
+        check.require(mapped, TypeError, "auto_mapping", self.auto_mapping, "a dict or None")
         check.require(isinstance(self.unknown, dict), TypeError, "unknown", self.unknown, "a dict")
         self.check_fields(check)
         check.done()
@@ -127,7 +136,31 @@ class PeftConfig:
         neutral = (None, False, {}, [], "")
         used = {name: self.unknown[name] for name in UNSUPPORTED if self.unknown.get(name) not in neutral}
         if used:
-            raise ConfigError(f"{type(self).__name__}: not supported: {used}.")
+            raise ConfigError(f"{type(self).__name__}: not supported: {quote(used)}.")
+
+    def check_sizes(self, folder, paths, shapes):
+        """Refuse sizes that no tensor of a file has, before anything of such a size is made.
+
+        Args:
+            folder (str): of the adapter, for the message.
+            paths (iterable of str): of the layers with a delta.
+            shapes (iterable of tuple): of the file's tensors.
+
+        Raises:
+            CheckpointError: a rank or the like is larger than every axis in the file; all are in the message.
+        """
+        longest = max((size for shape in shapes for size in shape), default=0)
+        problems = [
+            f"{path}: {name} {size}, but no axis of a tensor is longer than {longest}"
+            for path in paths
+            for name, size in self.sizes(path).items()
+            if name in AXES and size > longest
+        ]
+        if problems:
+            raise CheckpointError(
+                f"{folder}: the adapter does not fit its configuration; the network is unchanged:\n  "
+                + "\n  ".join(problems)
+            )
 
     @property
     def method(self):
@@ -185,12 +218,9 @@ class PeftConfig:
                 "downloaded first."
             )
         path = path / CONFIG_NAME if path.is_dir() else path
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"{path}: not JSON: {error}") from error
+        content = read_json(path, ConfigError)
         if not isinstance(content, dict):
-            raise ConfigError(f"{path}: must hold an object, but holds {content!r}.")
+            raise ConfigError(f"{path}: must hold an object, but holds {quote(content)}.")
         config = get_peft_config({**content, **overrides})
         if not isinstance(config, cls):
             raise ConfigError(f"{path}: is a {type(config).__name__}, but a {cls.__name__} is asked for.")
@@ -211,11 +241,11 @@ def get_peft_config(config_dict):
         TypeError, ValueError: a field is wrong.
     """
     if not isinstance(config_dict, dict):
-        raise TypeError(f"'config_dict' must be a dict, but got {config_dict!r} ({type(config_dict).__name__}).")
+        raise TypeError(f"'config_dict' must be a dict, but got {quote(config_dict)} ({type(config_dict).__name__}).")
     content = dict(config_dict)
     name = content.pop("peft_type", None)
     if not isinstance(name, str) or name not in CONFIGS:
-        raise ConfigError(f"'peft_type' must be one of {sorted(CONFIGS)}, but got {name!r}.")
+        raise ConfigError(f"'peft_type' must be one of {sorted(CONFIGS)}, but got {quote(name)}.")
     if name == PeftType.PREFIX_TUNING and "dropout_prob" in content:
         name = PeftType.PTUNING2
     cls = CONFIGS[name]
@@ -268,8 +298,12 @@ class TargetConfig(PeftConfig):
         numbers = isinstance(layers, (list, tuple)) and all(is_int(layer) and layer >= 0 for layer in layers)
         rule = "an int, a list of ints or None, from 0 on"
         check.require(numbers, TypeError, "layers_to_transform", self.layers_to_transform, rule)
-        pattern = not self.layers_pattern or self.layers_to_transform is not None
-        check.require(pattern, ValueError, "layers_pattern", self.layers_pattern, "given with layers_to_transform")
+        pattern = self.layers_pattern
+        given = not pattern or self.layers_to_transform is not None
+        check.require(given, ValueError, "layers_pattern", pattern, "given with layers_to_transform")
+        names = [pattern] if isinstance(pattern, str) else pattern if isinstance(pattern, (list, tuple, set)) else ()
+        compile_all = all(_compiles(name) for name in names if isinstance(name, str))
+        check.require(compile_all, ValueError, "layers_pattern", pattern, "of regular expressions")
 
 
 @dataclass
@@ -356,7 +390,7 @@ class LoraConfig(TargetConfig, peft_type=PeftType.LORA):
                 for pattern, number in value.items():
                     rule = "keyed by regular expressions"
                     check.require(isinstance(pattern, str) and _compiles(pattern), ValueError, name, pattern, rule)
-                    entry = {f"{name}[{pattern!r}]": number}
+                    entry = {f"{name}[{quote(pattern)}]": number}
                     (check.positive_int if name == "rank_pattern" else check.nonzero_number)(**entry)
 
 
@@ -372,9 +406,11 @@ def pattern_value(patterns, path, default):
 
 
 def _compiles(pattern):
+    """Whether a str is a regular expression, also as a part of another one."""
     try:
         re.compile(pattern)
-    except re.error:
+        re.compile(f"(.*)({pattern})")
+    except (re.error, OverflowError, RecursionError):  # the latter for numbers and levels without end
         return False
     return True
 

@@ -15,6 +15,9 @@ import numpy as np
 
 from mindpet.errors import CheckpointError
 from mindpet.utils.files import atomic
+from mindpet.utils.parse import parse_json
+from mindpet.utils.quote import LONGEST_VALUE, quote
+from mindpet.utils.validate import is_int
 
 BFLOAT16 = np.dtype(ms.dtype_to_nptype(ms.bfloat16))
 TYPES = {
@@ -31,6 +34,8 @@ TYPES = {
 }
 CODES = {dtype: code for code, dtype in TYPES.items()}
 LONGEST_HEADER = 100_000_000
+MOST_AXES = 32  # that NumPy has in all of its versions
+LARGEST = 2**60  # elements, of a shape of NumPy
 
 
 class TensorFile:
@@ -45,40 +50,43 @@ class TensorFile:
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: it is not a whole safetensors file.
+        CheckpointError: it is not a whole safetensors file, or a name in it cannot be shown.
     """
 
     def __init__(self, path):
         self.path = path
+        size = os.path.getsize(path)
         try:
             with open(path, "rb") as file:
                 (length,) = struct.unpack("<Q", file.read(8))
-                if length > LONGEST_HEADER:
+                if length > min(LONGEST_HEADER, size - 8):
                     raise ValueError(f"a header of {length} bytes")
-                header = json.loads(file.read(length))
+                header = parse_json(file.read(length))
+            _check_header(header)
             self.metadata = header.pop("__metadata__", {})
             codes = {name: entry["dtype"] for name, entry in header.items() if entry["dtype"] not in TYPES}
             if codes:
-                raise CheckpointError(f"{path}: of types that are not read here: {codes}; known are {list(TYPES)}.")
+                raise CheckpointError(
+                    f"{path}: of types that are not read here: {quote(codes)}; known are {list(TYPES)}."
+                )
             self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
             self.dtypes = {name: TYPES[entry["dtype"]] for name, entry in header.items()}
             self._places = {name: entry["data_offsets"] for name, entry in header.items()}
             self._data = 8 + length
-            self._check()
+            self._check(size)
         except CheckpointError:
             raise
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-            size = os.path.getsize(path)
-            raise CheckpointError(f"{path}: not a whole safetensors file ({size} bytes): {error!r}") from error
+        except (struct.error, ValueError) as error:
+            raise CheckpointError(f"{path}: not a whole safetensors file ({size} bytes): {error}") from error
 
-    def _check(self):
+    def _check(self, file_size):
         end = 0
         for name, (begin, stop) in sorted(self._places.items(), key=lambda item: item[1]):
             size = math.prod(self.shapes[name]) * self.dtypes[name].itemsize
             if begin != end or stop - begin != size:
                 raise ValueError(f"{name}: bytes {begin} to {stop}, but {size} from {end} on are expected")
             end = stop
-        if os.path.getsize(self.path) != self._data + end:
+        if file_size != self._data + end:
             raise ValueError(f"{self._data + end} bytes are expected")
 
     def read(self, name):
@@ -92,6 +100,30 @@ class TensorFile:
     def read_all(self):
         """All tensors by name."""
         return {name: self.read(name) for name in self.shapes}
+
+
+def _check_header(header):
+    """Refuse what has not the structure of a header, by a ValueError."""
+    if not isinstance(header, dict):
+        raise ValueError("the header is no object")
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("'__metadata__' must hold texts")
+    for name, entry in header.items():
+        if len(name) > LONGEST_VALUE or not name.isprintable():
+            raise ValueError(f"{quote(name)} is no name of a tensor")
+        if name != "__metadata__" and not _is_entry(entry):
+            raise ValueError(f"{name}: {quote(entry)} does not tell type, shape and place of a tensor")
+
+
+def _is_entry(entry):
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, place = entry.get("shape"), entry.get("data_offsets")
+    sizes = isinstance(shape, list) and len(shape) <= MOST_AXES and all(is_int(size) and size >= 0 for size in shape)
+    # Without tensors of no elements these would not be in a file.
+    possible = sizes and math.prod(max(size, 1) for size in shape) < LARGEST
+    return possible and isinstance(place, list) and len(place) == 2 and all(map(is_int, place))
 
 
 def write_tensors(path, shapes, dtypes, read, metadata=None):

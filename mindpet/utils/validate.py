@@ -1,12 +1,14 @@
 """Argument checks that report everything that is wrong in one error."""
 
-import math
 import numbers
+import sys
 
 import mindspore as ms
 from mindspore import Tensor, nn
 from mindspore.common.initializer import Initializer, initializer
 from mindspore.ops import Primitive
+
+from mindpet.utils.quote import printable, quote
 
 FLOAT_TYPES = (ms.float16, ms.float32, ms.bfloat16)
 INIT_TYPES = (Tensor, str, Initializer, numbers.Number)
@@ -28,7 +30,7 @@ class Checker:
     def require(self, condition, error, name, value, rule):
         """Note a problem unless `condition` holds; returns whether it does."""
         if not condition:
-            shown = f"a Tensor of shape {value.shape}" if isinstance(value, Tensor) else repr(value)
+            shown = f"a Tensor of shape {value.shape}" if isinstance(value, Tensor) else quote(value)
             self.problems.append((error, f"'{name}' must be {rule}, but got {shown} ({type(value).__name__})"))
         return condition
 
@@ -71,7 +73,8 @@ class Checker:
         for name, value in arguments.items():
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if self.require(number, TypeError, name, value, "an int or a float"):
-                self.require(value != 0 and math.isfinite(value), ValueError, name, value, "finite and not zero")
+                finite = value != 0 and abs(value) <= sys.float_info.max  # an int can be beyond
+                self.require(finite, ValueError, name, value, "finite and not zero")
 
     def initial(self, name, value, shape, types=INIT_TYPES):
         """`value` can initialise a parameter of `shape`: right type, known name, a Tensor of that shape."""
@@ -96,7 +99,7 @@ class Checker:
         """Raise the first problem's type with all problems in the message."""
         if self.problems:
             error = self.problems[0][0]
-            raise error(f"{self.owner}: " + "; ".join(message for _, message in self.problems) + ".")
+            raise error(printable(f"{self.owner}: " + "; ".join(message for _, message in self.problems) + "."))
 
 
 def is_int(value):
