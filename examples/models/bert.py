@@ -16,6 +16,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.common.initializer import Normal
 
 from mindpet.delta import AdapterDense, LoRADense, LowRankAdapterDense, PrefixEncoder, PrefixLayer
+from mindpet.peft import register_base_model
 from models.config import make_config, read_config
 from models.masks import MASKED, seen_by_all
 from models.weights import load_weights, read_folder
@@ -315,6 +316,7 @@ class BertModel(nn.Cell):
         return hidden, self.pooler(hidden) if self.pooler is not None else None
 
 
+@register_base_model
 class BertClassifier(nn.Cell):
     """BERT with a classification head.
 

@@ -14,7 +14,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Normal, initializer
 
-from mindpet.peft import register_layer
+from mindpet.peft import register_base_model, register_layer
 from models.config import make_config, read_config
 from models.masks import MASKED, Padding, seen_by_all
 from models.weights import load_weights, read_folder
@@ -167,6 +167,7 @@ class Gpt2Model(nn.Cell):
         return self.ln_f(hidden)
 
 
+@register_base_model
 class Gpt2ForCausalLM(nn.Cell):
     """GPT-2 with its language model head, which has the weight of the token embedding.
 

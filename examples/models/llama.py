@@ -20,6 +20,7 @@ from mindpet.delta import LoRADense
 from mindpet.layers import Dense
 from mindpet.layers.kinds import register_layer
 from mindpet.parallel import shard_like
+from mindpet.peft import register_base_model
 from models.config import make_config, read_config
 from models.masks import MASKED, Padding, seen_by_all
 from models.weights import load_weights, read_folder
@@ -425,6 +426,7 @@ def positions(length, offset, config):
     return cos, sin, Tensor(mask)
 
 
+@register_base_model
 class LlamaForCausalLM(nn.Cell):
     """LLaMA with its language model head.
 

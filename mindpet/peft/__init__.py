@@ -9,6 +9,7 @@ from mindpet.peft.auto import (
     AutoPeftModelForSeq2SeqLM,
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
+    register_base_model,
 )
 from mindpet.peft.config import (
     AdapterConfig,
@@ -56,6 +57,7 @@ __all__ = [
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
     "plan_targets",
+    "register_base_model",
     "register_layer",
     "set_peft_model_state_dict",
 ]

@@ -1,10 +1,34 @@
 """A base and its adapter from the adapter's folder alone."""
 
-import importlib
-
 from mindpet.errors import ConfigError
 from mindpet.peft.config import PeftConfig, TaskType
 from mindpet.peft.model import PeftModel
+from mindpet.utils.quote import quote
+from mindpet.utils.validate import Checker
+
+_BASES = {}  # 'module.Class' -> class
+
+
+def register_base_model(cls):
+    """Let the configurations of adapters name a class as that of their base; can be used as a decorator.
+
+    A configuration is a file, which may come from anybody: nothing is imported that it names.
+
+    Args:
+        cls (type): has a class method `from_pretrained`, from what `base_model_name_or_path` says to the network.
+
+    Returns:
+        type, `cls`.
+
+    Raises:
+        TypeError: `cls` is not such a class.
+    """
+    check = Checker("register_base_model")
+    loads = isinstance(cls, type) and callable(getattr(cls, "from_pretrained", None))
+    check.require(loads, TypeError, "cls", cls, "a class with a method 'from_pretrained'")
+    check.done()
+    _BASES[f"{cls.__module__}.{cls.__name__}"] = cls
+    return cls
 
 
 class AutoPeftModel:
@@ -26,6 +50,7 @@ class AutoPeftModel:
 
         The configuration says where the base's weights are, `base_model_name_or_path`, and `auto_mapping`, which class
         of which module it is; `save_pretrained` of a PeftModel notes the class if it has a method `from_pretrained`.
+        It must be one that was registered, see `register_base_model`.
 
         Args:
             pretrained_model_name_or_path (str): the adapter's folder.
@@ -33,7 +58,7 @@ class AutoPeftModel:
             is_trainable (bool): whether the adapter trains. Default: False.
             config (PeftConfig): takes the place of the one in the folder. Default: None.
             loader (callable): from `base_model_name_or_path`, which may be None, to the base network. Default: None,
-                for the method `from_pretrained` of the class in `auto_mapping`.
+                for the method `from_pretrained` of the registered class in `auto_mapping`.
             keywords: of `PeftModel.from_pretrained`: `force`, `name_map` and others.
 
         Returns:
@@ -41,7 +66,7 @@ class AutoPeftModel:
 
         Raises:
             FileNotFoundError: there is no such folder.
-            ConfigError: the configuration does not name a base, or its class cannot be found; the adapter is for
+            ConfigError: the configuration does not name a base, or a class that is not registered; the adapter is for
                 another task.
             CheckpointError, ...: see `PeftModel.from_pretrained`.
         """
@@ -97,10 +122,10 @@ class AutoPeftModelForFeatureExtraction(AutoPeftModel):
 
 def _class_of(mapping, folder):
     mapping = mapping or {}
-    module, name = mapping.get("parent_library"), mapping.get("base_model_class")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (AttributeError, ImportError, TypeError) as error:
+    name = f"{mapping.get('parent_library')}.{mapping.get('base_model_class')}"
+    if name not in _BASES:
         raise ConfigError(
-            f"{folder}: 'auto_mapping' must name the base's class and module, but is {mapping}; or give 'loader'."
-        ) from error
+            f"{folder}: 'auto_mapping' must name the base's class and its module, one of {sorted(_BASES)}, but is "
+            f"{quote(mapping)}; call register_base_model() with the class, or give 'loader'."
+        )
+    return _BASES[name]

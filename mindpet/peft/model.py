@@ -484,6 +484,8 @@ class PeftModel(nn.Cell):
             moving = self.batch_statistics or state.has_statistics(tensors, config)
             unmatched = []
             plan = plan_targets(self.network, state.without_projection(config), moving, unmatched)
+            layers = plan.targets + plan.attentions
+            plan.config.check_sizes(model_id, [layer.path for layer in layers], [v.shape for v in tensors.values()])
             values = state.load(model_id, tensors, Frame(self.network, plan), self.name_map, force)
             if not force:
                 check_base(model_id, check_files(model_id), self._base_values())

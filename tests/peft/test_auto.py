@@ -2,15 +2,16 @@
 
 import json
 import pathlib
+import sys
 
 import numpy as np
 import pytest
 from mindspore import Tensor
 from models.llama import LlamaForCausalLM
-from small import same
+from small import Tiny, same
 
 from mindpet.errors import ConfigError
-from mindpet.peft import AutoPeftModel, LoraConfig, get_peft_model
+from mindpet.peft import AutoPeftModel, LoraConfig, get_peft_model, register_base_model
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden/llama"
 
@@ -35,7 +36,11 @@ def test_the_base_is_found(mode, rng, tmp_path):
     "fields, match",
     [
         ({}, "'base_model_name_or_path' must name the base"),
-        ({"base_model_name_or_path": "x"}, "'auto_mapping' must name the base's class"),
+        ({"base_model_name_or_path": "x"}, "'auto_mapping' must name the base's class .*, but is {}"),
+        (
+            {"base_model_name_or_path": "x", "auto_mapping": {"parent_library": ["a"]}},
+            r"but is {'parent_library': \['a",
+        ),
         (
             {
                 "base_model_name_or_path": "x",
@@ -49,3 +54,34 @@ def test_a_base_that_cannot_be_found(fields, match, tmp_path):
     LoraConfig(**fields).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=match):
         AutoPeftModel.from_pretrained(tmp_path)
+
+
+def test_what_a_file_names_is_not_imported(tmp_path, monkeypatch):
+    (tmp_path / "named_by_a_file.py").write_text("raise SystemExit\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for module, name in (("named_by_a_file", "Base"), ("os", "system"), ("models.llama", "LlamaModel")):
+        mapping = {"base_model_class": name, "parent_library": module}
+        LoraConfig(base_model_name_or_path="x", auto_mapping=mapping).save_pretrained(tmp_path)
+        with pytest.raises(ConfigError, match=r"one of \[.*'models.llama.LlamaForCausalLM'.*call register_base_model"):
+            AutoPeftModel.from_pretrained(tmp_path)
+    assert "named_by_a_file" not in sys.modules
+
+
+def test_a_registered_class_makes_the_base(tmp_path):
+    @register_base_model
+    class Base(Tiny):
+        @classmethod
+        def from_pretrained(cls, path):
+            network = cls()
+            network.made_from = path
+            return network
+
+    config = LoraConfig(base_model_name_or_path="weights", target_modules=["query"])
+    get_peft_model(Base(), config).save_pretrained(tmp_path)
+    assert AutoPeftModel.from_pretrained(tmp_path, force=True).network.made_from == "weights"
+
+
+@pytest.mark.parametrize("cls", [Tiny, Tiny(), "models.llama.LlamaForCausalLM"], ids=["class", "object", "name"])
+def test_a_class_that_cannot_be_registered(cls):
+    with pytest.raises(TypeError, match="'cls' must be a class with a method 'from_pretrained'"):
+        register_base_model(cls)
