@@ -10,6 +10,7 @@ from mindpet.parallel.launcher import load_function
 from mindpet.peft.convert import convert, inspect, load_config
 from mindpet.peft.merge_files import merge
 from mindpet.peft.names import NameMap
+from mindpet.utils.quote import printable
 
 
 def run_plan(arguments):
@@ -119,7 +120,7 @@ def main(argv=None):
     try:
         arguments.run(arguments)
     except (MindPetError, OSError, TypeError, ValueError) as error:
-        print(f"mindpet: {error}", file=sys.stderr)
+        print(f"mindpet: {printable(error)}", file=sys.stderr)
         return 1 if isinstance(error, ShardError) else 2
     return 0
 

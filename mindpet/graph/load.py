@@ -11,6 +11,7 @@ from mindpet.delta.registry import METHODS
 from mindpet.errors import CheckpointError
 from mindpet.graph.distributed import gather_delta
 from mindpet.graph.parameters import matches, model_parameters
+from mindpet.utils.tensors import check_names
 from mindpet.utils.validate import FLOAT_TYPES, Checker
 from mindpet.utils.values import load
 
@@ -145,6 +146,7 @@ def _read(file, dec_key, dec_mode, crc_check):
         raise CheckpointError(
             f"load_delta: {file!r} cannot be read ({os.path.getsize(file)} bytes): {error}"
         ) from error
+    check_names(file, content)
     return {_canonical(key): value for key, value in content.items() if isinstance(value, Parameter)}
 
 

@@ -10,6 +10,7 @@ from mindpet.delta.registry import METHODS
 from mindpet.errors import ConfigError, NoMatchError
 from mindpet.layers.kinds import layer_kind, why_not
 from mindpet.peft.config import pattern_value
+from mindpet.utils.quote import quote
 from mindpet.utils.validate import is_int
 
 ALL_LINEAR = "all-linear"
@@ -231,7 +232,7 @@ def no_match(name, entry, layers):
     names = {part for layer in layers for path in layer.paths for part in (path, path.rsplit(".", 1)[-1])}
     near = difflib.get_close_matches(entry, sorted(names), n=3)
     hint = f"; near: {near}" if near else ""
-    return f"'{name}': no layer matches {entry!r}{hint}"
+    return f"'{name}': no layer matches {quote(entry)}{hint}"
 
 
 def _check_supported(config, found, supported):

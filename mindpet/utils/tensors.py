@@ -63,6 +63,7 @@ class TensorFile:
                     raise ValueError(f"a header of {length} bytes")
                 header = parse_json(file.read(length))
             _check_header(header)
+            check_names(path, header)
             self.metadata = header.pop("__metadata__", {})
             codes = {name: entry["dtype"] for name, entry in header.items() if entry["dtype"] not in TYPES}
             if codes:
@@ -102,6 +103,21 @@ class TensorFile:
         return {name: self.read(name) for name in self.shapes}
 
 
+def check_names(path, names):
+    """Refuse a file with names that cannot be shown in a line.
+
+    Args:
+        path (str): the file, for the message.
+        names (iterable of str): of its tensors.
+
+    Raises:
+        CheckpointError: a name is too long, or has control characters.
+    """
+    for name in names:
+        if len(name) > LONGEST_VALUE or not name.isprintable():
+            raise CheckpointError(f"{path}: {quote(name)} is no name of a tensor.")
+
+
 def _check_header(header):
     """Refuse what has not the structure of a header, by a ValueError."""
     if not isinstance(header, dict):
@@ -110,10 +126,8 @@ def _check_header(header):
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise ValueError("'__metadata__' must hold texts")
     for name, entry in header.items():
-        if len(name) > LONGEST_VALUE or not name.isprintable():
-            raise ValueError(f"{quote(name)} is no name of a tensor")
         if name != "__metadata__" and not _is_entry(entry):
-            raise ValueError(f"{name}: {quote(entry)} does not tell type, shape and place of a tensor")
+            raise ValueError(f"{quote(name)}: {quote(entry)} does not tell type, shape and place of a tensor")
 
 
 def _is_entry(entry):

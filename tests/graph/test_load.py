@@ -223,3 +223,14 @@ def test_names_of_parameters_are_understood_where_they_leave_no_doubt(tmp_path):
     doubtful = {**arrays, "fc.bias": arrays["left.0.bias"]}
     with pytest.raises(CheckpointError, match="unchanged:\\n  surplus: fc.bias \\(2,\\)"):
         load_delta(network, save(tmp_path / "doubtful.ckpt", doubtful))
+
+
+@pytest.mark.parametrize("name", ["\x1b[2J", "a\nb", "w" * 1000], ids=["escape", "line feed", "long"])
+def test_names_that_cannot_be_shown(name, tmp_path):
+    network = nn.Dense(2, 2)
+    before = network.weight.asnumpy().tobytes()
+    save(tmp_path / "a.ckpt", {"weight": np.ones((2, 2), np.float32), name: np.ones(2, np.float32)})
+    with pytest.raises(CheckpointError, match="is no name of a tensor") as caught:
+        load_delta(network, tmp_path / "a.ckpt")
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
+    assert network.weight.asnumpy().tobytes() == before
