@@ -9,7 +9,7 @@ import yaml
 from mindpet.utils.quote import quote
 
 LARGEST_JSON = 100_000_000  # bytes: room for an index of a million tensors
-LARGEST_YAML = 1_000_000
+LARGEST_YAML = 300_000  # some seconds in PyYAML
 DEEPEST = 32
 LONGEST_WORD = 1_000
 

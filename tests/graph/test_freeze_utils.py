@@ -206,12 +206,18 @@ def test_config_file(text, expected, tmp_path):
         "freeze: {include: [1]}",
         "freeze: {include: }",
         "just text",
+        "a: 0x" + "f" * 900,
+        "freeze: " + "[" * 30 + "]" * 30,
+        "freeze: [" + "fc, " * 10_000 + "]",
+        "freeze: {include: [" + "[fc], " * 5_000 + "]}",
     ],
+    ids=range(17),
 )
 def test_config_with_other_content(text, tmp_path):
     network = Toy()
-    with pytest.raises(ModelConfigFreezeInfoError, match="freeze_from_config: .*must"):
+    with pytest.raises(ModelConfigFreezeInfoError, match="freeze_from_config: .*must") as caught:
         freeze_from_config(network, write(tmp_path / "freeze.yaml", text))
+    assert len(str(caught.value)) < 1000 and str(caught.value).isprintable()
     assert trainable(network) == HEAD | {"fc.weight", "fc.bias"}
 
 
@@ -221,6 +227,8 @@ def test_config_that_cannot_be_read(tmp_path):
     link.symlink_to(good)
     broken = write(tmp_path / "broken.yaml", "freeze: [")
     unsafe = write(tmp_path / "unsafe.yaml", "freeze: !!python/object/apply:os.getcwd []")
+    bomb = write(tmp_path / "bomb.yaml", "a: &a [x]\nb: &b [*a, *a]\nfreeze: [*b, *b]")
+    double = write(tmp_path / "double.yaml", "freeze: {include: ['*']}\nfreeze: {exclude: ['*']}")
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe\xff")
     for path, cause in (
@@ -228,10 +236,12 @@ def test_config_that_cannot_be_read(tmp_path):
         (str(tmp_path / "none.yaml"), FileNotFoundError),
         (str(tmp_path), FileNotFoundError),
         (broken, Exception),
-        (unsafe, Exception),
+        (unsafe, ValueError),
+        (bomb, ValueError),
+        (double, ValueError),
         (str(binary), Exception),
     ):
-        with pytest.raises(ReadYamlFileError, match="cannot read 'config_path'") as caught:
+        with pytest.raises(ReadYamlFileError, match="cannot read 'config_path' [^\n]*$") as caught:
             freeze_from_config(Toy(), path)
         assert isinstance(caught.value.__cause__, cause)
 

@@ -98,6 +98,13 @@ def test_round_trip(config, tmp_path):
         ({"rank_pattern": {"q": 0}}, ValueError, r"'rank_pattern\['q'\]' must be a positive int"),
         ({"alpha_pattern": {"(": 1}}, ValueError, "'alpha_pattern' must be keyed by regular expressions"),
         ({"rank_pattern": ["q"]}, TypeError, "'rank_pattern' must be a dict"),
+        ({"rank_pattern": {"(?i)q": 2}}, ValueError, "'rank_pattern' must be keyed by regular expressions"),
+        ({"target_modules": "q{99999999999}"}, ValueError, "'target_modules' must be a regular expression"),
+        ({"layers_pattern": "(", "layers_to_transform": 0}, ValueError, "'layers_pattern' must be of regular expr"),
+        ({"lora_alpha": 10**400}, ValueError, "'lora_alpha' must be finite and not zero, but got <int of 1329 bits>"),
+        ({"lora_alpha": float("nan")}, ValueError, "'lora_alpha' must be finite and not zero"),
+        ({"auto_mapping": 5}, TypeError, "'auto_mapping' must be a dict or None, but got 5"),
+        ({"base_model_name_or_path": 5}, TypeError, "'base_model_name_or_path' must be a str or None, but got 5"),
     ],
 )
 def test_wrong_fields(change, error, match):
@@ -194,6 +201,10 @@ def test_initial_values_of_a_loaded_adapter_do_not_matter():
         ("{}", "'peft_type' must be one of .* but got None"),
         ('{"peft_type": "MAGIC"}', "'peft_type' must be one of .* but got 'MAGIC'"),
         ('{"peft_type": ["LORA"]}', r"'peft_type' must be one of .* but got \['LORA'\]"),
+        ("[" * 100_000, "not JSON: more than 32 levels deep"),
+        ('{"peft_type": "LORA", "r": 8, "r": 4}', "not JSON: the key 'r' is there twice"),
+        ('{"peft_type": "LORA", "lora_alpha": 1e400}', "not JSON: '1e400' is no number"),
+        ('{"peft_type": "LORA", "lora_alpha": NaN}', "not JSON: 'NaN' is no number"),
         ('{"peft_type": "BITFIT"}', "is a BitFitConfig, but a LoraConfig is asked for"),
     ],
 )
@@ -201,6 +212,19 @@ def test_files_that_are_no_configuration(text, match, tmp_path):
     (tmp_path / "adapter_config.json").write_text(text)
     with pytest.raises(ConfigError, match=match):
         LoraConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["\x1b[2J" * 100_000, [["a"] * 1000] * 1000, {"x" * 10**6: 1}])
+@pytest.mark.parametrize("field", ["r", "lora_alpha", "bias", "task_type", "auto_mapping", "peft_type", "rank_pattern"])
+def test_what_an_error_quotes_is_short_and_can_be_shown(field, value, tmp_path):
+    content = {"peft_type": "LORA", field: {"a": value} if field == "rank_pattern" else value}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(content))
+    if field == "auto_mapping" and isinstance(value, dict):
+        assert PeftConfig.from_pretrained(tmp_path).auto_mapping == value
+        return
+    with pytest.raises((TypeError, ValueError), match=field) as caught:
+        PeftConfig.from_pretrained(tmp_path)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
 
 
 def test_a_missing_file(tmp_path):
