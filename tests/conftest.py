@@ -17,6 +17,8 @@ ms.set_context(pynative_synchronize=True)
 
 def pytest_addoption(parser):
     parser.addoption("--fail-on-skip", action="store_true", help="a skipped test fails the run")
+    parser.addoption("--fuzz-rounds", type=int, default=40, help="damaged files for each kind of file (default: 40)")
+    parser.addoption("--fuzz-start", type=int, default=0, help="number of the first round, which is its seed")
 
 
 def pytest_sessionfinish(session):

@@ -11,6 +11,7 @@ from mindpet.delta.registry import METHODS
 from mindpet.errors import CheckpointError
 from mindpet.graph.distributed import gather_delta
 from mindpet.graph.parameters import matches, model_parameters
+from mindpet.utils.quote import quote
 from mindpet.utils.tensors import check_names
 from mindpet.utils.validate import FLOAT_TYPES, Checker
 from mindpet.utils.values import load
@@ -82,10 +83,10 @@ def load_delta(network, *files, strict=True, dec_key=None, dec_mode="AES-GCM", c
     """
     _check_load_arguments(network, files, strict)
     params = model_parameters(network)
+    names = _known_names(params)
     found = {}
     for file in files:
-        found.update(_read(file, dec_key, dec_mode, crc_check))
-    names = _known_names(params)
+        found.update(_read(file, names, dec_key, dec_mode, crc_check))
     values = {names[key]: value for key, value in found.items() if key in names}
     missing = _required(params, alone=len(files) == 1) - set(values)
     surplus = [key for key in found if key not in names and not _is_extra(key, found)]
@@ -132,12 +133,24 @@ def _format(file):
     return os.path.splitext(file)[1].lstrip(".")
 
 
-def _read(file, dec_key, dec_mode, crc_check):
-    """The parameters in a file, or in the slices of a folder, by canonical key."""
+def _read(file, names, dec_key, dec_mode, crc_check):
+    """The parameters in a file, or in the slices of a folder, by canonical key; see `_known_names`."""
     if isinstance(file, tuple) or os.path.isdir(file):
         content = gather_delta(*file) if isinstance(file, tuple) else gather_delta(file)
-        return {_canonical(key): value for key, value in content.items()}
-    file = os.fspath(file)
+    else:
+        content = _read_file(os.fspath(file), dec_key, dec_mode, crc_check)
+    keys = {}
+    for key in content:
+        name = _canonical(key)
+        keys.setdefault(names.get(name, name), []).append(key)
+    twice = [found for found in keys.values() if len(found) > 1]
+    if twice:
+        raise CheckpointError(f"load_delta: {file}: keys that mean the same parameter: {quote(twice)}.")
+    return {_canonical(key): value for key, value in content.items()}
+
+
+def _read_file(file, dec_key, dec_mode, crc_check):
+    """The parameters in a file."""
     try:
         content = ms.load_checkpoint(
             file, dec_key=dec_key, dec_mode=dec_mode, crc_check=crc_check, format=_format(file)
@@ -147,7 +160,7 @@ def _read(file, dec_key, dec_mode, crc_check):
             f"load_delta: {file!r} cannot be read ({os.path.getsize(file)} bytes): {error}"
         ) from error
     check_names(file, content)
-    return {_canonical(key): value for key, value in content.items() if isinstance(value, Parameter)}
+    return {key: value for key, value in content.items() if isinstance(value, Parameter)}
 
 
 def _canonical(name):

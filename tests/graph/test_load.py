@@ -234,3 +234,15 @@ def test_names_that_cannot_be_shown(name, tmp_path):
         load_delta(network, tmp_path / "a.ckpt")
     assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
     assert network.weight.asnumpy().tobytes() == before
+
+
+@pytest.mark.parametrize("names", [("lora_a", "lora_A"), ("lora_A", "lora_a")])
+def test_one_parameter_by_two_keys_of_a_file(names, files, tmp_path):
+    network, _, delta = files
+    content = {name: param.asnumpy() for name, param in ms.load_checkpoint(delta).items()}
+    first = content.pop("fc.mindpet_delta_lora_a")
+    doubled = {f"fc.mindpet_delta_{name}": first + number for number, name in enumerate(names)}
+    before = values(network)
+    with pytest.raises(CheckpointError, match=r"keys that mean the same parameter: \[\['fc.mindpet_delta_lora_"):
+        load_delta(network, save(tmp_path / "a.ckpt", {**content, **doubled}))
+    assert all(np.array_equal(value, before[name]) for name, value in values(network).items())
