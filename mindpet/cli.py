@@ -3,6 +3,7 @@
 import argparse
 import pathlib
 import sys
+import warnings
 
 from mindpet.errors import BuildError, MindPetError, ShardError
 from mindpet.parallel import dry_run
@@ -37,7 +38,7 @@ def run_inspect(arguments):
 def run_merge(arguments):
     """Fold a LoRA adapter into the files of its base."""
     config, names = _config_and_names(arguments)
-    report = merge(arguments.base, arguments.adapter, arguments.out, config, names)
+    report = merge(arguments.base, arguments.adapter, arguments.out, config, names, force=arguments.force)
     for row in report if arguments.verbose else ():
         print(row)
     worst = max(report, key=lambda row: row.largest_error, default=None)
@@ -47,7 +48,7 @@ def run_merge(arguments):
 def run_convert(arguments):
     """Turn an adapter's folder into a delta file of mindpet, or a delta file into a folder."""
     config, names = _config_and_names(arguments)
-    convert(arguments.source, arguments.target, config, names, arguments.prefix_path)
+    convert(arguments.source, arguments.target, config, names, arguments.prefix_path, arguments.force)
     print(f"wrote {arguments.target}")
 
 
@@ -112,17 +113,31 @@ def make_parser():
 def _add_config_and_names(command):
     command.add_argument("--config", metavar="F.json", help="configuration of a delta file, such as its lora_alpha")
     command.add_argument("--names", metavar="FILE.py:f", help="function that returns a mindpet.peft.NameMap")
+    command.add_argument("--force", action="store_true", help="use what was trained on another base, or changed since")
 
 
 def main(argv=None):
     """Run a command; returns the exit code: 0, 1 if the front end refuses a plan, 2 for anything else."""
     arguments = make_parser().parse_args(argv)
+    format_before, warnings.formatwarning = warnings.formatwarning, _warning
     try:
         arguments.run(arguments)
     except (MindPetError, OSError, TypeError, ValueError) as error:
-        print(f"mindpet: {printable(error)}", file=sys.stderr)
+        print(f"mindpet: {_message(error)}", file=sys.stderr)
         return 1 if isinstance(error, ShardError) else 2
+    finally:
+        warnings.formatwarning = format_before
     return 0
+
+
+def _message(error):
+    """What is shown of an error: one line, or if several things are wrong a line for each below that."""
+    lines = printable(error).splitlines()
+    return " ".join(map(str.strip, lines)) if len(lines) == 2 else "\n".join(lines)
+
+
+def _warning(message, *rest, **keywords):
+    return f"mindpet: warning: {_message(message)}\n"
 
 
 if __name__ == "__main__":

@@ -1,27 +1,34 @@
 """Folding an adapter into the files of its base, without a network."""
 
+import collections
+import collections.abc
 import json
-import os
 import pathlib
 import shutil
-import tempfile
 import warnings
 
 import numpy as np
 from tqdm import tqdm
 
 from mindpet.delta.lora_layer import FOLD, fold_lora
-from mindpet.errors import MergeError
+from mindpet.errors import CheckpointError, MergeError
 from mindpet.layers.kinds import LayerKind
 from mindpet.peft.combine import start_from_weight
 from mindpet.peft.config import LoraConfig
-from mindpet.peft.convert import LORA_KEY, LORA_NAMES, read_adapter, read_delta, write_delta
+from mindpet.peft.convert import LORA_KEY, LORA_NAMES, in_modules_to_save, read_adapter, read_delta, write_delta
 from mindpet.peft.merge import describe
 from mindpet.peft.names import PREFIX, NameMap
+from mindpet.peft.passport import check_base, fingerprint
 from mindpet.peft.plan import is_from_weight
-from mindpet.utils.tensors import TensorFile, write_tensors
+from mindpet.peft.state import check_finite, take_base_layers
+from mindpet.utils.files import together
+from mindpet.utils.parse import read_json
+from mindpet.utils.quote import quote
+from mindpet.utils.tensors import TYPES, TensorFile, write_tensors
+from mindpet.utils.validate import is_int
 
 INDEX = "model.safetensors.index.json"
+FLOATS = {TYPES[code].name: TYPES[code] for code in ("F16", "BF16", "F32", "F64")}
 # Files of weights are not copied: what is not merged would be mistaken for what is.
 WEIGHTS = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".safetensors")
 
@@ -33,7 +40,7 @@ class Base:
         path (str): a .ckpt or .safetensors file, or a folder of .safetensors files.
 
     Raises:
-        FileNotFoundError, CheckpointError: there is nothing to read, or it is damaged.
+        FileNotFoundError, CheckpointError: there is nothing to read, or it is damaged; a tensor is there twice.
     """
 
     def __init__(self, path):
@@ -45,20 +52,45 @@ class Base:
             if not self.path.is_file():
                 raise FileNotFoundError(f"{path}: no such file or folder.")
         self.shards = {file: _Checkpoint(file) if file.suffix == ".ckpt" else TensorFile(file) for file in files}
-        self.shapes = {name: shape for shard in self.shards.values() for name, shape in shard.shapes.items()}
+        counts = collections.Counter(name for shard in self.shards.values() for name in shard.shapes)
+        double = [name for name, count in counts.items() if count > 1]
+        if double:
+            raise CheckpointError(f"{path}: in more than one of its files: {quote(double)}.")
+        self.where = {name: shard for shard in self.shards.values() for name in shard.shapes}
+        self.shapes = {name: shard.shapes[name] for name, shard in self.where.items()}
+        self.dtypes = {name: shard.dtypes[name] for name, shard in self.where.items()}
+
+    def read(self, name):
+        """A tensor."""
+        return self.where[name].read(name)
 
 
 def _files_of(folder):
     """The files of weights in a folder: those in its index, or `model.safetensors`, or all that end like it."""
     index = folder / INDEX
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        return [folder / name for name in names]
+        return [folder / name for name in sorted(set(_weight_map(index).values()))]
     single = folder / "model.safetensors"
     files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder}: no *.safetensors in this folder.")
     return files
+
+
+def _weight_map(index):
+    """The dict of tensor -> file in an index, whose files are in its folder or below."""
+    content = read_json(index, CheckpointError)
+    found = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+        raise CheckpointError(f"{index}: 'weight_map' must be an object of names of files, but is {quote(found)}.")
+    names = {name: pathlib.PurePosixPath(name) for name in found.values()}
+    wrong = [name for name, path in names.items() if path.is_absolute() or ".." in path.parts or str(path) != name]
+    wrong += [name for name, path in names.items() if path.suffix != ".safetensors" and name not in wrong]
+    if wrong:
+        raise CheckpointError(
+            f"{index}: must name .safetensors files in its folder or below, but names {quote(sorted(wrong))}."
+        )
+    return found
 
 
 class _Checkpoint:
@@ -74,7 +106,7 @@ class _Checkpoint:
         return self.values[name]
 
 
-def merge(base, adapter, output, config=None, name_map=None, progressbar=True):
+def merge(base, adapter, output, config=None, name_map=None, progressbar=True, force=False):
     """Fold a LoRA adapter into the files of its base, one tensor in memory at a time (a .ckpt is read as a whole).
 
     What comes out is like the base: a folder with the same files, or a file of the same kind.
@@ -82,102 +114,215 @@ def merge(base, adapter, output, config=None, name_map=None, progressbar=True):
     Args:
         base (str): a .ckpt or .safetensors file, or a folder of .safetensors files and what belongs to them.
         adapter (str): a folder of Hugging Face PEFT or mindpet, or a delta file of mindpet.
-        output (str): must not exist.
+        output (str): must not exist; of a file, with the same ending as the base.
         config (PeftConfig): of a delta file. Default: None.
         name_map (NameMap): from the base's names to those of the adapter. Default: None, see `NameMap`.
-        progressbar (bool): whether to show progress. Default: True.
+        progressbar (bool): whether to show progress, on a terminal. Default: True.
+        force (bool): whether to merge an adapter that was trained on another base, or whose files are not those of
+            its passport. Default: False.
 
     Returns:
         list of MergedLayer.
 
     Raises:
-        FileNotFoundError, FileExistsError, CheckpointError, ConfigError: a file is missing, in the way or damaged.
+        FileNotFoundError, FileExistsError: a file is missing or in the way.
+        CheckpointError, ConfigError, NoMatchError: a file is damaged; the adapter's tensors are not those that its
+            configuration says, see `read_adapter`; it was trained on another base.
         MergeError: the method cannot be merged; a tensor has no place in the base, all are listed; a weight would hold
             NaN or infinite numbers. Nothing is written.
     """
     output, names = pathlib.Path(output), name_map or NameMap()
-    if output.exists():
+    if output.exists() or output.is_symlink():
         raise FileExistsError(f"{output}: exists already.")
     files = Base(base)
-    config, tensors = read_adapter(adapter, config, names)
+    wrong = output.suffix in (".ckpt", ".safetensors") if files.path.is_dir() else output.suffix != files.path.suffix
+    if wrong:
+        raise MergeError(
+            f"'output' must be {'a folder' if files.path.is_dir() else 'a file that ends in ' + files.path.suffix}, as "
+            f"the base is, but got {str(output)!r}."
+        )
+    config, tensors, passport = read_adapter(adapter, config, names, force)
     if not isinstance(config, LoraConfig):
         raise MergeError(f"{adapter}: {config.peft_type.value} cannot be folded into weights.")
     tensors, config = names.fuse(tensors, config)
-    deltas, whole = assign_places(tensors, config, files, names)
+    places = Places(files, names, tensors)
+    deltas, whole = assign_places(adapter, tensors, config, files, places)
+    if not force:
+        check_base(adapter, passport, _BaseValues(files, places, names, passport))
+        check_finite(adapter, whole, files.dtypes)
     report = []
 
     def merged(shard, name):
         value = whole[name].astype(shard.dtypes[name]) if name in whole else shard.read(name)
         return _fold(name, value, config, deltas[name], report) if name in deltas else value
 
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.incomplete-") as folder:
-        total = sum(len(shard.shapes) for shard in files.shards.values())
-        bar = tqdm(total=total, desc="merging", unit="tensor", disable=not progressbar)
-        new = {name: value for name, value in whole.items() if name not in files.shapes}
-        last = list(files.shards)[-1]
-        for path, shard in files.shards.items():
-            _write_shard(os.path.join(folder, path.name), shard, new if path == last else {}, merged, bar)
-        bar.close()
-        if files.path.is_dir():
-            _copy_others(files.path, folder, new, last.name)
-            os.chmod(folder, 0o755)
-            os.rename(folder, output)
-            os.mkdir(folder)  # for TemporaryDirectory to remove
-        else:
-            os.replace(os.path.join(folder, files.path.name), output)
+    new = {name: value for name, value in whole.items() if name not in files.shapes}
+    last = list(files.shards)[-1]
+    total = sum(len(shard.shapes) for shard in files.shards.values()) + len(new)
+    with tqdm(total=total, desc="merging", unit="tensor", disable=None if progressbar else True) as bar:
+        if not files.path.is_dir():
+            _write_shard(output, files.shards[last], new, merged, bar)
+            return report
+        inside = {path.relative_to(files.path): shard for path, shard in files.shards.items()}
+        others = [path for path in files.path.iterdir() if path.is_file() and path.suffix not in WEIGHTS]
+        with together(output, (*map(str, inside), *(path.name for path in others))) as folder:
+            for path, shard in inside.items():
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                _write_shard(folder / path, shard, new if shard is files.shards[last] else {}, merged, bar)
+            _copy_others(others, folder, new, last.relative_to(files.path))
     return report
 
 
-def assign_places(tensors, config, files, names):
+class Places:
+    """Where the tensors of an adapter are in a base, whose names may begin otherwise: all of them alike.
+
+    Args:
+        files (Base): the base.
+        names (NameMap): from the base's names to those of the adapter.
+        tensors (dict): key -> numpy.ndarray, of the adapter.
+
+    Attributes:
+        start (tuple): what the adapter's names begin with, and what the base's begin with in its place.
+
+    Raises:
+        MergeError: the adapter fits several places.
+    """
+
+    def __init__(self, files, names, tensors):
+        self.known = {}
+        for name in files.shapes:
+            self.known.setdefault(names.to_torch(name), []).append(name)
+        deltas = (LORA_KEY.fullmatch(key) for key in tensors)
+        paths = list(dict.fromkeys(f"{match['path'][len(PREFIX) :]}.weight" for match in deltas if match))
+        self.start = ("", "")
+        starts = [] if any(path in self.known for path in paths) else next(filter(None, map(self._starts, paths)), [])
+        hits = {start: sum(self._name(path, start) in self.known for path in paths) for start in starts}
+        best = [start for start in starts if hits[start] == max(hits.values())]
+        if len(best) > 1:
+            found = [self._name(path, start) for start in best for path in paths if self._name(path, start)]
+            raise MergeError(f"it cannot be told which tensor of the base {paths[0]} is: one of {quote(found)}.")
+        self.start = best[0] if best else self.start
+
+    def _starts(self, path):
+        """The pairs of beginnings with which a path is in the base."""
+        parts = path.split(".")
+        ends = (".".join(parts[number:]) for number in range(1, len(parts) - 1))
+        shorter = [(path[: -len(end)], "") for end in ends if end in self.known]
+        return shorter + [("", name[: -len(path)]) for name in self.known if name.endswith(f".{path}")]
+
+    def _name(self, path, start):
+        cut, put = start
+        return put + path[len(cut) :] if path.startswith(cut) else None
+
+    def new(self, path):
+        """The name that a tensor gets which the base does not have."""
+        return self._name(path, self.start) or path
+
+    def find(self, path):
+        """The name in the base, or None.
+
+        Raises:
+            MergeError: several tensors of the base are called so.
+        """
+        found = self.known.get(self._name(path, self.start), ())
+        if len(found) > 1:
+            raise MergeError(f"several tensors of the base are {path}: {quote(found)}.")
+        return found[0] if found else None
+
+
+class _BaseValues(collections.abc.Mapping):
+    """The base's values by the names of an adapter's passport, and in the types there: files are cast when loaded."""
+
+    def __init__(self, files, places, names, passport):
+        self._files, self._places, self._names = files, places, names
+        self._prints = passport.get("base", {}).get("parameters", {})
+
+    def __getitem__(self, name):
+        own = self._places.find(self._names.to_torch(name))
+        if own is None:
+            raise KeyError(name)
+        value, expected = self._files.read(own), self._prints[name]
+        dtype = expected.rpartition(" ")[0].rpartition(" ")[2]
+        if value.dtype.name in FLOATS:
+            with np.errstate(over="ignore"):
+                value = value.astype(FLOATS.get(dtype, value.dtype))
+        if value.ndim == 2 and fingerprint(value) != expected and fingerprint(value.T) == expected:
+            return value.T  # a linear layer may have its weight the other way up in the network
+        return value
+
+    def __contains__(self, name):
+        return self._places.find(self._names.to_torch(name)) is not None
+
+    def __iter__(self):
+        return iter(self._prints)
+
+    def __len__(self):
+        return len(self._prints)
+
+
+def assign_places(adapter, tensors, config, files, places):
     """Which tensor of the base each tensor of an adapter goes to.
+
+    Args:
+        adapter (str): for the message.
+        tensors (dict): key -> numpy.ndarray, of the adapter; weights of the base itself are taken out.
+        config (LoraConfig): of the adapter.
+        files (Base): the base.
+        places (Places): of the adapter in the base.
 
     Returns:
         tuple: dict of name in the base -> keywords of `fold_lora`, 'path', 'embedding' and 'kind'; dict of name
         -> whole value.
 
     Raises:
-        MergeError: some have no place, or another shape; all are listed.
+        CheckpointError: the adapter has other weights of the base than this one.
+        MergeError: some have no place, another's, or another shape; all are listed.
     """
-    known = {names.to_torch(name): name for name in files.shapes}
-    deltas, whole, problems = {}, {}, []
-
-    def place(path):
-        """The name in the base; it may lack the first parts of the path, or have more."""
-        parts = path.split(".")
-        short = [".".join(parts[start:]) for start in range(len(parts) - 1) if ".".join(parts[start:]) in known]
-        longer = [name for name in known if name.endswith(f".{path}")]
-        found = short[:1] or (longer if len(longer) == 1 else [])
-        return known[found[0]] if found else None
-
+    deltas, whole, problems, owners = {}, {}, [], {}
+    _take_base_layers(adapter, tensors, files, places)
     for key, value in tensors.items():
         match = LORA_KEY.fullmatch(key)
-        if match is None:
-            path = key[len(PREFIX) :].replace(".base_layer.", ".")
-            name = place(path)
-            if name is not None and files.shapes[name] != value.shape:
-                problems.append(f"{key}: {list(value.shape)}, but {name} is {list(files.shapes[name])}")
-            elif not key.endswith(".base_layer.weight"):  # the base's own, saved with deltas of embeddings
-                whole[name or path] = value
+        argument = FOLD[LORA_NAMES[match["name"]]] if match else "whole"
+        path = match["path"][len(PREFIX) :] if match else key[len(PREFIX) :].replace(".base_layer.", ".")
+        own = path if not match else f"{path}.{'bias' if argument == 'bias' else 'weight'}"
+        name = places.find(own)
+        if name is None and not match and in_modules_to_save(own, config):
+            name = places.new(own)
+            if name in files.shapes:
+                problems.append(f"{key}: the base has another tensor {name}")
+        elif name is None:
+            problems.append(f"{key}: no tensor of the base is called {own}")
             continue
-        path = match["path"][len(PREFIX) :]
-        argument = FOLD[LORA_NAMES[match["name"]]]
-        name = place(f"{path}.{'bias' if argument == 'bias' else 'weight'}")
-        if name is None:
-            problems.append(f"{key}: no tensor of the base is called {path}.weight")
+        elif files.dtypes[name].kind in "iubc":
+            problems.append(f"{key}: {name} holds {files.dtypes[name].name} in the base, not floating-point numbers")
+        elif not match and files.shapes[name] != value.shape:
+            problems.append(f"{key}: {list(value.shape)}, but {name} is {list(files.shapes[name])}")
+        if owners.setdefault((name, argument), key) != key:
+            problems.append(f"{key}: {owners[name, argument]} is for {name}, too")
+        if not match:
+            whole[name] = value
             continue
         entry = deltas.setdefault(name, {"path": path})
         entry[argument] = value.astype(np.float32)
         entry["embedding"] = entry.get("embedding", False) or "embedding" in match["name"]
-    problems += [
-        f"{name}: only {sorted(set(entry) - {'path', 'embedding'})} of A and B"
-        for name, entry in deltas.items()
-        if "bias" not in entry and not {"lora_a", "lora_b"} <= set(entry)
-    ]
+    both = [name for name, entry in deltas.items() if "lora_a" in entry and name in whole]
+    problems += [f"{name}: has a delta, and is in the adapter as a whole" for name in both]
     if not problems:
         problems = _orient(deltas, files, config) + _tied(deltas, files)
     if problems:
         raise MergeError("the adapter does not fit the base:\n  " + "\n  ".join(problems))
     return deltas, whole
+
+
+def _take_base_layers(adapter, tensors, files, places):
+    """Take weights of the base out of an adapter's tensors, after a look whether they are those of this base."""
+    ending, weights = ".base_layer.weight", {}
+    for key in [key for key in tensors if key.endswith(ending)]:
+        path = key[len(PREFIX) : -len(ending)]
+        name = places.find(f"{path}.weight")
+        if name is not None:
+            weights[path] = files.read(name).astype(tensors[key].dtype)
+    take_base_layers(adapter, tensors, weights)
 
 
 def _orient(deltas, files, config):
@@ -224,8 +369,11 @@ def _tied(deltas, files):
                 f"{name}: if the head has this embedding's table as its weight, it changes too.", stacklevel=2
             )
         return []
-    content = json.loads(path.read_text(encoding="utf-8"))
-    has_head = any("LM" in name or "PreTraining" in name for name in content.get("architectures") or ())
+    content = read_json(path, CheckpointError)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: must hold an object, but holds {quote(content)}.")
+    names = str(content.get("architectures"))
+    has_head = "LM" in names or "PreTraining" in names
     tied = has_head and content.get("tie_word_embeddings", True)
     return [
         f"{name}: the head has this embedding's table as its weight (tie_word_embeddings), and would change too"
@@ -270,13 +418,15 @@ def _write_shard(path, shard, extra, merged, bar):
     write_tensors(path, shapes, dtypes, read, shard.metadata or None)
 
 
-def _copy_others(source, folder, new, last):
-    """Copy what is beside the weights: configuration, tokenizer; the index learns of new tensors."""
-    for path in source.iterdir():
-        if path.is_file() and path.suffix not in WEIGHTS:
-            shutil.copy(path, folder)
-    index = pathlib.Path(folder) / INDEX
+def _copy_others(paths, folder, new, last):
+    """Copy what is beside the weights: configuration, tokenizer; the index learns of new tensors, in the last file."""
+    for path in paths:
+        shutil.copy(path, folder)
+    index = folder / INDEX
     if new and index.is_file():
-        content = json.loads(index.read_text(encoding="utf-8"))
-        content["weight_map"].update(dict.fromkeys(new, last))
+        content = read_json(index, CheckpointError)
+        content["weight_map"].update(dict.fromkeys(new, last.as_posix()))
+        metadata = content.get("metadata")
+        if isinstance(metadata, dict) and is_int(metadata.get("total_size")):
+            metadata["total_size"] += sum(value.nbytes for value in new.values())
         index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -78,7 +78,8 @@ class NameMap:
         The layers' A stand below one another, their B are the blocks of one B.
 
         Raises:
-            CheckpointError: layers that are fused have other inputs, or only some have what all must have.
+            CheckpointError: layers that are fused have other inputs, or another rank than the configuration says, or
+                only some have what all must have.
         """
         tensors, config = dict(tensors), copy.deepcopy(config)
         for name, parts in self.fused.items():
@@ -86,6 +87,9 @@ class NameMap:
             for start in sorted(starts):
                 found = {part: _take(tensors, f"{start}{part}.") for part in parts}
                 before = start.split(PREFIX, 1)[-1]
+                for part, own in found.items():
+                    if own:
+                        _check_pair(before + part, own, config.sizes(before + part)["rank"])
                 scales = {part: config.scaling(before + part) for part, own in found.items() if own}
                 scale = next(iter(scales.values()))
                 for part, own_scale in scales.items():
@@ -105,6 +109,7 @@ class NameMap:
             for start in starts:
                 own = _take(tensors, f"{start}{name}.")
                 before = start.split(PREFIX, 1)[-1]
+                _check_pair(before + name, own, len(own[A]))
                 scale = config.scaling(before + name)
                 for pattern in (config.rank_pattern, config.alpha_pattern):
                     pattern.pop(exactly(before + name), None)
@@ -228,6 +233,18 @@ def _take(tensors, start):
     return {key: tensors.pop(start + key) for key in (A, B, BIAS, MAGNITUDE) if start + key in tensors}
 
 
+def _check_pair(path, own, rank):
+    """Refuse tensors of a layer that are not those of a linear layer's delta of this rank."""
+    a, b = own.get(A), own.get(B)
+    pair = a is not None and b is not None and a.ndim == b.ndim == 2 and len(a) == b.shape[1] == rank
+    if not pair or any(own[key].shape != (len(b),) for key in (BIAS, MAGNITUDE) if key in own):
+        shapes = {key: list(value.shape) for key, value in own.items()}
+        raise CheckpointError(
+            f"{path}: {A} and {B} must be [{rank}, in] and [out, {rank}], {BIAS} and {MAGNITUDE} [out], but they are "
+            f"{shapes}."
+        )
+
+
 def _fuse(start, parts, found):
     """One layer's tensors from those of its parts; a part without a delta has zeros in B."""
     present = {part: own for part, own in found.items() if own}
@@ -236,6 +253,9 @@ def _fuse(start, parts, found):
     if lacking:
         raise CheckpointError(f"{start}: {sorted(some)} must be of all of {list(parts)}, but {lacking} have none.")
     first = next(iter(present.values()))[A]
+    inputs = {part: own[A].shape[1] for part, own in present.items()}
+    if len(set(inputs.values())) > 1:
+        raise CheckpointError(f"{start}: one layer has one number of input features, but they have {inputs}.")
     is_same = all(np.array_equal(own[A], first) for own in present.values())  # as `split` may have left them
     rank = len(first) if is_same else sum(len(own[A]) for own in present.values())
     lora_b = np.zeros((sum(parts.values()), rank), first.dtype)

@@ -13,6 +13,7 @@ from mindspore import Parameter, Tensor, ops
 import mindpet
 from mindpet.errors import CheckpointError
 from mindpet.peft.config import CONFIG_NAME
+from mindpet.utils.parse import read_json
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PASSPORT_NAME = "mindpet_passport.json"
@@ -72,7 +73,7 @@ def check_files(folder):
     if saves:
         raise CheckpointError(
             f"{folder}: {CONFIG_NAME} and {WEIGHTS_NAME} are not those that {PASSPORT_NAME} was written for: of two "
-            "saves, damaged, or written by other software since (force=True loads them all the same)."
+            "saves, damaged, or written by other software since (with force they are used all the same)."
         )
     return passport
 
@@ -111,10 +112,7 @@ def read_passport(folder):
     path = pathlib.Path(folder) / PASSPORT_NAME
     if not path.is_file():
         return {}
-    try:
-        passport = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
+    passport = read_json(path, CheckpointError)
     if not _is_passport(passport):
         raise CheckpointError(f"{path}: not a passport of mindpet.")
     return passport
@@ -147,13 +145,13 @@ def check_base(folder, passport, base):
     for name, print_there in expected.items():
         here = fingerprint(base[name]) if name in base else None
         if here is None:
-            problems.append(f"{name}: not in this network")
+            problems.append(f"{name}: not in this base")
         elif here != print_there:
             same_shape = here.rpartition(" ")[0] == print_there.rpartition(" ")[0]
             what = "other values" if same_shape else f"{print_there.rpartition(' ')[0]}, here {here.rpartition(' ')[0]}"
             problems.append(f"{name}: {what}")
     if problems:
         raise CheckpointError(
-            f"{folder}: trained on another base, whose parameters differ (force=True loads it all the same):\n  "
+            f"{folder}: trained on another base, whose parameters differ (with force it is used all the same):\n  "
             + "\n  ".join(problems)
         )

@@ -147,41 +147,56 @@ def load(folder, found, frame, names, force=False):
     if plan.attentions:
         config = plan.config
         wanted[PROMPT] = (config.num_virtual_tokens, config.num_layers * 2 * config.token_dim)
-    _check_base_layers(folder, found, plan, names)
+    kinds = {layer.path: layer_kind(layer.cell) for layer in plan.targets}
+    weights = {names.to_torch(layer.path): kinds[layer.path].weight_of(layer.cell) for layer in plan.targets}
+    take_base_layers(folder, found, weights)
     check_tensors(folder, found, wanted)
     table = split_table(frame, found[PROMPT]) if plan.attentions else {}
     values = {**{name: found[key] for name, key in keys.items()}, **table}
     if not force:
-        _check_finite(folder, frame, values)
+        check_finite(folder, values, {name: ms.dtype_to_nptype(frame.params[name].dtype) for name in frame.copies})
     return values
 
 
-def _check_finite(folder, frame, values):
-    """Refuse what is not finite, in the type of the file or in that of the network's own parameter."""
+def check_finite(folder, values, types):
+    """Refuse what is not finite, in the type of the file or in that of the base's own parameter.
+
+    Args:
+        folder (str): for the message.
+        values (dict): name -> numpy.ndarray.
+        types (dict): name -> NumPy type of the parameter of the base that takes the value.
+
+    Raises:
+        CheckpointError: some are not finite; all are in the message.
+    """
     problems = []
     for name, value in values.items():
         with np.errstate(over="ignore"):
-            own = value.astype(ms.dtype_to_nptype(frame.params[name].dtype)) if name in frame.copies else value
+            own = value.astype(types.get(name, value.dtype))
         if not np.isfinite(own.astype(np.float32)).all():
             problems.append(f"{name} as {own.dtype.name}")
     if problems:
         raise CheckpointError(
-            f"{folder}: NaN or infinite numbers (force=True loads them all the same):\n  " + "\n  ".join(problems)
+            f"{folder}: NaN or infinite numbers (with force they are used all the same):\n  " + "\n  ".join(problems)
         )
 
 
-def _check_base_layers(folder, found, plan, names):
+def take_base_layers(folder, found, weights):
     """Take out of `found` weights of the base, which Hugging Face PEFT saves with deltas of embeddings.
+
+    Args:
+        folder (str): for the message.
+        found (dict): key -> numpy.ndarray.
+        weights (dict): path of a layer in the PyTorch model -> its weight, a Parameter or numpy.ndarray.
 
     Raises:
         CheckpointError: they are not those of this base.
     """
-    for layer in plan.targets:
-        theirs = found.pop(f"{PREFIX}{names.to_torch(layer.path)}.base_layer.weight", None)
-        weight = layer_kind(layer.cell).weight_of(layer.cell)
+    for path, weight in weights.items():
+        theirs = found.pop(f"{PREFIX}{path}.base_layer.weight", None)
         if theirs is not None and (theirs.shape != weight.shape or fingerprint(theirs) != fingerprint(weight)):
             raise CheckpointError(
-                f"{folder}: trained on another base: {weight.name} {list(weight.shape)} is not the same."
+                f"{folder}: trained on another base: the weight {list(weight.shape)} of {path} is not the same."
             )
 
 
@@ -197,13 +212,14 @@ def with_projection(config, like):
     return dataclasses.replace(config, prefix_projection=bool(like and like.prefix_projection))
 
 
-def check_tensors(folder, found, wanted):
+def check_tensors(folder, found, wanted, what="the network, which is unchanged"):
     """Refuse tensors that do not fit.
 
     Args:
         folder (str): for the message.
         found (dict): key -> numpy.ndarray.
         wanted (dict): key -> shape.
+        what (str): what they must fit, for the message. Default: 'the network, which is unchanged'.
 
     Raises:
         CheckpointError: tensors are missing, surplus, or of the wrong shape or type; all are in the message.
@@ -214,12 +230,10 @@ def check_tensors(folder, found, wanted):
         value = found.get(key)
         if value is not None and value.shape != tuple(shape):
             problems.append(f"{key}: {list(shape)} is needed, but it is {list(value.shape)}")
-        elif value is not None and value.dtype.kind in "iub":
+        elif value is not None and value.dtype.kind in "iubc":
             problems.append(f"{key}: must hold floating-point numbers, but is {value.dtype.name}")
     if problems:
-        raise CheckpointError(
-            f"{folder}: the adapter does not fit the network, which is unchanged:\n  " + "\n  ".join(problems)
-        )
+        raise CheckpointError(f"{folder}: the adapter does not fit {what}:\n  " + "\n  ".join(problems))
 
 
 def folder_of(directory, adapter_name):

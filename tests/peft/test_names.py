@@ -178,7 +178,7 @@ def test_a_fused_layer_beside_one_whose_path_ends_alike(rng):
 
 def test_parts_of_a_fused_layer_that_do_not_fit(rng):
     with pytest.raises(CheckpointError, match="a.q: 3 output features are expected, but it has 4"):
-        NameMap(fused={"w": {"q": 3, "k": 2}}).fuse(fused_file(rng, "a."), LoraConfig(target_modules=["q"]))
+        NameMap(fused={"w": {"q": 3, "k": 2}}).fuse(fused_file(rng, "a."), LoraConfig(r=2, target_modules=["q"]))
 
 
 def test_tasks_bring_heads():

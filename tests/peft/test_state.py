@@ -196,7 +196,7 @@ def test_another_base_is_refused_and_its_layers_named(rng, tmp_path):
     text = str(raised.value)
     assert "mlp.2.weight: other values" in text and "turned.shift: [8] float32, here [8] float16" in text
     assert "query" not in text and contents(network) == before
-    with pytest.raises(CheckpointError, match="query.weight: not in this network"):
+    with pytest.raises(CheckpointError, match="query.weight: not in this base"):
         PeftModel(Other()).load_adapter(tmp_path / "one", "default")
     network.turned.shift.set_dtype(ms.float32)
     forced = PeftModel.from_pretrained(network, tmp_path, force=True)
