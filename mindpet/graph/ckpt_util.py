@@ -4,6 +4,9 @@ import contextlib
 import copy
 import multiprocessing
 import os
+import pathlib
+import re
+import shutil
 import tempfile
 import threading
 import warnings
@@ -13,15 +16,17 @@ from mindspore import nn
 from mindspore.communication import GlobalComm, get_rank
 from mindspore.train import CheckpointConfig, ModelCheckpoint
 from mindspore.train.callback._checkpoint import CheckpointManager
+from safetensors import SafetensorError
 
 from mindpet.errors import AbsolutePathError, CheckpointError, LinkPathError
 from mindpet.graph.callback import TrainCallback, model_of
 from mindpet.graph.distributed import STRATEGY_FOLDER
 from mindpet.graph.parameters import saved_parameters, trainable_parameters
+from mindpet.utils import files
 from mindpet.utils.sharding import PARALLEL_MODES
 from mindpet.utils.validate import Checker
 
-STAGING = ".incomplete"  # subfolder for files that are being written
+CANNOT_SAVE = OSError, SafetensorError, LinkPathError
 
 
 class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
@@ -32,7 +37,9 @@ class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
     training moves, are saved too; state of the optimizer is not.
 
     All fields of `CheckpointConfig` hold. A file gets its final name when it is complete, and an old one is removed
-    only after that: a process killed at any moment leaves the last complete file.
+    only after that: a process killed at any moment leaves the last complete file. What it left half written, the next
+    one that saves to the folder removes. Of several processes that save to one folder each counts and removes its own
+    files only, and takes the next free prefix (`x_1`, as MindSpore does for a second run) if another has its names.
 
     In data parallel, where all ranks hold the same, rank 0 saves. In semi-auto and auto parallel every rank saves its
     slices in a folder `rank_N` of its own (`integrated_save` is taken as False), and MindSpore's strategy file goes to
@@ -40,7 +47,8 @@ class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
     Make it after the parallel context is set.
 
     Args:
-        directory (str): absolute path of the folder for the files; made if missing; not a symbolic link.
+        directory (str): absolute path of the folder for the files; made if missing. The folder itself, however it is
+            spelled, is not a symbolic link; those above it may be.
         prefix (Union[str, callable]): of the file names, or what makes one, as in `ModelCheckpoint`.
             Default: 'DELTA_CKP'.
         config (CheckpointConfig): when and how to save. Default: None, for `CheckpointConfig()`.
@@ -52,7 +60,7 @@ class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
         LinkPathError: `directory` is a symbolic link.
         OSError: `directory` cannot be made or written to.
         CheckpointError: before training starts, if nothing is trainable, or if the parallel mode is no longer that
-            in which it was made.
+            in which it was made; while training, if a file cannot be written: complete ones are left.
     """
 
     def __init__(self, directory, prefix="DELTA_CKP", config=None):
@@ -78,7 +86,7 @@ class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
         # MindSpore's own exception_save writes the whole train network; __exit__ does it here.
         self._save_on_exception, config.exception_save = config.exception_save, False
         ModelCheckpoint.__init__(self, prefix, directory, config)
-        self._manager = _AtomicManager(config.format, directory)
+        self._manager = _AtomicManager(config.format, directory, prefix)
         self._saves = True  # whether this rank does
         self._last = None  # of the last step: train network, model, epoch, step in the epoch, step
 
@@ -101,51 +109,74 @@ class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
         """Save if it is time to."""
         if not self._saves:
             return
-        if self._config.async_save and not _writers():
-            self._manager.publish()
         params = run_context.original_args()
         step_in_epoch = int((params.cur_step_num - 1) % params.batch_num + 1)
         position = params.cur_epoch_num, step_in_epoch, params.cur_step_num
         self._last = params.train_network, self._network(params), *position
-        self.step_end(run_context)
+        with self._manager.one_error():
+            if self._config.async_save and not _writers():
+                self._manager.publish()
+            self.step_end(run_context)
 
     def on_train_end(self, run_context):
         """Save the last checkpoint."""
         if self._saves:
-            self.end(run_context)
-            self._manager.publish()
+            with self._manager.one_error():
+                self.end(run_context)
+                self._manager.publish()
 
     def __exit__(self, *err):
         if err and err[0] is not None and self._last is not None:
-            _wait_for_writing()
-            self._manager.publish()
-            if self._save_on_exception:
-                self._save_breakpoint(*self._last)
+            try:
+                _wait_for_writing()
+                self._manager.publish()
+                if self._save_on_exception:
+                    self._save_breakpoint(*self._last)
+            except CANNOT_SAVE as error:  # the error that is under way says more
+                warnings.warn(f"TrainableParamsCheckPoint: the last step is not saved: {error}", stacklevel=2)
+
+    @property
+    def latest_ckpt_file_name(self):
+        """The last complete file that this callback has saved; '' before there is one."""
+        return self._manager.latest
 
     def _network(self, callback_params):
         return self._user_network or model_of(callback_params)
 
     def _save_ckpt(self, cb_params, force_to_save=False):
-        """Have MindSpore write to the staging folder, then publish the file."""
-        directory, self._directory = self._directory, self._manager.staging
-        try:
-            with self._view(self._network(cb_params), cb_params.train_network) as view:
-                self._config._saved_network = view
-                super()._save_ckpt(cb_params, force_to_save)
-        finally:
-            self._directory = directory
-        if os.path.dirname(self._latest_ckpt_file_name) == self._manager.staging:
-            self._latest_ckpt_file_name = self._manager.stage(self._latest_ckpt_file_name)
+        """Have MindSpore write to a staging folder, then publish the file."""
+        with self._staged():
+            directory, self._directory = self._directory, self._manager.staging
+            try:
+                with self._view(self._network(cb_params), cb_params.train_network) as view:
+                    self._config._saved_network = view
+                    super()._save_ckpt(cb_params, force_to_save)
+            finally:
+                self._directory = directory
+            if os.path.dirname(self._latest_ckpt_file_name) == self._manager.staging:
+                self._manager.stage(self._latest_ckpt_file_name, self._prefix)
         if not self._config.async_save:
             self._manager.publish()
 
+    @contextlib.contextmanager
+    def _staged(self):
+        """Have a name for a staging folder, and the prefix that is free."""
+        self._manager.new_staging()
+        if not self._prefix_func:
+            self._prefix = self._manager.prefix
+        try:
+            yield
+        except BaseException:
+            shutil.rmtree(self._manager.staging, ignore_errors=True)
+            raise
+
     def _save_breakpoint(self, train_network, network, epoch, step_in_epoch, step):
         """What `exception_save` promises, for the trainable parameters."""
-        os.makedirs(self._manager.staging, exist_ok=True)
-        name = f"{self._prefix}-{epoch}_{step_in_epoch}_breakpoint.{self._config.format}"
-        staged = os.path.join(self._manager.staging, name)
         self._append_dict_content(epoch, step)
-        with self._view(network, train_network) as view:
+        with self._staged(), self._view(network, train_network) as view:
+            self._manager.open_staging()
+            name = f"{self._prefix}-{epoch}_{step_in_epoch}_breakpoint.{self._config.format}"
+            staged = os.path.join(self._manager.staging, name)
             ms.save_checkpoint(
                 view,
                 staged,
@@ -157,7 +188,7 @@ class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
                 crc_check=self._config.crc_check,
                 format=self._config.format,
             )
-        self._latest_ckpt_file_name = self._manager.stage(staged)
+            self._manager.stage(staged, self._prefix)
         self._manager.publish()
 
     @contextlib.contextmanager
@@ -208,50 +239,132 @@ class _View(nn.Cell):
 class _AtomicManager(CheckpointManager):
     """Keeps files under their final name complete: new ones come from `staging`, old ones go after that.
 
+    It knows what it has published, and removes nothing else: other processes may save to the same folder.
+
     Args:
         format (str): 'ckpt' or 'safetensors'.
         directory (str): the folder of the files.
+        prefix (Union[str, callable]): as the user gave it.
     """
 
-    def __init__(self, format, directory):
+    def __init__(self, format, directory, prefix):
         super().__init__(format)
         self.directory = directory
-        self.staging = os.path.join(directory, STAGING)
-        self._staged = []
+        self.staging = None
+        self.latest = ""
+        self._given = None if callable(prefix) else prefix
+        self.prefix = None if callable(prefix) else _free_prefix(directory, prefix)
+        self._own = {}  # path -> its identity, in order of time
+        self._staged = None  # a file that is or will be complete, and its prefix
         self._doomed = []
 
-    def update_ckpoint_filelist(self, directory, prefix):
-        """List the files in the final folder. MindSpore calls this before each save.
+    @contextlib.contextmanager
+    def one_error(self):
+        """Whatever keeps a file from being written is a CheckpointError."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"TrainableParamsCheckPoint: cannot save to {self.directory}: {error}; complete files there are left."
+            ) from error
 
-        The staging folder stays: another process that saves to the same directory may be about to use it.
-        """
+    def update_ckpoint_filelist(self, directory, prefix):
+        """List the files that may go. MindSpore calls this before each save."""
         _wait_for_writing()
         self.publish()
         self._doomed = []
-        os.makedirs(self.staging, exist_ok=True)
-        super().update_ckpoint_filelist(self.directory, prefix)
+        self._own = {path: identity for path, identity in self._own.items() if _identity(path) == identity}
+        # MindSpore counts no files of a callable prefix, and no breakpoints.
+        self._ckpoint_filelist = [path for path in self._own if self._given is not None and "_breakpoint." not in path]
+        self.open_staging()
+
+    def remove_oldest_ckpoint_file(self):
+        """Remove the file that was published first."""
+        self.remove_ckpoint_file(self._ckpoint_filelist[0])
+
+    def keep_one_ckpoint_per_minutes(self, minutes, cur_time):
+        """Remove all but the first file of the last minutes."""
+        with contextlib.suppress(FileNotFoundError):  # another process has removed one: next time
+            super().keep_one_ckpoint_per_minutes(minutes, cur_time)
 
     def remove_ckpoint_file(self, file_name):
         """Remove the file when the next one is published."""
         self._doomed.append(file_name)
 
-    def stage(self, staged):
-        """Note a file that is, or will be, complete in the staging folder; returns its final name."""
-        self._staged.append(staged)
-        return os.path.join(self.directory, os.path.basename(staged))
+    def new_staging(self):
+        """Choose a name for the staging folder of the next file, which no other process has."""
+        self.staging = files.staged_name(self._stem)
+
+    def open_staging(self):
+        """Make the staging folder, and remove those of killed processes."""
+        if not os.path.isdir(self.directory):
+            warnings.warn(f"TrainableParamsCheckPoint: {self.directory} has gone; it is made again.", stacklevel=2)
+        _refuse_link(self.directory)
+        os.makedirs(self.directory, exist_ok=True)
+        files.remove_left(self._stem)
+        os.mkdir(self.staging)
+
+    def stage(self, staged, prefix):
+        """Note a file that is, or will be, complete in the staging folder."""
+        self._staged = staged, prefix
 
     def publish(self):
-        """Give the staged files their final names, then remove what they replace."""
-        staged, self._staged = self._staged, []
-        for path in staged:
-            if not os.path.exists(path):
-                warnings.warn(f"TrainableParamsCheckPoint: {path} was not written; older files are kept.", stacklevel=2)
+        """Give the staged file its final name, then remove what it replaces."""
+        if self._staged is None:
+            return
+        (staged, prefix), self._staged = self._staged, None
+        try:
+            if not os.path.exists(staged):  # an asynchronous writer has failed
+                name = os.path.basename(staged)
+                warnings.warn(f"TrainableParamsCheckPoint: {name} was not written; older files are kept.", stacklevel=2)
                 return
-            os.replace(path, os.path.join(self.directory, os.path.basename(path)))
-        if staged:
-            for path in self._doomed:
-                super().remove_ckpoint_file(path)
-            self._doomed = []
+            path = self._give_name(staged, prefix)
+        finally:
+            shutil.rmtree(os.path.dirname(staged), ignore_errors=True)
+        self._own[path] = _identity(path)
+        self.latest = path
+        for old in self._doomed:
+            if _identity(old) == self._own.pop(old, None):
+                try:
+                    os.unlink(old)
+                except FileNotFoundError:
+                    pass
+                except OSError as error:
+                    warnings.warn(f"TrainableParamsCheckPoint: {old} cannot be removed: {error}", stacklevel=2)
+        self._doomed = []
+
+    @property
+    def _stem(self):
+        return os.path.join(self.directory, "checkpoint")
+
+    def _give_name(self, staged, prefix):
+        """Give a file its final name: with another prefix if another process has that name; returns the path."""
+        name = os.path.basename(staged)
+        path = os.path.join(self.directory, name)
+        while True:
+            is_own = self._given is None or (path in self._own and _identity(path) == self._own[path])
+            try:
+                files.publish(staged, path, replace=is_own)
+                return path
+            except FileExistsError:
+                self.prefix = _free_prefix(self.directory, self._given)
+                path = os.path.join(self.directory, self.prefix + name[len(prefix) :])
+
+
+def _identity(path):
+    """Tells a file from another that has taken its name; None if there is none."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        status = os.lstat(path)
+        return status.st_ino, status.st_mtime_ns
+    return None
+
+
+def _free_prefix(directory, prefix):
+    """`prefix`, or if there are checkpoints of it, with the next number behind it."""
+    taken = re.compile(rf"{re.escape(prefix)}(?:_(\d+))?-\d.*\.(?:ckpt|safetensors)")
+    found = [taken.fullmatch(name) for name in os.listdir(directory)]
+    numbers = [int(match[1] or 0) for match in found if match]
+    return f"{prefix}_{max(numbers) + 1}" if numbers else prefix
 
 
 def _writers():
@@ -279,7 +392,7 @@ def _rank_directory(directory):
         file = os.path.join(directory, STRATEGY_FOLDER, f"rank_{rank}.ckpt")
         ms.set_auto_parallel_context(strategy_ckpt_config={"save_file": file})
     directory = os.path.join(directory, f"rank_{rank}")
-    os.makedirs(directory, exist_ok=True)
+    _make_directory(directory)
     return directory
 
 
@@ -287,10 +400,14 @@ def _make_directory(directory):
     """Make the folder, and find out now whether it can be written to."""
     if not os.path.isabs(directory):
         raise AbsolutePathError(f"TrainableParamsCheckPoint: 'directory' must be absolute, but got {directory!r}.")
-    if os.path.islink(directory.rstrip(os.sep)):
-        raise LinkPathError(
-            f"TrainableParamsCheckPoint: 'directory' must not be a symbolic link, but got {directory!r}."
-        )
+    _refuse_link(directory)
     os.makedirs(directory, exist_ok=True)
     with tempfile.TemporaryFile(dir=directory):
         pass
+
+
+def _refuse_link(directory):
+    if pathlib.Path(directory).is_symlink():  # a Path has no '/' or '/.' at its end
+        raise LinkPathError(
+            f"TrainableParamsCheckPoint: 'directory' must not be a symbolic link, but got {directory!r}."
+        )

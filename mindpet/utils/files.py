@@ -15,27 +15,66 @@ STAGED = re.compile(r"\.(?P<name>.+)\.(?P<host>[^.]*)-(?P<process>\d+)-\d+\.inco
 
 @contextlib.contextmanager
 def atomic(path):
-    """A path to write to, in the folder of `path`; it takes the name `path` when the block ends without an error.
+    """A path to write to, with the name of `path`; its file becomes `path` when the block ends without an error.
 
-    The file has the mode that the umask gives. What a process of this machine that is no longer there has left half
-    written under the same name is removed.
+    The file has the mode that the umask gives.
 
     Args:
         path (str): the file.
     """
     path = pathlib.Path(path)
+    with staging(path) as folder:
+        (folder / path.name).touch()
+        yield str(folder / path.name)
+        publish(folder / path.name, path)
+
+
+@contextlib.contextmanager
+def staging(path):
+    """A new folder beside `path`, for what is to become `path`; what is still in it when the block ends is removed.
+
+    So is what a process of this machine that is no longer there has left for the same path.
+
+    Args:
+        path (str): a file or a folder.
+    """
     remove_left(path)
-    staged = staged_name(path)
-    os.close(os.open(staged, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    staged = pathlib.Path(staged_name(path))
+    staged.mkdir()
     try:
         yield staged
-        sync(staged)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def publish(staged, path, replace=True):
+    """Have a whole file in a staging folder on the disk, and give it its name and the mode that the umask gives.
+
+    Args:
+        staged (str): the file.
+        path (str): its name from now on.
+        replace (bool): whether that may be another's name. Default: True.
+
+    Raises:
+        FileExistsError: it is, and may not be.
+    """
+    staged, path = pathlib.Path(staged), pathlib.Path(path)
+    staged.chmod(staged.parent.stat().st_mode & 0o666)  # the folder's mode tells of the umask
+    sync(staged)
+    if replace or not _is_linked(staged, path):
         os.replace(staged, path)
-        sync(path.parent)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(staged)
-        raise
+    sync(path.parent)
+
+
+def _is_linked(staged, path):
+    """Whether a file has a new name, too: in one operation, which file systems without hard links do not have."""
+    try:
+        os.link(staged, path)
+    except OSError:
+        if os.path.lexists(path):
+            raise FileExistsError(f"{path}: exists already.") from None
+        return False
+    return True
 
 
 def staged_name(path):
@@ -45,15 +84,22 @@ def staged_name(path):
 
 
 def remove_left(path):
-    """Remove the files that were to become `path`, and whose process is gone; those of other machines stay."""
-    path = pathlib.Path(path)
-    for entry in path.parent.iterdir() if path.parent.is_dir() else ():
+    """Remove what was to become `path`, and whose process is gone; what other machines have left stays.
+
+    What cannot be removed stays, too: it is in nobody's way.
+    """
+    path, entries = pathlib.Path(path), ()
+    with contextlib.suppress(OSError):
+        entries = list(path.parent.iterdir())
+    for entry in entries:
         found = STAGED.fullmatch(entry.name)
-        if found and found["name"] == path.name and found["host"] == _host() and not _is_alive(int(found["process"])):
+        is_mine = found and found["name"] == path.name and found["host"] == _host()
+        if is_mine and not _is_alive(int(found["process"])):
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry, ignore_errors=True)
             else:
-                entry.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    entry.unlink()
 
 
 @contextlib.contextmanager
@@ -62,8 +108,8 @@ def together(folder, names):
 
     Where the folder is missing or empty, it appears with all of them. Else the files take their names in the order of
     `names`; if any between the first and the last is other than before, the two folders are exchanged, and where that
-    cannot be (other content, a file system without it) the last file is removed first. So the last file is never beside
-    others of another save than its own, but for the first one, which must tell of both.
+    cannot be (other content, a file system without it) the old files are moved out first. So the last file is never
+    beside others of another save than its own, but for the first one, which must tell of both.
 
     Args:
         folder (str): the folder; it is made if it is missing.
@@ -71,51 +117,64 @@ def together(folder, names):
     """
     folder = pathlib.Path(os.path.realpath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    remove_left(folder)
     for name in names:
         remove_left(folder / name)
-    staged = pathlib.Path(staged_name(folder))
-    staged.mkdir()
-    try:
+    with staging(folder) as staged:
         yield staged
         for path in (*(staged / name for name in names), staged):
             sync(path)
-        if not _is_moved(staged, folder) and not _is_exchanged(staged, folder, names):
-            _, *middle, last = names
-            if any(_differ(staged / name, folder / name) for name in middle):
-                (folder / last).unlink(missing_ok=True)
-            for name in names:
-                os.replace(staged / name, folder / name)
+        if not _is_moved(staged, folder):
+            changed = any(_differ(staged / name, folder / name) for name in names[1:-1])
+            if not changed:
+                for name in names:
+                    os.replace(staged / name, folder / name)
+            elif not _is_exchanged(staged, folder, names):
+                _replace_all(staged, folder, names)
         sync(folder)
         sync(folder.parent)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
 
 
 def _is_moved(staged, folder):
     """Whether `staged` has become `folder`, which was missing or empty."""
-    if folder.is_dir() and (any(folder.iterdir()) or _is_inside(folder)):
-        return False
-    with contextlib.suppress(OSError):
-        if folder.is_dir():
-            shutil.copymode(folder, staged)
+    is_there = folder.is_dir()
+    if is_there:
+        if any(folder.iterdir()) or _is_inside(folder):
+            return False
+        shutil.copymode(folder, staged)
+    try:
         os.rename(staged, folder)
-        return True
-    return False
+    except OSError:
+        if is_there:
+            return False
+        raise
+    return True
 
 
 def _is_exchanged(staged, folder, names):
-    """Whether the folders have been exchanged, because files between the first and the last differ.
+    """Whether the folders have been exchanged.
 
     That is one operation (renameat2 of Linux). It is not done to a folder with other content, or that this process is
     in: a process in the old folder would stand in one that is gone.
     """
-    has_more = set(os.listdir(folder)) - set(names)
-    changed = any(_differ(staged / name, folder / name) for name in names[1:-1])
-    if has_more or _is_inside(folder) or not changed:
+    if set(os.listdir(folder)) - set(names) or _is_inside(folder):
         return False
     shutil.copymode(folder, staged)
     return exchange(staged, folder)
+
+
+def _replace_all(staged, folder, names):
+    """Move the old files out, the last one first, and the new ones in; an error undoes it."""
+    moves = [(folder / name, staged / f"{name}.old") for name in reversed(names) if (folder / name).exists()]
+    moves += [(staged / name, folder / name) for name in names]
+    done = []
+    try:
+        for move in moves:
+            os.replace(*move)
+            done.append(move)
+    except BaseException:
+        for source, target in reversed(done):
+            os.replace(target, source)
+        raise
 
 
 def _is_inside(folder):
@@ -145,7 +204,11 @@ def sync(path):
 
 
 def _host():
-    return re.sub(r"[^\w-]", "_", socket.gethostname())
+    """This machine, and the container on it: the number of a process says nothing elsewhere."""
+    name = re.sub(r"[^\w-]", "_", socket.gethostname())
+    with contextlib.suppress(OSError):
+        return f"{name}-{os.stat('/proc/self/ns/pid').st_ino}"
+    return name
 
 
 def _is_alive(process):

@@ -1,6 +1,8 @@
 """TrainableParamsCheckPoint."""
 
 import os
+import resource
+import shutil
 
 import mindspore as ms
 import mindspore.dataset as ds
@@ -8,11 +10,13 @@ import numpy as np
 import pytest
 from mindspore import nn
 from mindspore.train import Callback, CheckpointConfig, Model, ModelCheckpoint
-from mindspore.train.callback import _checkpoint
+from mindspore.train.callback import RunContext, _checkpoint
+from mindspore.train.callback._callback import InternalCallbackParam
 from toy import DELTA, LABELS, WIDTH, Toy, lora
 
 from mindpet.errors import AbsolutePathError, CheckpointError, LinkPathError
 from mindpet.graph import TrainableParamsCheckPoint, freeze_modules, load_delta
+from mindpet.graph.ckpt_util import _wait_for_writing
 
 
 def fit(network, *callbacks, epochs=1, steps=3, rng=np.random.default_rng(3)):
@@ -29,9 +33,8 @@ def fit(network, *callbacks, epochs=1, steps=3, rng=np.random.default_rng(3)):
 
 
 def names(folder):
-    """The checkpoints in a folder; nothing may be left in the staging folder."""
-    assert not os.path.isdir(folder / ".incomplete") or not os.listdir(folder / ".incomplete")
-    return sorted(name for name in os.listdir(folder) if not name.endswith(".meta") and name != ".incomplete")
+    """The files in a folder, of MindSpore's but the checkpoints."""
+    return sorted(name for name in os.listdir(folder) if not name.endswith(".meta"))
 
 
 def load(path, **options):
@@ -176,7 +179,9 @@ def test_a_save_that_fails_loses_nothing(tmp_path, monkeypatch):
         save_checkpoint(network, file, *arguments, **options)
 
     monkeypatch.setattr(_checkpoint, "save_checkpoint", disk_full_at_step_3)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(
+        CheckpointError, match="cannot save to .*No space left on device; complete files there are left"
+    ):
         fit(lora(), callback, steps=4)
     assert names(tmp_path) == ["x-1_2.ckpt"] and set(load(tmp_path / "x-1_2.ckpt")) == DELTA
 
@@ -230,12 +235,186 @@ def test_wrong_directory(directory, error, match):
         TrainableParamsCheckPoint(directory)
 
 
-@pytest.mark.parametrize("slash", ["", "/"])
-def test_a_directory_that_is_a_link(slash, tmp_path):
-    (tmp_path / "real").mkdir()
+@pytest.mark.parametrize("end", ["", "/", "/.", "//", "/./", "/sub/../."])
+def test_a_directory_that_is_a_link_however_it_is_spelled(end, tmp_path):
+    (tmp_path / "real/sub").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "real/inner").symlink_to(tmp_path / "real")
+    directory = str(tmp_path / "link") + end if "sub" not in end else str(tmp_path / "real/sub/../inner/.")
     with pytest.raises(LinkPathError, match="must not be a symbolic link"):
-        TrainableParamsCheckPoint(str(tmp_path / "link") + slash)
+        TrainableParamsCheckPoint(directory)
+    assert sorted(os.listdir(tmp_path / "real")) == ["inner", "sub"]
+
+
+@pytest.mark.parametrize("directory", ["link/sub", "link/../real/new", "link/sub/.."])
+def test_a_directory_below_a_link(directory, tmp_path):
+    (tmp_path / "real/sub").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    callback, step = stepper(f"{tmp_path}/{directory}")
+    step(1)
+    assert os.path.realpath(os.path.dirname(callback.latest_ckpt_file_name)).startswith(str(tmp_path / "real"))
+
+
+def test_a_link_that_somebody_put_into_the_folder_is_not_followed(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "other/kept").touch()
+    for name in (".incomplete", "x-1_1.ckpt"):
+        (tmp_path / "folder" / name).symlink_to(tmp_path / "other" / ("kept" if "ckpt" in name else ""))
+    callback, step = stepper(tmp_path / "folder")
+    step(1)
+    assert callback.latest_ckpt_file_name.endswith("/x_1-1_1.ckpt")
+    assert os.listdir(tmp_path / "other") == ["kept"] and not (tmp_path / "other/kept").stat().st_size
+
+
+def stepper(directory, prefix="x", value=0, **config):
+    """A callback, and a function that makes a step: what is saved then is `value` plus the step's number."""
+    network = nn.Cell()
+    network.delta = ms.Parameter(np.zeros(1000, np.float32), name="delta")
+    callback = TrainableParamsCheckPoint(str(directory), prefix, CheckpointConfig(**config))
+    context = InternalCallbackParam()
+    context.update(network=network, train_network=network, batch_num=10**9, cur_epoch_num=1, cur_step_num=0)
+
+    def step(number):
+        context.cur_step_num = number
+        network.delta.set_data(ms.Tensor(np.full(1000, value + number, np.float32)))
+        callback.on_train_step_end(RunContext(context))
+
+    return callback, step
+
+
+def number(path):
+    """What is in a file of a `stepper`; it must be whole."""
+    (value,) = load(path).values()
+    (content,) = set(value.asnumpy().tolist())
+    return content
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_two_runs_with_one_prefix_keep_their_own_files(keep, tmp_path):
+    one, other = (stepper(tmp_path, value=value, keep_checkpoint_max=keep) for value in (0, 100))
+    for step in range(1, 5):
+        for _, make_step in (one, other):
+            make_step(step)
+    last = range(5 - keep, 5)
+    assert names(tmp_path) == [f"{prefix}-1_{step}.ckpt" for prefix in ("x", "x_1") for step in last]
+    assert [number(callback.latest_ckpt_file_name) for callback, _ in (one, other)] == [4, 104]
+    assert [number(tmp_path / f"{prefix}-1_{step}.ckpt") for prefix in ("x", "x_1") for step in last] == [
+        value + step for value in (0, 100) for step in last
+    ]
+
+
+@pytest.mark.parametrize("config", [{"keep_checkpoint_max": 1}, {"keep_checkpoint_max": 0}])
+def test_a_file_that_another_process_has_removed_or_replaced(config, tmp_path):
+    per_minutes = {} if config["keep_checkpoint_max"] else {"keep_checkpoint_per_n_minutes": 1}
+    callback, step = stepper(tmp_path, **config, **per_minutes)
+    step(1)
+    os.unlink(tmp_path / "x-1_1.ckpt")
+    step(2)
+    ms.save_checkpoint([{"name": "delta", "data": ms.Tensor(np.full(1000, 9, np.float32))}], str(tmp_path / "y.ckpt"))
+    os.replace(tmp_path / "y.ckpt", tmp_path / "x-1_2.ckpt")
+    step(3)
+    step(4)
+    assert number(tmp_path / "x-1_2.ckpt") == 9, "it is not this run's to remove"
+    assert number(callback.latest_ckpt_file_name) == 4
+
+
+def test_processes_that_save_to_one_folder_at_once(tmp_path):
+    steppers = [stepper(tmp_path, value=value, keep_checkpoint_max=30) for value in (0, 100, 200)]
+    children = []
+    for callback, step in steppers:
+        children.append(os.fork())
+        if not children[-1]:
+            try:
+                for position in range(1, 31):
+                    step(position)
+                (tmp_path / f"{callback.latest_ckpt_file_name}.done").touch()
+            finally:
+                os._exit(0)
+    for child in children:
+        os.waitpid(child, 0)
+    done = list(tmp_path.glob("*.done"))
+    assert sorted(number(path.with_suffix("")) for path in done) == [30, 130, 230], "each knows its own last file"
+    assert len([number(path) for path in tmp_path.glob("*.ckpt")]) == 90
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("file_format", ["ckpt", "safetensors"])
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600)])
+def test_files_have_the_mode_that_the_umask_gives(umask, mode, file_format, tmp_path):
+    before = os.umask(umask)
+    try:
+        callback, step = stepper(tmp_path, format=file_format)
+        step(1)
+    finally:
+        os.umask(before)
+    assert os.stat(callback.latest_ckpt_file_name).st_mode & 0o777 == mode
+
+
+@pytest.fixture
+def full_disk():
+    """A function after which no file can be longer than 1000 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("file_format", ["ckpt", "safetensors"])
+def test_a_full_disk_is_one_error_and_the_last_file_stays(file_format, tmp_path, full_disk):
+    callback, step = stepper(tmp_path, format=file_format, keep_checkpoint_max=1)
+    step(1)
+    full_disk()
+    with pytest.raises(CheckpointError, match="cannot save to .*File too large.*complete files there are left"):
+        step(2)
+    assert names(tmp_path) == [f"x-1_1.{file_format}"] and number(callback.latest_ckpt_file_name) == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_is_a_warning_when_saving_goes_on_beside_training(tmp_path, full_disk):
+    callback, step = stepper(tmp_path, async_save="thread", keep_checkpoint_max=1)
+    step(1)
+    _wait_for_writing()
+    step(2)
+    _wait_for_writing()
+    with pytest.warns(UserWarning, match="x-1_3.ckpt was not written; older files are kept"):
+        full_disk()
+        step(3)
+        _wait_for_writing()
+        step(4)
+    _wait_for_writing()
+    assert names(tmp_path)[-1] == "x-1_2.ckpt" and number(callback.latest_ckpt_file_name) == 2
+
+
+def test_what_keeps_exception_save_from_writing_is_a_warning_beside_the_error(tmp_path, full_disk):
+    class Full(FailAt):
+        def on_train_step_end(self, run_context):
+            full_disk()
+            super().on_train_step_end(run_context)
+
+    config = CheckpointConfig(save_checkpoint_steps=100, exception_save=True)
+    with pytest.warns(UserWarning, match="the last step is not saved"), pytest.raises(RuntimeError, match="as planned"):
+        network = lora()
+        network.large = ms.Parameter(np.zeros(1000, np.float32), name="large")
+        fit(network, TrainableParamsCheckPoint(str(tmp_path), "x", config), Full(1))
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_goes_while_training_is_made_again(tmp_path):
+    callback, step = stepper(tmp_path / "folder")
+    step(1)
+    shutil.rmtree(tmp_path / "folder")
+    with pytest.warns(UserWarning, match="folder has gone; it is made again"):
+        step(2)
+    assert names(tmp_path / "folder") == ["x-1_2.ckpt"]
+    shutil.rmtree(tmp_path / "folder")
+    (tmp_path / "folder").touch()
+    with pytest.warns(UserWarning, match="has gone"), pytest.raises(CheckpointError, match="cannot save to .*folder"):
+        step(3)
+    (tmp_path / "folder").unlink()
+    (tmp_path / "folder").symlink_to(tmp_path)
+    with pytest.raises(LinkPathError, match="must not be a symbolic link"):
+        step(4)
+    assert os.listdir(tmp_path) == ["folder"]
 
 
 @pytest.mark.parametrize(

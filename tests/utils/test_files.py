@@ -2,19 +2,19 @@
 
 import os
 import pathlib
-import subprocess
-import sys
+import re
+import signal
 
 import pytest
 
-from mindpet.utils.files import atomic
+from mindpet.utils.files import atomic, staged_name, together
 
 
 def test_the_file_appears_when_it_is_whole(tmp_path):
     file = tmp_path / "a.txt"
     with atomic(file) as staged:
         pathlib.Path(staged).write_text("new")
-        assert not file.exists() and pathlib.Path(staged).parent == tmp_path
+        assert not file.exists() and pathlib.Path(staged).name == "a.txt"
     assert file.read_text() == "new" and list(tmp_path.iterdir()) == [file]
 
 
@@ -39,17 +39,82 @@ def test_a_file_has_the_mode_that_the_umask_gives(umask, mode, tmp_path):
     assert (tmp_path / "a.txt").stat().st_mode & 0o777 == mode
 
 
+def fork(work):
+    """Have a forked process do some work and be killed."""
+    child = os.fork()
+    if not child:
+        try:
+            work()
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    return child
+
+
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
-    code = "import os, sys; from mindpet.utils.files import atomic\nwith atomic(sys.argv[1]): os.kill(os.getpid(), 9)"
-    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
-    for name in ("a.txt", "a.txt.b"):
-        subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], env=environment, check=False)
-    other = tmp_path / ".a.txt.another-host-1-0.incomplete"
-    other.write_text("half")
-    assert len(list(tmp_path.iterdir())) == 3
+    def killed(name):
+        with atomic(tmp_path / name):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    fork(lambda: killed("a.txt"))
+    (left,) = tmp_path.iterdir()
+    dead = fork(lambda: killed("a.txt.b"))
+    others = [tmp_path / f".a.txt.{other}-{dead}-0.incomplete" for other in ("another-host", "another-4026531836")]
+    host, process = re.fullmatch(r"\.a\.txt\.(.+)-(\d+)-\d+\.incomplete", left.name).groups()
+    living, link = (tmp_path / f".a.txt.{host}-{number}-999.incomplete" for number in (os.getpid(), process))
+    (tmp_path / "kept").mkdir()
+    link.symlink_to(tmp_path / "kept")
+    (tmp_path / "kept/file").touch()
+    for path in (*others, living):
+        path.write_text("half")
     with atomic(tmp_path / "a.txt") as outer, atomic(tmp_path / "a.txt") as inner:
         assert outer != inner and os.path.exists(outer)  # this process is alive
-    assert sorted(path.name.split(".")[1:3] for path in tmp_path.iterdir() if path != tmp_path / "a.txt") == [
-        ["a", "txt"],  # the other host's, and that of a.txt.b
-        ["a", "txt"],
-    ]
+        assert not left.exists() and not link.is_symlink() and (tmp_path / "kept/file").exists()
+    assert {path.name for path in tmp_path.glob(".a.txt.b.*")} and all(path.exists() for path in (*others, living))
+
+
+def test_what_cannot_be_removed_is_in_nobodys_way(tmp_path, monkeypatch):
+    fork(lambda: pathlib.Path(staged_name(tmp_path / "a.txt")).touch())
+
+    def refuse(*arguments, **keywords):
+        raise PermissionError("not yours")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pathlib.Path, "unlink", refuse)
+        with atomic(tmp_path / "a.txt"):
+            pass
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_an_error_undoes_files_that_come_together_beside_others(tmp_path, monkeypatch):
+    names, folder = ("first", "middle", "last"), tmp_path / "folder"
+
+    def write(number):
+        with together(folder, names) as staged:
+            for name in names:
+                (staged / name).write_text(f"{name} {number}")
+
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    write(1)
+    replace, calls = os.replace, []
+    for failing in range(6):  # three files go out, three come in
+
+        def counted(*arguments):
+            calls.append(arguments)
+            if len(calls) == failing + 1:  # noqa: B023
+                raise OSError("No space left on device")
+            replace(*arguments)
+
+        calls.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", counted)
+            with pytest.raises(OSError, match="No space left"):
+                write(2)
+        assert len(calls) == 2 * failing + 1  # each move, the one that failed, and each move back
+        assert [(folder / name).read_text() for name in names] == ["first 1", "middle 1", "last 1"]
+        assert sorted(os.listdir(folder)) == ["first", "last", "middle", "notes.txt"] and os.listdir(tmp_path) == [
+            "folder"
+        ]
+    write(2)
+    assert [(folder / name).read_text() for name in names] == ["first 2", "middle 2", "last 2"]
