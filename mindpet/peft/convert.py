@@ -39,7 +39,7 @@ PROJECTIONS = {
     ),
 }
 STATISTICS = ("running_mean", "running_var")
-# What the configuration of a delta file must say, for the file does not.
+# What a configuration must say, for the tensors do not.
 REQUIRED = {
     "LORA": ("lora_alpha",),
     "ADAPTER": ("bottleneck_size",),
@@ -97,13 +97,15 @@ def read_adapter(path, config=None, names=None, force=False):
     Raises:
         FileNotFoundError, CheckpointError: it cannot be read; its tensors are not those that its configuration says,
             all are listed.
-        ConfigError: a delta file comes without `config`, or a folder with one.
+        ConfigError: a delta file comes without `config`, or a folder with one; the configuration lacks a number.
     """
     if os.path.isdir(path):
         if config is not None:
             raise ConfigError(f"{path}: has its own {CONFIG_NAME}; 'config' is for a delta file.")
         config = PeftConfig.from_pretrained(path)
         config.check_supported(from_file=True)
+        file = pathlib.Path(path) / CONFIG_NAME
+        _require(file, read_json(file, ConfigError), ("r",) if isinstance(config, LoraConfig) else ())
         tensors = read_tensors(path)
         passport = {} if force else check_files(path)
     else:
@@ -422,6 +424,14 @@ def _methods(shapes):
     return found + ["PREFIX_TUNING"] * (PROMPT in shapes)
 
 
+def _require(path, content, more, problems=()):
+    """Refuse the content of a file that does not say a number that its method needs, and defaults are guesses for."""
+    names = (*REQUIRED.get(content["peft_type"], ()), *more)
+    problems = [*problems, *(f"{name!r} is missing" for name in names if name not in content)]
+    if problems:
+        raise ConfigError(f"{path}: {'; '.join(problems)} (a configuration of {content['peft_type']}).")
+
+
 def load_config(path):
     """The configuration of a delta file in a JSON file that somebody wrote, or that a library wrote for an adapter.
 
@@ -437,10 +447,7 @@ def load_config(path):
         raise ConfigError(f"{path}: {error}") from error
     # Every library writes these, and nobody else has a reason to.
     is_written = {"base_model_name_or_path", "inference_mode"} <= content.keys()
-    problems = [f"{name!r} is not known" for name in sorted(config.unknown) if not is_written]
-    problems += [f"{name!r} is missing" for name in REQUIRED.get(content["peft_type"], ()) if name not in content]
-    if problems:
-        raise ConfigError(f"{path}: {'; '.join(problems)} (a configuration of {content['peft_type']}).")
+    _require(path, content, (), [f"{name!r} is not known" for name in sorted(config.unknown) if not is_written])
     if isinstance(config, LoraConfig) and "r" in content:
         config.rank_pattern = {**config.rank_pattern, ".*": config.r}  # not the default, but of every layer
     return config

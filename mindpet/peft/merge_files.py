@@ -56,6 +56,10 @@ class Base:
         double = [name for name, count in counts.items() if count > 1]
         if double:
             raise CheckpointError(f"{path}: in more than one of its files: {quote(double)}.")
+        index = self.path / INDEX
+        lacking = [name for name in _weight_map(index) if name not in counts] if index.is_file() else []
+        if lacking:
+            raise CheckpointError(f"{path}: the index has {', '.join(map(quote, lacking[:9]))}, its files have not.")
         self.where = {name: shard for shard in self.shards.values() for name in shard.shapes}
         self.shapes = {name: shard.shapes[name] for name, shard in self.where.items()}
         self.dtypes = {name: shard.dtypes[name] for name, shard in self.where.items()}
