@@ -21,6 +21,7 @@ ORDER = [
     "utils.validate",
     "utils.files",
     "utils.tensors",
+    "utils.checkpoints",
     "utils.values",
     "layers.activation",
     "layers.linear",

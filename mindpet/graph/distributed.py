@@ -11,6 +11,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor
 
 from mindpet.errors import CheckpointError
+from mindpet.utils.checkpoints import check_checkpoint, read_checkpoint
 from mindpet.utils.validate import Checker
 
 SUFFIXES = (".ckpt", ".safetensors")
@@ -39,13 +40,14 @@ def gather_delta(folder, strategy=None, name=None):
         strategy = _one_strategy(strategy, work)
         files = _rank_files(folder, _count_ranks(_layouts(strategy)), name)
         for rank, file in enumerate(files):
+            check_checkpoint(file)
             target = pathlib.Path(work, "slices", f"rank_{rank}", f"delta{file.suffix}")
             target.parent.mkdir(parents=True)
             target.symlink_to(file.resolve())
         format = files[0].suffix[1:]
         _transform(f"{work}/slices", f"{work}/whole", strategy, None, format, files)
         (whole,) = pathlib.Path(work, "whole").rglob(f"*.{format}")
-        return ms.load_checkpoint(str(whole), format=format)
+        return read_checkpoint(whole)
 
 
 def slice_delta(delta, strategy, folder):
@@ -176,7 +178,7 @@ def _read_whole(delta):
     if isinstance(delta, (str, os.PathLike)):
         if not os.path.isfile(delta):
             raise FileNotFoundError(f"slice_delta: no such file: {delta}.")
-        delta = ms.load_checkpoint(str(delta), format=pathlib.Path(delta).suffix[1:])
+        delta = read_checkpoint(delta)
     if not isinstance(delta, dict) or not all(isinstance(value, (Tensor, Parameter)) for value in delta.values()):
         raise TypeError(f"slice_delta: 'delta' must be a dict of Tensors or a path, but got {type(delta).__name__}.")
     return delta

@@ -4,15 +4,14 @@ import os
 import warnings
 from collections import Counter
 
-import mindspore as ms
-from mindspore import Parameter, Tensor, nn
+from mindspore import Tensor, nn
 
 from mindpet.delta.registry import METHODS
 from mindpet.errors import CheckpointError
 from mindpet.graph.distributed import gather_delta
 from mindpet.graph.parameters import matches, model_parameters
+from mindpet.utils.checkpoints import read_checkpoint
 from mindpet.utils.quote import quote
-from mindpet.utils.tensors import check_names
 from mindpet.utils.validate import FLOAT_TYPES, Checker
 from mindpet.utils.values import load
 
@@ -138,7 +137,7 @@ def _read(file, names, dec_key, dec_mode, crc_check):
     if isinstance(file, tuple) or os.path.isdir(file):
         content = gather_delta(*file) if isinstance(file, tuple) else gather_delta(file)
     else:
-        content = _read_file(os.fspath(file), dec_key, dec_mode, crc_check)
+        content = read_checkpoint(file, dec_key, dec_mode, crc_check)
     keys = {}
     for key in content:
         name = _canonical(key)
@@ -147,20 +146,6 @@ def _read(file, names, dec_key, dec_mode, crc_check):
     if twice:
         raise CheckpointError(f"load_delta: {file}: keys that mean the same parameter: {quote(twice)}.")
     return {_canonical(key): value for key, value in content.items()}
-
-
-def _read_file(file, dec_key, dec_mode, crc_check):
-    """The parameters in a file."""
-    try:
-        content = ms.load_checkpoint(
-            file, dec_key=dec_key, dec_mode=dec_mode, crc_check=crc_check, format=_format(file)
-        )
-    except Exception as error:  # MindSpore, protobuf and safetensors each raise their own for a damaged file
-        raise CheckpointError(
-            f"load_delta: {file!r} cannot be read ({os.path.getsize(file)} bytes): {error}"
-        ) from error
-    check_names(file, content)
-    return {key: value for key, value in content.items() if isinstance(value, Parameter)}
 
 
 def _canonical(name):

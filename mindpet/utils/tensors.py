@@ -29,6 +29,9 @@ TYPES = {
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
     "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
@@ -78,7 +81,9 @@ class TensorFile:
         except CheckpointError:
             raise
         except (struct.error, ValueError) as error:
-            raise CheckpointError(f"{path}: not a whole safetensors file ({size} bytes): {error}") from error
+            raise CheckpointError(
+                f"{path}: cannot be read, not a whole safetensors file ({size} bytes): {error}"
+            ) from error
 
     def _check(self, file_size):
         end = 0

@@ -134,7 +134,7 @@ def test_a_damaged_rank(slices):
     content = file.read_bytes()
     os.chmod(file, 0o600)
     file.write_bytes(content[: len(content) // 2])
-    with pytest.raises(CheckpointError, match="cannot transform .*rank_2/delta.ckpt"):
+    with pytest.raises(CheckpointError, match="rank_2/delta.ckpt: cannot be read"):
         gather_delta(folder, strategy)
 
 

@@ -94,6 +94,8 @@ def test_folders_of_adapters(rounds, tmp_path):
         if loaded:
             found, config = load((folder / names[1]).read_bytes()), json.loads((folder / names[0]).read_bytes())
             tensors, adapter = model.adapter_tensors("other"), model.adapters["other"]
+            with np.errstate(over="ignore"):
+                found = {key: found[key].astype(value.dtype) for key, value in tensors.items()}
             assert tensors and all(tensors[key].tobytes() == found[key].tobytes() for key in tensors)
             sizes = adapter.config.sizes("query")
             if config["peft_type"] == "LORA" and not (config.get("rank_pattern") or config.get("alpha_pattern")):
