@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import pathlib
 import re
-import shutil
 import tempfile
 import threading
 import warnings
@@ -143,43 +142,31 @@ class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
     def _network(self, callback_params):
         return self._user_network or model_of(callback_params)
 
+    def _check_save_ckpt(self, cb_params, force_to_save):
+        """Whether it is time to save; if so, MindSpore is to write to a staging folder."""
+        is_due = super()._check_save_ckpt(cb_params, force_to_save)
+        if is_due:
+            self._open_staging()
+        return is_due
+
     def _save_ckpt(self, cb_params, force_to_save=False):
-        """Have MindSpore write to a staging folder, then publish the file."""
-        with self._staged():
-            directory, self._directory = self._directory, self._manager.staging
-            try:
-                with self._view(self._network(cb_params), cb_params.train_network) as view:
-                    self._config._saved_network = view
-                    super()._save_ckpt(cb_params, force_to_save)
-            finally:
-                self._directory = directory
-            if os.path.dirname(self._latest_ckpt_file_name) == self._manager.staging:
-                self._manager.stage(self._latest_ckpt_file_name, self._prefix)
+        """Have MindSpore write the file if it is time to, then publish it."""
+        with self._staged(), self._view(self._network(cb_params), cb_params.train_network) as view:
+            self._config._saved_network = view
+            super()._save_ckpt(cb_params, force_to_save)
         if not self._config.async_save:
             self._manager.publish()
-
-    @contextlib.contextmanager
-    def _staged(self):
-        """Have a name for a staging folder, and the prefix that is free."""
-        self._manager.new_staging()
-        if not self._prefix_func:
-            self._prefix = self._manager.prefix
-        try:
-            yield
-        except BaseException:
-            shutil.rmtree(self._manager.staging, ignore_errors=True)
-            raise
 
     def _save_breakpoint(self, train_network, network, epoch, step_in_epoch, step):
         """What `exception_save` promises, for the trainable parameters."""
         self._append_dict_content(epoch, step)
         with self._staged(), self._view(network, train_network) as view:
-            self._manager.open_staging()
+            self._open_staging()
             name = f"{self._prefix}-{epoch}_{step_in_epoch}_breakpoint.{self._config.format}"
-            staged = os.path.join(self._manager.staging, name)
+            self._latest_ckpt_file_name = os.path.join(self._directory, name)
             ms.save_checkpoint(
                 view,
-                staged,
+                self._latest_ckpt_file_name,
                 self._config.integrated_save,
                 False,
                 self._append_dict,
@@ -188,8 +175,27 @@ class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
                 crc_check=self._config.crc_check,
                 format=self._config.format,
             )
-            self._manager.stage(staged, self._prefix)
         self._manager.publish()
+
+    def _open_staging(self):
+        self._directory = self._manager.open_staging()
+        if not self._prefix_func:
+            self._prefix = self._manager.prefix
+
+    @contextlib.contextmanager
+    def _staged(self):
+        """Note the file that is written in a block, if a staging folder is opened there."""
+        directory = self._directory
+        try:
+            yield
+            if self._directory != directory:
+                self._manager.stage(self._latest_ckpt_file_name, self._prefix)
+        except BaseException:
+            if self._directory != directory:
+                self._manager.close_staging()
+            raise
+        finally:
+            self._directory = directory
 
     @contextlib.contextmanager
     def _view(self, model, compiled):
@@ -237,7 +243,7 @@ class _View(nn.Cell):
 
 
 class _AtomicManager(CheckpointManager):
-    """Keeps files under their final name complete: new ones come from `staging`, old ones go after that.
+    """Keeps files under their final name complete: new ones come from a staging folder, old ones go after that.
 
     It knows what it has published, and removes nothing else: other processes may save to the same folder.
 
@@ -250,11 +256,11 @@ class _AtomicManager(CheckpointManager):
     def __init__(self, format, directory, prefix):
         super().__init__(format)
         self.directory = directory
-        self.staging = None
         self.latest = ""
         self._given = None if callable(prefix) else prefix
         self.prefix = None if callable(prefix) else _free_prefix(directory, prefix)
         self._own = {}  # path -> its identity, in order of time
+        self._folder = None  # for staging
         self._staged = None  # a file that is or will be complete, and its prefix
         self._doomed = []
 
@@ -270,13 +276,10 @@ class _AtomicManager(CheckpointManager):
 
     def update_ckpoint_filelist(self, directory, prefix):
         """List the files that may go. MindSpore calls this before each save."""
-        _wait_for_writing()
-        self.publish()
         self._doomed = []
         self._own = {path: identity for path, identity in self._own.items() if _identity(path) == identity}
         # MindSpore counts no files of a callable prefix, and no breakpoints.
         self._ckpoint_filelist = [path for path in self._own if self._given is not None and "_breakpoint." not in path]
-        self.open_staging()
 
     def remove_oldest_ckpoint_file(self):
         """Remove the file that was published first."""
@@ -291,18 +294,20 @@ class _AtomicManager(CheckpointManager):
         """Remove the file when the next one is published."""
         self._doomed.append(file_name)
 
-    def new_staging(self):
-        """Choose a name for the staging folder of the next file, which no other process has."""
-        self.staging = files.staged_name(self._stem)
-
     def open_staging(self):
-        """Make the staging folder, and remove those of killed processes."""
+        """Publish what has been written, and make a folder for the next file; returns its path."""
+        _wait_for_writing()
+        self.publish()
         if not os.path.isdir(self.directory):
             warnings.warn(f"TrainableParamsCheckPoint: {self.directory} has gone; it is made again.", stacklevel=2)
         _refuse_link(self.directory)
         os.makedirs(self.directory, exist_ok=True)
-        files.remove_left(self._stem)
-        os.mkdir(self.staging)
+        self._folder = files.open_staging(os.path.join(self.directory, "checkpoint"))
+        return str(self._folder)
+
+    def close_staging(self):
+        """Remove the folder."""
+        files.close_staging(self._folder)
 
     def stage(self, staged, prefix):
         """Note a file that is, or will be, complete in the staging folder."""
@@ -320,11 +325,11 @@ class _AtomicManager(CheckpointManager):
                 return
             path = self._give_name(staged, prefix)
         finally:
-            shutil.rmtree(os.path.dirname(staged), ignore_errors=True)
+            self.close_staging()
         self._own[path] = _identity(path)
         self.latest = path
         for old in self._doomed:
-            if _identity(old) == self._own.pop(old, None):
+            if _identity(old) == self._own[old]:
                 try:
                     os.unlink(old)
                 except FileNotFoundError:
@@ -332,10 +337,6 @@ class _AtomicManager(CheckpointManager):
                 except OSError as error:
                     warnings.warn(f"TrainableParamsCheckPoint: {old} cannot be removed: {error}", stacklevel=2)
         self._doomed = []
-
-    @property
-    def _stem(self):
-        return os.path.join(self.directory, "checkpoint")
 
     def _give_name(self, staged, prefix):
         """Give a file its final name: with another prefix if another process has that name; returns the path."""

@@ -10,6 +10,7 @@ import shutil
 import socket
 
 COUNTER = itertools.count()
+_in_use = set()  # names of this process's staging folders
 STAGED = re.compile(r"\.(?P<name>.+)\.(?P<host>[^.]*)-(?P<process>\d+)-\d+\.incomplete")
 
 
@@ -24,7 +25,6 @@ def atomic(path):
     """
     path = pathlib.Path(path)
     with staging(path) as folder:
-        (folder / path.name).touch()
         yield str(folder / path.name)
         publish(folder / path.name, path)
 
@@ -33,18 +33,32 @@ def atomic(path):
 def staging(path):
     """A new folder beside `path`, for what is to become `path`; what is still in it when the block ends is removed.
 
-    So is what a process of this machine that is no longer there has left for the same path.
+    So is what has been left for the same path, see `remove_left`.
 
     Args:
         path (str): a file or a folder.
     """
-    remove_left(path)
-    staged = pathlib.Path(staged_name(path))
-    staged.mkdir()
+    folder = open_staging(path)
     try:
-        yield staged
+        yield folder
     finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        close_staging(folder)
+
+
+def open_staging(path):
+    """Make the folder of `staging`, whose names no other process has, of this machine or another."""
+    path = pathlib.Path(path)
+    remove_left(path)
+    folder = path.parent / f".{path.name}.{_host()}-{os.getpid()}-{next(COUNTER)}.incomplete"
+    _in_use.add(folder.name)
+    folder.mkdir()
+    return folder
+
+
+def close_staging(folder):
+    """Remove it; if that fails, the next one for the same path does it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    _in_use.discard(folder.name)
 
 
 def publish(staged, path, replace=True):
@@ -77,16 +91,11 @@ def _is_linked(staged, path):
     return True
 
 
-def staged_name(path):
-    """The name, beside `path`, of what is not whole yet; no other process, of this machine or another, has it."""
-    path = pathlib.Path(path)
-    return str(path.parent / f".{path.name}.{_host()}-{os.getpid()}-{next(COUNTER)}.incomplete")
-
-
 def remove_left(path):
-    """Remove what was to become `path`, and whose process is gone; what other machines have left stays.
+    """Remove what was to become `path`, and whose process is gone or has given it up.
 
-    What cannot be removed stays, too: it is in nobody's way.
+    What other machines have left stays, for nobody here knows their processes. What cannot be removed stays, too: it is
+    in nobody's way.
     """
     path, entries = pathlib.Path(path), ()
     with contextlib.suppress(OSError):
@@ -94,7 +103,7 @@ def remove_left(path):
     for entry in entries:
         found = STAGED.fullmatch(entry.name)
         is_mine = found and found["name"] == path.name and found["host"] == _host()
-        if is_mine and not _is_alive(int(found["process"])):
+        if is_mine and not _is_writing(int(found["process"]), entry.name):
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry, ignore_errors=True)
             else:
@@ -211,7 +220,10 @@ def _host():
     return name
 
 
-def _is_alive(process):
+def _is_writing(process, name):
+    """Whether a process of this machine has not ended, nor done with a staging folder."""
+    if process == os.getpid():
+        return name in _in_use
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -8,6 +8,7 @@ import mindspore as ms
 import mindspore.dataset as ds
 import numpy as np
 import pytest
+from faults import DONE, KILLED, REFUSED, faults
 from mindspore import nn
 from mindspore.train import Callback, CheckpointConfig, Model, ModelCheckpoint
 from mindspore.train.callback import RunContext, _checkpoint
@@ -87,10 +88,10 @@ def test_save_checkpoint_steps_and_the_last_step(tmp_path):
 @pytest.mark.parametrize("keep", [1, 3])
 def test_async_save(how, keep, tmp_path):
     network = lora()
-    config = CheckpointConfig(async_save=how, keep_checkpoint_max=keep)
+    config = CheckpointConfig(save_checkpoint_steps=2, async_save=how, keep_checkpoint_max=keep)
     callback = TrainableParamsCheckPoint(str(tmp_path), "x", config)
     fit(network, callback, steps=4)
-    assert names(tmp_path) == [f"x-1_{step}.ckpt" for step in range(1, 5)][-keep:]
+    assert names(tmp_path) == ["x-1_2.ckpt", "x-1_4.ckpt"][-keep:]
     saved = load(callback.latest_ckpt_file_name)
     for param in network.trainable_params():
         np.testing.assert_array_equal(saved[param.name].asnumpy(), param.asnumpy())
@@ -337,6 +338,28 @@ def test_processes_that_save_to_one_folder_at_once(tmp_path):
     assert sorted(number(path.with_suffix("")) for path in done) == [30, 130, 230], "each knows its own last file"
     assert len([number(path) for path in tmp_path.glob("*.ckpt")]) == 90
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be removed")
+@pytest.mark.parametrize("file_format", ["ckpt", "safetensors"])
+def test_a_save_that_ends_at_any_moment_leaves_the_last_whole_file(file_format, tmp_path):
+    config = {"format": file_format, "keep_checkpoint_max": 1}
+    folder, first, second = tmp_path / "run", f"x-1_1.{file_format}", f"x-1_2.{file_format}"
+
+    def prepare():
+        shutil.rmtree(folder, ignore_errors=True)
+        _, step = stepper(folder, **config)
+        step(1)
+        return lambda: step(2)
+
+    for fault, outcome in faults(folder, prepare):
+        found = {path.name: number(path) for path in folder.glob("x*")}
+        assert {first: 1, second: 2}.items() >= found.items() and found, fault
+        assert outcome in (KILLED, REFUSED) or second in found, fault
+        assert outcome != DONE or first not in found, fault
+        callback, step = stepper(folder, **config)
+        step(1)
+        assert set(names(folder)) == {*found, os.path.basename(callback.latest_ckpt_file_name)}, fault
 
 
 @pytest.mark.parametrize("file_format", ["ckpt", "safetensors"])

@@ -3,17 +3,17 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import mindspore as ms
 import numpy as np
 import pytest
+from faults import KILLED, REFUSED, faults
 from small import Tiny, ids, numbers, same
 
 from mindpet.errors import CheckpointError
 from mindpet.peft import LoraConfig, PeftModel, get_peft_model
-from mindpet.utils import files
+from mindpet.peft.convert import convert, read_delta
+from mindpet.peft.merge_files import merge
 from mindpet.utils.tensors import TensorFile, save_tensors
 
 NAMES = ("mindpet_passport.json", "adapter_config.json", "adapter_model.safetensors")
@@ -35,79 +35,128 @@ def base():
     return Tiny()
 
 
-class Stopped(BaseException):
-    """The process ends here."""
+def loaded(folder):
+    """What loads: the values of the adapter; and what other readers go by: alpha and the tensors."""
+    values = PeftModel.from_pretrained(base(), folder).adapters["default"].values
+    alpha = json.loads((folder / NAMES[1]).read_text())["lora_alpha"]
+    return {"alpha": np.array(alpha), **values, **TensorFile(folder / NAMES[2]).read_all()}
 
 
-def stop_at(monkeypatch, step):
-    """Have the save end before its `step`-th change of names; returns a list with the changes that were made."""
-    done = []
-
-    def counted(name, real):
-        def call(*arguments, **keywords):
-            if len(done) == step:
-                raise Stopped
-            done.append(name)
-            return real(*arguments, **keywords)
-
-        return call
-
-    for owner, name in ((os, "replace"), (os, "rename"), (files, "exchange"), (files.pathlib.Path, "unlink")):
-        monkeypatch.setattr(owner, name, counted(name, getattr(owner, name)))
-    monkeypatch.setattr(files.shutil, "rmtree", lambda *arguments, **keywords: None)  # nor does it tidy up
-    return done
+def equal(one, other):
+    """Whether two dicts have the same arrays."""
+    return set(one) == set(other) and all(np.array_equal(value, other[key]) for key, value in one.items())
 
 
-@pytest.mark.parametrize("alone", [True, False])
-@pytest.mark.parametrize("alpha", [4, 128])
-@pytest.mark.parametrize("step", range(6))
-def test_a_save_that_ends_at_any_step(step, alpha, alone, rng, tmp_path, monkeypatch):
-    folder, x = tmp_path / "adapter", ids(rng)
-    saved(folder, 1)
-    before = numbers(PeftModel.from_pretrained(base(), folder), x)
-    after = numbers(saved(tmp_path / "new", 2, alpha), x)
-    if not alone:
-        (folder / "notes.txt").write_text("mine")
-    with monkeypatch.context() as patched:
-        done = stop_at(patched, step)
-        try:
-            saved(folder, 2, alpha)
-            ended = False
-        except Stopped:
-            ended = True
-    assert len(done) >= step or not ended
-    has_tensors = (folder / NAMES[2]).exists()
-    if has_tensors:
-        got = numbers(PeftModel.from_pretrained(base(), folder), x)
-        assert np.allclose(got, before, atol=1e-6) or np.allclose(got, after, atol=1e-6)
-        assert ended or np.allclose(got, after, atol=1e-6)
-        # What other readers go by: these two files.
-        alpha_there = json.loads((folder / NAMES[1]).read_text())["lora_alpha"]
-        tensors = TensorFile(folder / NAMES[2]).read_all()
-        new = TensorFile(tmp_path / "new" / NAMES[2]).read_all()
-        is_new = all(np.array_equal(tensors[key], new[key]) for key in new)
-        assert alpha_there == (alpha if is_new else 4)
-    else:  # where the folder has other content, the old tensors go before the new configuration comes
-        assert not alone and alpha != 4
-        with pytest.raises(FileNotFoundError):
-            PeftModel.from_pretrained(base(), folder)
-    saved(folder, 2, alpha)
-    same(numbers(PeftModel.from_pretrained(base(), folder), x), after)
-    assert sorted(os.listdir(folder)) == sorted([*NAMES, *([] if alone else ["notes.txt"])])
-
-
-def test_a_killed_save_leaves_nothing_for_long(tmp_path):
+@pytest.mark.parametrize(
+    "alpha, beside", [(4, []), (128, []), (128, ["notes.txt"])], ids=["tensors", "both", "both beside other files"]
+)
+def test_a_save_that_ends_at_any_moment_is_whole_or_not_there(alpha, beside, tmp_path):
     folder = tmp_path / "adapter"
-    saved(folder, 1)
-    code = (
-        "import os, sys; from mindpet.utils.files import together\n"
-        "with together(sys.argv[1], ('a',)) as staged: open(staged / 'a', 'w').close(); os.kill(os.getpid(), 9)"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    subprocess.run([sys.executable, "-c", code, str(folder)], env=environment, check=False)
-    assert len(os.listdir(tmp_path)) == 2
-    saved(folder, 2)
-    assert os.listdir(tmp_path) == ["adapter"] and sorted(os.listdir(folder)) == sorted(NAMES)
+    saved(tmp_path / "before", 1)
+    model = saved(tmp_path / "after", 2, alpha)
+    before, after = loaded(tmp_path / "before"), loaded(tmp_path / "after")
+    assert not equal(before, after)
+
+    def prepare():
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tmp_path / "before", folder)
+        for name in beside:
+            (folder / name).write_text("mine")
+        return lambda: model.save_pretrained(folder)
+
+    for fault, outcome in faults(tmp_path, prepare):
+        if outcome == KILLED and beside and not (folder / NAMES[2]).exists():
+            with pytest.raises(FileNotFoundError):  # the old files go before the new ones come
+                PeftModel.from_pretrained(base(), folder)
+        else:
+            found = loaded(folder)
+            assert equal(found, after) or equal(found, before) and outcome in (KILLED, REFUSED), fault
+        model.save_pretrained(folder)
+        assert sorted(os.listdir(folder)) == sorted([*NAMES, *beside]), fault
+        assert sorted(os.listdir(tmp_path)) == ["adapter", "after", "before"], fault
+    assert equal(loaded(folder), after)
+
+
+def test_a_first_save_that_ends_at_any_moment_is_whole_or_not_there(tmp_path):
+    folder = tmp_path / "adapter"
+    model = saved(tmp_path / "after", 2)
+    after = loaded(tmp_path / "after")
+
+    def prepare():
+        shutil.rmtree(folder, ignore_errors=True)
+        return lambda: model.save_pretrained(folder)
+
+    for fault, outcome in faults(tmp_path, prepare):
+        assert equal(loaded(folder), after) if folder.exists() else outcome in (KILLED, REFUSED), fault
+        model.save_pretrained(folder)
+        assert sorted(os.listdir(tmp_path)) == ["adapter", "after"], fault
+
+
+def content(folder):
+    """Every file below a folder, but those that are not whole yet."""
+    paths = folder.rglob("*") if folder.is_dir() else [folder]
+    names = {str(path.relative_to(folder.parent)): path for path in paths if path.is_file()}
+    return {name: path.read_bytes() for name, path in names.items() if ".incomplete" not in name}
+
+
+@pytest.mark.parametrize("name", ["base", "base.safetensors"])
+def test_a_merge_that_ends_at_any_moment_is_whole_or_not_there(name, tmp_path):
+    saved(tmp_path / "adapter", 1)
+    values = {param.name: param.asnumpy() for param in base().get_parameters()}
+    if name == "base":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    save_tensors(tmp_path / name / "model.safetensors" if name == "base" else tmp_path / name, values)
+    output = tmp_path / "out" / name
+    output.parent.mkdir()
+
+    def run():
+        merge(tmp_path / name, tmp_path / "adapter", output, progressbar=False)
+
+    def clear():
+        for path in output.parent.iterdir():
+            if not path.name.startswith("."):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return run
+
+    run()
+    merged = content(output)
+    for fault, outcome in faults(output.parent, clear):
+        assert content(output) == merged if output.exists() else outcome in (KILLED, REFUSED), fault
+        clear()()
+        assert os.listdir(output.parent) == [name] and content(output) == merged, fault
+
+
+@pytest.mark.parametrize("name", ["adapter", "delta.ckpt"])
+def test_a_conversion_that_ends_at_any_moment_is_whole_or_not_there(name, tmp_path):
+    target = tmp_path / "out" / name
+    target.parent.mkdir()
+    sources = [tmp_path / "1.ckpt", tmp_path / "2.ckpt"] if name == "adapter" else [tmp_path / "1", tmp_path / "2"]
+    configs = [LoraConfig(r=2, lora_alpha=alpha, target_modules=["query"]) for alpha in (4, 128)]
+    for number in (1, 2):
+        saved(tmp_path / str(number), number, 128 if number == 2 else 4)
+        convert(tmp_path / str(number), tmp_path / f"{number}.ckpt")
+
+    def run(number):
+        convert(sources[number], target, configs[number] if name == "adapter" else None)
+
+    def state():
+        return read_delta(target) if target.suffix else loaded(target)
+
+    def prepare():
+        run(0)
+        return lambda: run(1)
+
+    run(1)
+    new = state()
+    run(0)
+    old = state()
+    assert not equal(old, new)
+    for fault, outcome in faults(target.parent, prepare):
+        found = state()
+        assert equal(found, new) or equal(found, old) and outcome in (KILLED, REFUSED), fault
+        run(1)
+        assert os.listdir(target.parent) == [name] and equal(state(), new), fault
 
 
 @pytest.mark.parametrize("what", ["tensors", "configuration"])

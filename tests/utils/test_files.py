@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from mindpet.utils.files import atomic, staged_name, together
+from mindpet.utils.files import atomic, open_staging, together
 
 
 def test_the_file_appears_when_it_is_whole(tmp_path):
@@ -61,29 +61,36 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     dead = fork(lambda: killed("a.txt.b"))
     others = [tmp_path / f".a.txt.{other}-{dead}-0.incomplete" for other in ("another-host", "another-4026531836")]
     host, process = re.fullmatch(r"\.a\.txt\.(.+)-(\d+)-\d+\.incomplete", left.name).groups()
-    living, link = (tmp_path / f".a.txt.{host}-{number}-999.incomplete" for number in (os.getpid(), process))
+    living, link = (tmp_path / f".a.txt.{host}-{number}-999.incomplete" for number in (os.getppid(), process))
     (tmp_path / "kept").mkdir()
     link.symlink_to(tmp_path / "kept")
     (tmp_path / "kept/file").touch()
     for path in (*others, living):
         path.write_text("half")
     with atomic(tmp_path / "a.txt") as outer, atomic(tmp_path / "a.txt") as inner:
-        assert outer != inner and os.path.exists(outer)  # this process is alive
+        assert outer != inner and os.path.isdir(os.path.dirname(outer))  # this process is alive
+        for path in (outer, inner):
+            pathlib.Path(path).touch()
         assert not left.exists() and not link.is_symlink() and (tmp_path / "kept/file").exists()
     assert {path.name for path in tmp_path.glob(".a.txt.b.*")} and all(path.exists() for path in (*others, living))
 
 
 def test_what_cannot_be_removed_is_in_nobodys_way(tmp_path, monkeypatch):
-    fork(lambda: pathlib.Path(staged_name(tmp_path / "a.txt")).touch())
+    fork(lambda: open_staging(tmp_path / "a.txt"))
 
     def refuse(*arguments, **keywords):
         raise PermissionError("not yours")
 
+    def write():
+        with atomic(tmp_path / "a.txt") as staged:
+            pathlib.Path(staged).touch()
+
     with monkeypatch.context() as patched:
-        patched.setattr(pathlib.Path, "unlink", refuse)
-        with atomic(tmp_path / "a.txt"):
-            pass
-    assert len(list(tmp_path.iterdir())) == 2
+        patched.setattr(os, "rmdir", refuse)
+        write()
+    assert len(list(tmp_path.iterdir())) == 3
+    write()
+    assert os.listdir(tmp_path) == ["a.txt"], "nor what this process could not remove"
 
 
 def test_an_error_undoes_files_that_come_together_beside_others(tmp_path, monkeypatch):
