@@ -62,6 +62,8 @@ def parse_json(data):
         level = [inner for outer in level for inner in _nested(outer)]
     if level:
         raise deep
+    if b"\\u" in data:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # a ValueError for half of a character
     return value
 
 

@@ -33,6 +33,7 @@ def test_json_is_read():
         (b"7" * 1_000_000, "'777.*' is a number that is too large"),
         (b'"\xff"', "can't decode byte 0xff"),
         (b'"\x1b[2J"', "Invalid control character"),
+        (b'{"a": ["\\ud800"]}', "surrogates not allowed"),
     ],
 )
 def test_what_is_not_json_as_the_standard_has_it(text, problem):
