@@ -11,10 +11,14 @@ import mindspore as ms
 from mindspore import Parameter, Tensor
 
 from mindpet.errors import CheckpointError
-from mindpet.utils.checkpoints import check_checkpoint, read_checkpoint
+from mindpet.utils.checkpoints import read_checkpoint
 from mindpet.utils.validate import Checker
+from mindpet.utils.values import digest
 
 SUFFIXES = (".ckpt", ".safetensors")
+FILE_NAME = re.compile(  # as MindSpore gives it
+    r"(?P<prefix>.*?)(?:_(?P<run>\d+))?-(?P<epoch>\d+)_(?P<step>\d+)(?P<breakpoint>_breakpoint)?\.(?:ckpt|safetensors)"
+)
 STRATEGY_FOLDER = "strategy"  # beside the folders of the ranks
 
 
@@ -25,7 +29,8 @@ def gather_delta(folder, strategy=None, name=None):
         folder (str): has a folder `rank_N` for each rank, as `TrainableParamsCheckPoint` writes them.
         strategy (str): MindSpore's strategy file of the run, or for several pipeline stages a folder with the file of
             each. Default: None, for the folder `strategy` in `folder`.
-        name (str): of the file in each rank's folder. Default: None, for the newest that all ranks have.
+        name (str): of the file in each rank's folder. Default: None, for that of the last step which all ranks have, by
+            the names that `TrainableParamsCheckPoint` gives.
 
     Returns:
         dict of str -> Parameter, whole, as `mindspore.load_checkpoint` returns it.
@@ -33,14 +38,16 @@ def gather_delta(folder, strategy=None, name=None):
     Raises:
         TypeError: an argument is not a path.
         FileNotFoundError: the folder or the strategy does not exist.
-        CheckpointError: the folder of a rank, or its file, is missing, surplus, empty or damaged; all are listed.
+        CheckpointError: the folder of a rank, or its file, is missing, surplus, empty or damaged; the names do not tell
+            which file is the last; ranks that hold the same slice have other values for it; all are listed.
     """
     folder, strategy = _paths("gather_delta", folder, strategy)
     with tempfile.TemporaryDirectory(prefix="mindpet-gather-") as work:
         strategy = _one_strategy(strategy, work)
-        files = _rank_files(folder, _count_ranks(_layouts(strategy)), name)
+        layouts = _layouts(strategy)
+        files = _rank_files(folder, _count_ranks(layouts), name)
+        _check_replicas(folder, files, layouts)
         for rank, file in enumerate(files):
-            check_checkpoint(file)
             target = pathlib.Path(work, "slices", f"rank_{rank}", f"delta{file.suffix}")
             target.parent.mkdir(parents=True)
             target.symlink_to(file.resolve())
@@ -148,7 +155,8 @@ def _rank_files(folder, ranks, name):
         for rank in wanted
         if rank in folders
     }
-    name = name or _newest_everywhere(list(found.values()))
+    if name is None and found:
+        name = _last_everywhere(folder, found)
     for rank, files in found.items():
         if name not in files:
             problems.append(f"missing: {rank}/{name or '*.ckpt'}")
@@ -159,11 +167,76 @@ def _rank_files(folder, ranks, name):
     return [found[rank][name] for rank in wanted]
 
 
-def _newest_everywhere(files):
-    """The name of the newest file that all ranks have; if there is none, of the newest of the first rank."""
-    common = set.intersection(*map(set, files)) if files else set()
-    first = files[0] if files else {}
-    return max(common or first, key=lambda name: first[name].stat().st_mtime_ns, default=None)
+def _last_everywhere(folder, found):
+    """The name of the file of the last step that all ranks have; if there is none, some name of the first rank.
+
+    A run has one prefix, and each that is started again the next number behind it. Where the ranks have different runs,
+    files with one name may be of two.
+
+    Args:
+        folder (Path): for the message.
+        found (dict): rank -> its files by name.
+
+    Raises:
+        CheckpointError: the names do not tell.
+    """
+    common = set.intersection(*map(set, found.values()))
+    names = sorted(set().union(*found.values()))
+    known = {name: match for name in names for match in [FILE_NAME.fullmatch(name)] if match}
+    runs = {tuple(sorted({known[name]["run"] or "" for name in files if name in known})) for files in found.values()}
+    numbers = {int(match["run"] or 0) for match in known.values()}
+    steps = {name: _position(known[name]) for name in common if name in known}
+    last = [name for name, step in steps.items() if step == max(steps.values())]
+    has_one_prefix = len({match["prefix"] for match in known.values()}) <= 1
+    are_runs = len(numbers) == 1 or numbers == set(range(len(numbers)))  # and not a part of the prefix
+    is_told = has_one_prefix and are_runs and len(runs) == 1 and len(last) == 1
+    if is_told and set(steps) == common:
+        return last[0]
+    if len(common) <= 1 and len(runs) == 1:
+        return next(iter(common), max(next(iter(found.values())), default=None))
+    each = [f"{rank}: {', '.join(sorted(files)[-20:])}" for rank, files in found.items()]
+    raise CheckpointError(
+        f"{folder}: the names of the files do not tell which is the last that all ranks have; say it by 'name':\n  "
+        + "\n  ".join(each)
+    )
+
+
+def _position(match):
+    """Where a file's name stands in time."""
+    return int(match["run"] or 0), int(match["epoch"]), int(match["step"]), bool(match["breakpoint"])
+
+
+def _check_replicas(folder, files, layouts):
+    """Refuse files in which ranks that hold the same slice of a parameter have other bits for it."""
+    found = {}  # of each slice: digest -> ranks
+    for rank, file in enumerate(files):
+        for name, value in read_checkpoint(file).items():
+            content = f"{value.shape} {value.dtype} {digest(value.asnumpy())}"
+            found.setdefault((name, _place(name, rank, layouts)), {}).setdefault(content, []).append(f"rank_{rank}")
+    problems = [
+        f"{name}: {' / '.join(map(', '.join, ranks.values()))}" for (name, _), ranks in found.items() if len(ranks) > 1
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{folder}: ranks that hold the same slice have other values for it:\n  " + "\n  ".join(problems)
+        )
+
+
+def _place(name, rank, layouts):
+    """Tells which slice of a parameter a rank holds; what is not in the strategy is the same everywhere."""
+    stages = {found: layout for found, layout in layouts.items() if re.sub(r"^\d+-", "", found) == name}
+    if not stages:
+        return None
+    matrix = next(iter(stages.values())).dev_matrix[0].dim
+    stage, local = divmod(rank, math.prod(matrix))
+    layout = stages.get(f"{stage}-{name}") or next(iter(stages.values()))
+    mapped = {len(matrix) - 1 - axis for axes in layout.tensor_map for axis in axes.dim if axis >= 0}
+    places, rest, index = [], [], local
+    for axis in reversed(range(len(matrix))):
+        index, place = divmod(index, matrix[axis])
+        (places if axis in mapped else rest).append(place)
+    # The parallel optimizer cuts a slice again, over what are replicas without it.
+    return stage, tuple(places), tuple(rest) if layout.opt_weight_shard_size else ()
 
 
 def _transform(source, target, from_strategy, to_strategy, format, files):

@@ -138,20 +138,123 @@ def test_a_damaged_rank(slices):
         gather_delta(folder, strategy)
 
 
-def test_the_newest_file_that_all_ranks_have(slices):
+def write_steps(folder, *names):
+    """Have files in each rank's folder, the n-th with n times the delta, the later the older by their time."""
+    for rank in sorted(folder.glob("rank_*")):
+        content = read(rank / "delta.ckpt")
+        (rank / "delta.ckpt").unlink()
+        for number, name in enumerate(names, 1):
+            changed = [{"name": key, "data": Tensor(value * number)} for key, value in content.items()]
+            ms.save_checkpoint(changed, str(rank / name), format=pathlib.Path(name).suffix[1:])
+            os.utime(rank / name, (2e9 - number, 2e9 - number))
+
+
+def times(folder, strategy, **options):
+    """How many times the delta comes out."""
+    whole = gather_delta(folder, strategy, **options)
+    (number,) = {int(whole[key].asnumpy().flat[-1] / value.flat[-1]) for key, value in DELTA.items()}
+    assert bits(whole) == bits({key: Tensor(value * number) for key, value in DELTA.items()})
+    return number
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["x-1_9.ckpt", "x-1_10.ckpt"],
+        ["x-1_10.safetensors", "x-2_1.safetensors"],
+        ["x-3_10.ckpt", "x_1-1_1.ckpt", "x_1-1_2.ckpt"],
+        ["x-1_2.ckpt", "x-1_2_breakpoint.ckpt"],
+        ["x-1_9_breakpoint.ckpt", "x-1_10.ckpt"],
+        ["my-run_3-1_2.ckpt", "my-run_3-1_10.ckpt"],
+        ["latest.ckpt"],
+    ],
+    ids=lambda names: names[-1],
+)
+def test_the_last_step_by_its_name_whatever_the_times_are(names, slices):
+    folder, strategy = slices
+    write_steps(folder, *names)
+    assert times(folder, strategy) == len(names)
+    assert times(folder, strategy, name=names[0]) == 1
+
+
+def test_the_last_step_that_all_ranks_have(slices):
+    folder, strategy = slices
+    write_steps(folder, "x-1_1.ckpt", "x-1_2.ckpt")
+    shutil.copy(folder / "rank_0/x-1_2.ckpt", folder / "rank_0/x-1_3.ckpt")  # a rank was killed before its last save
+    assert times(folder, strategy) == 2
+    with pytest.raises(CheckpointError, match="missing: rank_1/x-1_3.ckpt"):
+        gather_delta(folder, strategy, name="x-1_3.ckpt")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["x-1_1.ckpt", "y-1_2.ckpt"],
+        ["lora_8-1_1.ckpt", "lora_16-1_1.ckpt"],
+        ["x-1_1.ckpt", "latest.ckpt"],
+        ["best.ckpt", "latest.ckpt"],
+        ["x-1_1.ckpt", "x-1_1.safetensors"],
+    ],
+    ids=lambda names: names[-1],
+)
+def test_names_that_do_not_tell_the_last_step_are_listed(names, slices):
+    folder, strategy = slices
+    write_steps(folder, *names)
+    with pytest.raises(CheckpointError, match="do not tell which is the last") as caught:
+        gather_delta(folder, strategy)
+    assert all(f"rank_{rank}: {', '.join(sorted(names))}" in str(caught.value) for rank in range(4))
+    assert times(folder, strategy, name=names[1]) == 2
+
+
+def test_a_rank_that_has_files_of_another_run(slices):
+    folder, strategy = slices
+    write_steps(folder, "x-1_1.ckpt")
+    shutil.copy(folder / "rank_0/x-1_1.ckpt", folder / "rank_0/x_1-1_1.ckpt")
+    with pytest.raises(
+        CheckpointError, match="(?s)do not tell.*rank_0: x-1_1.ckpt, x_1-1_1.ckpt\n  rank_1: x-1_1.ckpt"
+    ):
+        gather_delta(folder, strategy)
+
+
+def change(file, name, value, index=0):
+    """Change one number in a checkpoint."""
+    content = {key: param.asnumpy() for key, param in read(file).items()}
+    content[name].flat[index] = value
+    os.chmod(file, 0o600)
+    ms.save_checkpoint([{"name": key, "data": Tensor(array)} for key, array in content.items()], str(file))
+
+
+def test_replicas_that_differ_are_listed(plans, tmp_path):
+    _, report, strategy = plans["data and column"]
+    slice_delta(delta(), strategy, tmp_path)
+    a, b = DELTA
+    assert report.parameter(b).slice == (8, 8)  # ranks 0 and 4 have the same, and so on
+    for rank in range(8):
+        change(tmp_path / f"rank_{rank}/delta.ckpt", a, np.nan)
+    for rank in (1, 5):
+        change(tmp_path / f"rank_{rank}/delta.ckpt", b, np.nan)
+    assert np.isnan(gather_delta(tmp_path, strategy)[b].asnumpy()).sum() == 1, "NaN is itself"
+    change(tmp_path / "rank_5/delta.ckpt", b, -0.0)
+    change(tmp_path / "rank_1/delta.ckpt", b, 0.0)
+    change(tmp_path / "rank_7/delta.ckpt", a, 3)
+    with pytest.raises(CheckpointError) as caught:
+        gather_delta(tmp_path, strategy)
+    assert str(caught.value) == (
+        f"{tmp_path}: ranks that hold the same slice have other values for it:\n"
+        f"  {a}: rank_0, rank_1, rank_2, rank_3, rank_4, rank_5, rank_6 / rank_7\n"
+        f"  {b}: rank_1 / rank_5"
+    )
+
+
+def test_steps_that_differ_between_ranks_are_an_error(slices):
     folder, strategy = slices
     for rank in range(4):
-        newer = folder / f"rank_{rank}/newer.ckpt"
-        changed = {key: value * 2 for key, value in read(folder / f"rank_{rank}/delta.ckpt").items()}
-        ms.save_checkpoint([{"name": k, "data": Tensor(v)} for k, v in changed.items()], str(newer))
-        os.utime(newer, (2e9, 2e9))
-    shutil.copy(folder / "rank_0/newer.ckpt", folder / "rank_0/newest.ckpt")  # a rank was killed before its last save
-    os.utime(folder / "rank_0/newest.ckpt", (3e9, 3e9))
-    double = {key: value * 2 for key, value in DELTA.items()}
-    assert bits(gather_delta(folder, strategy)) == bits({key: Tensor(value) for key, value in double.items()})
-    assert bits(gather_delta(folder, strategy, name="delta.ckpt")) == bits(delta())
-    with pytest.raises(CheckpointError, match="missing: rank_1/newest.ckpt"):
-        gather_delta(folder, strategy, name="newest.ckpt")
+        content = [{"name": key, "data": value} for key, value in read(folder / f"rank_{rank}/delta.ckpt").items()]
+        content.append({"name": "step_num", "data": Tensor(10 if rank else 5)})
+        os.chmod(folder / f"rank_{rank}/delta.ckpt", 0o600)
+        ms.save_checkpoint(content, str(folder / f"rank_{rank}/delta.ckpt"))
+    with pytest.raises(CheckpointError, match="step_num: rank_0 / rank_1, rank_2, rank_3"):
+        gather_delta(folder, strategy)
 
 
 def test_wrong_arguments(slices, tmp_path):
