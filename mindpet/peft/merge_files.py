@@ -4,6 +4,7 @@ import collections
 import collections.abc
 import json
 import pathlib
+import re
 import shutil
 import warnings
 
@@ -16,6 +17,7 @@ from mindpet.layers.kinds import LayerKind
 from mindpet.peft.combine import start_from_weight
 from mindpet.peft.config import LoraConfig
 from mindpet.peft.convert import LORA_KEY, LORA_NAMES, in_modules_to_save, read_adapter, read_delta, write_delta
+from mindpet.peft.match import ALL_LINEAR, ends_with
 from mindpet.peft.merge import describe
 from mindpet.peft.names import PREFIX, NameMap
 from mindpet.peft.passport import check_base, fingerprint
@@ -154,6 +156,13 @@ def merge(base, adapter, output, config=None, name_map=None, progressbar=True, f
     if not force:
         check_base(adapter, passport, _BaseValues(files, places, names, passport))
         check_finite(adapter, whole, files.dtypes)
+    lacking = places.lacking(config, {entry["path"] for entry in deltas.values()})
+    if lacking:
+        warnings.warn(
+            f"{adapter}: 'target_modules' means these layers of the base, too, but there is nothing for them: "
+            f"{quote(lacking)}.",
+            stacklevel=2,
+        )
     report = []
 
     def merged(shard, name):
@@ -193,7 +202,7 @@ class Places:
     """
 
     def __init__(self, files, names, tensors):
-        self.known = {}
+        self.known, self._shapes = {}, files.shapes
         for name in files.shapes:
             self.known.setdefault(names.to_torch(name), []).append(name)
         deltas = (LORA_KEY.fullmatch(key) for key in tensors)
@@ -222,6 +231,24 @@ class Places:
         """The name that a tensor gets which the base does not have."""
         return self._name(path, self.start) or path
 
+    def lacking(self, config, paths):
+        """The layers of the base that a configuration means by their names, beside those at `paths`."""
+        if config.target_modules == ALL_LINEAR or config.layers_to_transform is not None:
+            return []  # the names do not tell
+        cut, put = self.start
+        paths = {
+            cut + name[len(put) : -len(".weight")]
+            for name, own in self.known.items()
+            if name.startswith(put) and name.endswith(".weight") and len(self._shapes[own[0]]) > 1
+        } - paths
+        return sorted(
+            path
+            for path in paths
+            if _is_named(config.target_modules, path)
+            and not _is_named(config.exclude_modules, path)
+            and not in_modules_to_save(f"{path}.weight", config)
+        )
+
     def find(self, path):
         """The name in the base, or None.
 
@@ -232,6 +259,13 @@ class Places:
         if len(found) > 1:
             raise MergeError(f"several tensors of the base are {path}: {quote(found)}.")
         return found[0] if found else None
+
+
+def _is_named(entries, path):
+    """Whether `target_modules` or the like, that is not 'all-linear', means a path."""
+    if isinstance(entries, str):
+        return re.fullmatch(entries, path) is not None
+    return any(ends_with(path, entry) for entry in entries or ())
 
 
 class _BaseValues(collections.abc.Mapping):

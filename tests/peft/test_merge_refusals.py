@@ -164,6 +164,23 @@ def test_two_tensors_of_the_base_with_one_name_there(tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize("put", ["", "net."])
+@pytest.mark.parametrize("targets", [["query", "out"], r".*\.(query|out)"])
+def test_a_layer_that_the_adapter_should_have_is_warned_of(targets, put, tmp_path, recwarn):
+    """By its name, as far as that tells; norms have no such weight, and what is left out is left out."""
+    more = {name.replace("encoder", "decoder"): value for name, value in weights().items()}
+    base(tmp_path / "base.safetensors", {put + name: value for name, value in {**weights(), **more}.items()})
+    adapter(tmp_path / "adapter", target_modules=targets, exclude_modules=["decoder.out"])
+    merged(tmp_path)
+    (warning,) = recwarn
+    assert str(warning.message).endswith("but there is nothing for them: ['decoder.query'].")
+    adapter(tmp_path / "adapter", target_modules="all-linear")
+    (tmp_path / "out.safetensors").unlink()
+    recwarn.clear()
+    merged(tmp_path)
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("cut, put", [("", ""), ("encoder.", ""), ("", "net.")])
 def test_all_names_begin_in_another_way(cut, put, tmp_path):
     """The weights are `W + (alpha / r) B A`, wherever they are; what is new gets the beginning of the others."""
