@@ -21,6 +21,7 @@ from mindpet.peft.names import EMBEDDING, PREFIX, NameMap, target_paths
 from mindpet.peft.passport import WEIGHTS_NAME, check_files, read_passport
 from mindpet.peft.plan import TASK_HEADS, is_from_weight
 from mindpet.peft.state import PROMPT, check_finite, check_tensors, is_adapter, read_tensors, save_adapter
+from mindpet.utils.checkpoints import read_checkpoint
 from mindpet.utils.files import atomic
 from mindpet.utils.parse import read_json
 from mindpet.utils.quote import printable, quote
@@ -62,11 +63,7 @@ def read_delta(path):
         return TensorFile(path).read_all()
     if path.suffix != ".ckpt":
         raise CheckpointError(f"{path}: must end in .ckpt or .safetensors.")
-    try:
-        content = ms.load_checkpoint(str(path))
-    except Exception as error:  # MindSpore and protobuf each raise their own for a damaged file
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    return {name: param.asnumpy() for name, param in content.items() if isinstance(param, Tensor)}
+    return {name: param.asnumpy() for name, param in read_checkpoint(path).items()}
 
 
 def write_delta(path, tensors):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import yaml
 from damage import mutated, pick
-from mindspore import Parameter
+from mindspore import Parameter, Tensor
 from mindspore.train import CheckpointConfig
 from mindspore.train.callback import RunContext
 from mindspore.train.callback._callback import InternalCallbackParam
@@ -25,6 +25,7 @@ from safetensors.numpy import load, save
 from small import Tiny, contents, move
 from toy import Toy
 
+from mindpet.cli import main
 from mindpet.errors import AdapterError, CheckpointError, MindPetError
 from mindpet.graph import TrainableParamsCheckPoint, freeze_from_config, load_delta
 from mindpet.peft import (
@@ -195,6 +196,28 @@ def test_lists_in_yaml(rounds, tmp_path):
                 assert param.requires_grad == expected and param.asnumpy().tobytes() == value
         else:
             assert contents(network) == before
+
+
+@pytest.mark.parametrize("ending", ["ckpt", "safetensors"])
+def test_the_command_line(ending, rounds, tmp_path, capsys):
+    good, delta, config, out = (tmp_path / name for name in (f"good.{ending}", f"d.{ending}", "c.json", "out"))
+    values = {"query.mindpet_delta_lora_a": np.ones((2, 8)), "query.mindpet_delta_lora_b": np.ones((8, 2))}
+    content = [{"name": name, "data": Tensor(value.astype(np.float32))} for name, value in values.items()]
+    ms.save_checkpoint(content, str(good), format=ending)
+    for rng in rounds:
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copy(good, delta)
+        config.write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+        mutated(rng, pick(rng, [delta, config]))
+        for command in (["inspect", str(delta)], ["convert", str(delta), str(out), "--config", str(config)]):
+            code = main(command)
+            printed = capsys.readouterr()
+            lines = printed.err.splitlines()
+            assert code in (0, 2) and "Traceback" not in printed.err
+            assert code == 0 or any(line.startswith("mindpet: ") for line in lines)
+            for text in (printed.out, printed.err):
+                assert len(text) < LONGEST_MESSAGE + 1000 and all(char.isprintable() or char == "\n" for char in text)
+        assert out.exists() == (code == 0)
 
 
 SIZES = [
