@@ -11,8 +11,8 @@ import pytest
 from faults import DONE, KILLED, REFUSED, faults
 from mindspore import nn
 from mindspore.train import Callback, CheckpointConfig, Model, ModelCheckpoint
-from mindspore.train.callback import RunContext, _checkpoint
-from mindspore.train.callback._callback import InternalCallbackParam
+from mindspore.train.callback import _checkpoint
+from stepper import load, number, stepper
 from toy import DELTA, LABELS, WIDTH, Toy, lora
 
 from mindpet.errors import AbsolutePathError, CheckpointError, LinkPathError
@@ -36,10 +36,6 @@ def fit(network, *callbacks, epochs=1, steps=3, rng=np.random.default_rng(3)):
 def names(folder):
     """The files in a folder, of MindSpore's but the checkpoints."""
     return sorted(name for name in os.listdir(folder) if not name.endswith(".meta"))
-
-
-def load(path, **options):
-    return ms.load_checkpoint(str(path), format=os.path.splitext(path)[1][1:], **options)
 
 
 @pytest.mark.parametrize("file_format", ["ckpt", "safetensors"])
@@ -266,29 +262,6 @@ def test_a_link_that_somebody_put_into_the_folder_is_not_followed(tmp_path):
     step(1)
     assert callback.latest_ckpt_file_name.endswith("/x_1-1_1.ckpt")
     assert os.listdir(tmp_path / "other") == ["kept"] and not (tmp_path / "other/kept").stat().st_size
-
-
-def stepper(directory, prefix="x", value=0, **config):
-    """A callback, and a function that makes a step: what is saved then is `value` plus the step's number."""
-    network = nn.Cell()
-    network.delta = ms.Parameter(np.zeros(1000, np.float32), name="delta")
-    callback = TrainableParamsCheckPoint(str(directory), prefix, CheckpointConfig(**config))
-    context = InternalCallbackParam()
-    context.update(network=network, train_network=network, batch_num=10**9, cur_epoch_num=1, cur_step_num=0)
-
-    def step(number):
-        context.cur_step_num = number
-        network.delta.set_data(ms.Tensor(np.full(1000, value + number, np.float32)))
-        callback.on_train_step_end(RunContext(context))
-
-    return callback, step
-
-
-def number(path):
-    """What is in a file of a `stepper`; it must be whole."""
-    (value,) = load(path).values()
-    (content,) = set(value.asnumpy().tolist())
-    return content
 
 
 @pytest.mark.parametrize("keep", [1, 2])
