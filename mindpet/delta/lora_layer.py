@@ -16,6 +16,8 @@ from mindpet.utils.sharding import apply_strategies
 from mindpet.utils.values import assign
 from mindpet.utils.version_control import get_dropout
 
+cast = ops.Cast()  # of the Python function `ops.cast` MindSpore keeps 3 KB each time that it is compiled
+
 
 class LoraLayer(nn.Cell):
     """The LoRA delta of a layer: takes the layer's input `x` and output `out`, and returns the output with the delta.
@@ -106,29 +108,27 @@ class LoraLayer(nn.Cell):
     def construct(self, x, out):
         rows = self.rows(out)
         lora_a, lora_b = self.mindpet_delta_lora_a, self.mindpet_delta_lora_b
-        delta = self.update(x, ops.cast(lora_a, self.compute_dtype), ops.cast(lora_b, self.compute_dtype))
+        delta = self.update(x, cast(lora_a, self.compute_dtype), cast(lora_b, self.compute_dtype))
         if self.starts_from_weight:
             delta = self.sub(delta, self.start(x))
         if self.lora_bias:
-            delta = self.bias_add(delta, ops.cast(self.mindpet_delta_lora_bias, self.compute_dtype))
-        delta = ops.cast(self.mul(delta, ops.cast(self.mindpet_lora_scaling, self.compute_dtype)), out.dtype)
+            delta = self.bias_add(delta, cast(self.mindpet_delta_lora_bias, self.compute_dtype))
+        delta = cast(self.mul(delta, cast(self.mindpet_lora_scaling, self.compute_dtype)), out.dtype)
         if self.use_dora:
-            gain = ops.cast(self.gain(), out.dtype)
+            gain = cast(self.gain(), out.dtype)
             delta = gain * delta + (gain - 1) * self.without_bias(rows)
         return from_rows(self.add(rows, delta), out)
 
     def update(self, x, lora_a, lora_b):
         """`B A dropout(x)` in the compute type."""
-        x = self.lora_dropout(ops.cast(to_rows(x), self.compute_dtype))
+        x = self.lora_dropout(cast(to_rows(x), self.compute_dtype))
         return self.lora_b_matmul(self.lora_a_matmul(x, lora_a), lora_b)
 
     def start(self, x):
         """`B_0 A_0 x` in the compute type, of a linear layer."""
-        lora_a = ops.cast(self.mindpet_lora_start_a, self.compute_dtype)
-        lora_b = ops.cast(self.mindpet_lora_start_b, self.compute_dtype)
-        return self.lora_start_b_matmul(
-            self.lora_start_a_matmul(ops.cast(to_rows(x), self.compute_dtype), lora_a), lora_b
-        )
+        lora_a = cast(self.mindpet_lora_start_a, self.compute_dtype)
+        lora_b = cast(self.mindpet_lora_start_b, self.compute_dtype)
+        return self.lora_start_b_matmul(self.lora_start_a_matmul(cast(to_rows(x), self.compute_dtype), lora_a), lora_b)
 
     def reset(self):
         """Make the delta the identity, whatever its values were: all is zero, and DoRA's magnitude the norm of W."""
@@ -142,7 +142,7 @@ class LoraLayer(nn.Cell):
             warnings.warn(f"DoRA: {self.base_weight.name} has no values yet; load the base first.", stacklevel=2)
             return
         magnitude = self.mindpet_delta_lora_magnitude
-        assign(magnitude, ops.cast(self.norm(), magnitude.dtype))
+        assign(magnitude, cast(self.norm(), magnitude.dtype))
 
     @property
     def scaling(self):
@@ -151,12 +151,12 @@ class LoraLayer(nn.Cell):
 
     def gain(self):
         """`m / ||W + s B A||`, float32."""
-        return ops.cast(self.mindpet_delta_lora_magnitude, ms.float32) / ops.stop_gradient(self.norm())
+        return cast(self.mindpet_delta_lora_magnitude, ms.float32) / ops.stop_gradient(self.norm())
 
     def norm(self):
         """`||W + s B A||` in the magnitude's shape, float32."""
         weight, lora_a, lora_b = self.base_weight, self.mindpet_delta_lora_a, self.mindpet_delta_lora_b
-        weight, lora_a, lora_b = (self.as_matrix(ops.cast(param, ms.float32)) for param in (weight, lora_a, lora_b))
+        weight, lora_a, lora_b = (self.as_matrix(cast(param, ms.float32)) for param in (weight, lora_a, lora_b))
         update = ops.matmul(lora_b, lora_a)
         if self.starts_from_weight:
             update = update - ops.matmul(self.mindpet_lora_start_b, self.mindpet_lora_start_a)
@@ -166,7 +166,7 @@ class LoraLayer(nn.Cell):
 
     def without_bias(self, rows):
         """The base layer's output before its bias."""
-        return rows if self.base_bias is None else rows - self.channels(ops.cast(self.base_bias, rows.dtype))
+        return rows if self.base_bias is None else rows - self.channels(cast(self.base_bias, rows.dtype))
 
     def rows(self, out):
         """The output as `(rows, out)`."""
@@ -278,7 +278,7 @@ class LoraConvolution(LoraLayer):
     """The LoRA delta of a convolution: one with `rank` channels, then one with a kernel of one tap."""
 
     def update(self, x, lora_a, lora_b):
-        x = self.lora_dropout(ops.cast(x, self.compute_dtype))
+        x = self.lora_dropout(cast(x, self.compute_dtype))
         return self.lora_b_matmul(self.lora_a_matmul(x, lora_a), lora_b)
 
     def rows(self, out):

@@ -8,7 +8,7 @@ from mindspore import Tensor
 
 from mindpet.errors import AdapterError, ConfigError
 from mindpet.peft.inject import Attribute, Frame
-from mindpet.peft.overlay import Overlay, by_rows, one_error
+from mindpet.peft.overlay import Overlay, bind_construct, by_rows, one_error
 from mindpet.utils.sharding import PARALLEL_MODES
 from mindpet.utils.values import assign, forget_graphs, has_jit_functions
 
@@ -123,9 +123,7 @@ class Root(ms.nn.Cell):
     def __init__(self, network):
         super().__init__(auto_prefix=False)
         self.network = network
-
-    def construct(self, *inputs, **keywords):
-        return self.network(*inputs, **keywords)
+        bind_construct(self, network)
 
 
 class Unchanged(ms.nn.Cell):

@@ -17,6 +17,7 @@ from mindpet.peft.batch import BASE, MixedBatches
 from mindpet.peft.config import PeftConfig
 from mindpet.peft.inject import Frame
 from mindpet.peft.names import NameMap, portable, to_network
+from mindpet.peft.overlay import bind_construct
 from mindpet.peft.passport import check_base, check_files, make_passport
 from mindpet.peft.placement import MARK, Placement
 from mindpet.peft.plan import plan_targets
@@ -70,6 +71,8 @@ class PeftModel(nn.Cell):
         self.merge_report = []
         self._placement = Placement(model)
         self._mixed = MixedBatches(self._placement)
+        if type(self).construct is PeftModel.construct:
+            bind_construct(self, model)
         self.add_flags(training=model.training)
         self._phase = model._phase  # 'train' or 'predict', with `training`
         if peft_config is not None:

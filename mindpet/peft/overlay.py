@@ -1,6 +1,10 @@
 """The `construct` that takes the place of a layer's own, on the object, while the layer has a delta."""
 
+import ast
 import contextlib
+import functools
+import inspect
+import pathlib
 import re
 import types
 
@@ -10,18 +14,24 @@ from mindpet.errors import AdapterError
 from mindpet.layers.kinds import layer_kind
 from mindpet.layers.linear import from_rows, to_rows
 
+# How a parameter is passed on that is not passed by its place, and what of it is a layer's input.
+PASSED = {
+    inspect.Parameter.VAR_POSITIONAL: "*{0}",
+    inspect.Parameter.KEYWORD_ONLY: "{0}={0}",
+    inspect.Parameter.VAR_KEYWORD: "**{0}",
+}
+FIRST = {inspect.Parameter.VAR_POSITIONAL: "{0}[0]"}
 
-def beside(self, x, *rest, **keywords):
-    """What takes the place of `construct` in a layer with a delta."""
-    result = self.mindpet_base_construct(x, *rest, **keywords)
+
+def beside(self, x, result):
+    """What a layer with a delta returns, from its input and what it returns without."""
     if isinstance(result, tuple):  # the output, and say a bias that the caller adds
         return (activated(self, self.mindpet_delta(x, result[0])), *result[1:])
     return activated(self, self.mindpet_delta(x, result))
 
 
-def by_rows(self, x, *rest, **keywords):
-    """What takes the place of `construct` in a layer where each row of the batch has the delta of its own adapter."""
-    result = self.mindpet_base_construct(x, *rest, **keywords)
+def by_rows(self, x, result):
+    """What a layer returns where each row of the batch has the delta of its own adapter; see `beside`."""
     if isinstance(result, tuple):
         return (chosen(self, x, result[0]), *result[1:])
     return chosen(self, x, result)
@@ -54,6 +64,51 @@ def activated(self, out):
     return from_rows(self.activation(to_rows(out)), out) if self.mindpet_flattens else self.activation(out)
 
 
+def construct_like(method, body):
+    """A `construct` with the parameters of another one.
+
+    MindSpore (2.7 to 2.10) never frees a Cell whose `construct` has been compiled and takes `*args` or `**keywords`.
+
+    Args:
+        method (callable): the other one, bound to its Cell.
+        body (str): what is returned, with `{first}` for the first argument and `{arguments}` for all of them.
+
+    Returns:
+        function, to be bound to a Cell. It has `*args` and `**keywords` where the other one has, or where a default
+        cannot be written down.
+    """
+    given = list(inspect.signature(method).parameters.values())
+    if not all(one.default is one.empty or _is_literal(one.default) for one in given):
+        given = list(inspect.signature(lambda *inputs, **keywords: None).parameters.values())
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    signature = inspect.Signature([own, *(one.replace(annotation=one.empty) for one in given)])
+    first = next((FIRST.get(one.kind, "{0}").format(one.name) for one in given), "")
+    arguments = ", ".join(PASSED.get(one.kind, "{0}").format(one.name) for one in given)
+    return _compiled(str(signature), body.format(first=first, arguments=arguments))
+
+
+def bind_construct(cell, network):
+    """Have a Cell call its `network`, with the parameters that this one has."""
+    construct = construct_like(network.construct, "self.network({arguments})")
+    vars(cell)["construct"] = types.MethodType(construct, cell)
+
+
+def _is_literal(value):
+    try:
+        return ast.literal_eval(repr(value)) == value
+    except (ValueError, SyntaxError):
+        return False
+
+
+@functools.cache
+def _compiled(signature, returned):
+    source = f"def construct{signature}:\n    return {returned}\n"
+    # A path without lines to be read, but one that is there, or MindSpore logs an error; then it parses `source`.
+    exec(compile(source, str(pathlib.Path(__file__).parent), "exec"), globals(), found := {})
+    found["construct"].source = (source.splitlines(keepends=True), 0)
+    return found["construct"]
+
+
 @contextlib.contextmanager
 def one_error():
     """A context that turns an error of `by_rows` into an AdapterError, without the stacks of graph mode."""
@@ -71,13 +126,15 @@ class Overlay:
 
     Args:
         cell (Cell): the layer.
-        construct (callable): takes the place of its `construct`.
-        before_activation (bool): whether the layer's own activation is left to `construct`.
-        cells, params (dict): attribute -> Cell or Parameter that `construct` needs.
+        returns (callable): `beside` or `by_rows`.
+        before_activation (bool): whether the layer's own activation is left to `returns`.
+        cells, params (dict): attribute -> Cell or Parameter that `returns` needs.
     """
 
-    def __init__(self, cell, construct, before_activation, cells, params=None):
-        self.cell, self.construct = cell, construct
+    def __init__(self, cell, returns, before_activation, cells, params=None):
+        self.cell = cell
+        body = f"{returns.__name__}(self, {{first}}, self.mindpet_base_construct({{arguments}}))"
+        self.construct = construct_like(cell.construct, body)
         self.activates = before_activation and bool(getattr(cell, "activation_flag", False))
         self.kind = layer_kind(cell)
         self.cells, self.params = cells, params or {}

@@ -12,6 +12,7 @@ What always holds between two calls:
 
 import contextlib
 import functools
+import weakref
 
 import numpy as np
 from mindspore import Tensor
@@ -124,9 +125,10 @@ class Placement:
         vars(self.network)[MARK] = True
 
     def watch(self):
-        """Be told when the base is loaded by `set_data`."""
+        """Be told when the base is loaded by `set_data`; the network keeps this alive, and MindSpore the Parameters."""
+        follow = weakref.WeakMethod(self._follow)
         for param, _ in self._base:
-            watch(param, functools.partial(self._follow, param))
+            watch(param, functools.partial(_follow_if_alive, follow, param))
 
     def rebind(self):
         """Do with the network what was done with the one that this is a deep copy of; functions are not copied."""
@@ -414,6 +416,12 @@ class Placement:
         ]
         if problems:
             raise MergeError("merge: " + "; ".join(problems) + ".")
+
+
+def _follow_if_alive(follow, param):
+    method = follow()
+    if method is not None:
+        method(param)
 
 
 def _merged_attributes(adapter, layer):

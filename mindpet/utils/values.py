@@ -89,6 +89,14 @@ def forget_graphs():
 
     MindSpore (2.7 to 2.10) does not see that a network that it has compiled has changed.
     """
+    executors = [api._cell_graph_executor]
     for cache in list(api.cells_compile_cache.values()):  # a Cell that is freed meanwhile takes its entry out
-        cache.clear()
-    api.ms_compile_cache.clear()
+        _drop(executors, cache)
+    _drop([*executors, api.JitExecutor_.get_instance()], api.ms_compile_cache)
+
+
+def _drop(executors, cache):
+    """Empty a cache of compiled graphs; MindSpore frees by itself only those of a Cell that is freed."""
+    for executor in executors if cache else ():
+        executor.del_net_res(None, cache)
+    cache.clear()
