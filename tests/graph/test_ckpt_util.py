@@ -293,6 +293,19 @@ def test_a_file_that_another_process_has_removed_or_replaced(config, tmp_path):
     assert number(callback.latest_ckpt_file_name) == 4
 
 
+def test_a_file_that_is_replaced_while_the_next_is_written(tmp_path):
+    _, step = stepper(tmp_path, keep_checkpoint_max=1, async_save="thread")
+    step(1)
+    _wait_for_writing()
+    step(2)
+    _wait_for_writing()
+    ms.save_checkpoint([{"name": "delta", "data": ms.Tensor(np.full(1000, 9, np.float32))}], str(tmp_path / "y.ckpt"))
+    os.replace(tmp_path / "y.ckpt", tmp_path / "x-1_1.ckpt")
+    step(3)
+    _wait_for_writing()
+    assert number(tmp_path / "x-1_1.ckpt") == 9 and number(tmp_path / "x-1_2.ckpt") == 2
+
+
 def test_processes_that_save_to_one_folder_at_once(tmp_path):
     steppers = [stepper(tmp_path, value=value, keep_checkpoint_max=30) for value in (0, 100, 200)]
     children = []
