@@ -75,7 +75,8 @@ def freeze_delta(model, mode, include=None, exclude=None, strict=True):
 def freeze_from_config(model, config_path, strict=True):
     """Apply `freeze_modules` with the lists of a YAML file.
 
-    The file holds exactly `freeze: {include: [...], exclude: [...]}`, at least one of the two.
+    The file holds exactly `freeze: {include: [...], exclude: [...]}`, at least one of the two. Aliases, keys that stand
+    twice and files of more than 300,000 bytes are refused.
 
     Args:
         model (Cell): the network.

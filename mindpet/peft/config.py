@@ -356,8 +356,8 @@ class LoraConfig(TargetConfig, peft_type=PeftType.LORA):
         if random or init in FOREIGN_INITS:
             raise ConfigError(
                 f"LoraConfig: not supported: init_lora_weights={quote(init)}, which takes a part off the base that "
-                "cannot be told from the file; save the adapter as plain LoRA, with path_initial_model_for_weight_conversion "
-                "of save_pretrained in Hugging Face PEFT."
+                "cannot be told from the file; save the adapter as plain LoRA, with "
+                "path_initial_model_for_weight_conversion of save_pretrained in Hugging Face PEFT."
             )
 
     def sizes(self, path):
