@@ -150,8 +150,10 @@ class LoraLayer(nn.Cell):
         return float(self.mindpet_lora_scaling.asnumpy())
 
     def gain(self):
-        """`m / ||W + s B A||`, float32."""
-        return cast(self.mindpet_delta_lora_magnitude, ms.float32) / ops.stop_gradient(self.norm())
+        """`m / ||W + s B A||`, float32; of a row of zeros that was never trained it is one, and not 0 / 0."""
+        norm = ops.stop_gradient(self.norm())
+        is_zero = cast(norm == 0, ms.float32)
+        return (cast(self.mindpet_delta_lora_magnitude, ms.float32) + is_zero) / (norm + is_zero)
 
     def norm(self):
         """`||W + s B A||` in the magnitude's shape, float32."""
@@ -361,5 +363,6 @@ def fold_lora(matrix, lora_a, lora_b, scaling, magnitude=None, group=1, start_a=
         delta = delta - start_b @ start_a
     merged = matrix + np.float32(scaling) * delta
     if magnitude is not None:
-        merged = merged * (magnitude.reshape(-1) / np.linalg.norm(merged, axis=1))[:, None]
+        norm = np.linalg.norm(merged, axis=1)
+        merged = merged * (magnitude.reshape(-1) / np.where(norm == 0, 1, norm))[:, None]
     return merged

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -101,7 +102,7 @@ def combine(
         TypeError, ValueError: another argument is wrong; all are in the message.
     """
     adapters = list(adapters)
-    _check_arguments(**locals())
+    _check_arguments(SimpleNamespace(**locals()))
     _check_plain(adapters)
     layers = {}
     for weight, adapter in zip(weights, adapters):
@@ -148,35 +149,26 @@ def combine(
     return config, values
 
 
-def _check_arguments(
-    adapters,
-    weights,
-    combination_type,
-    svd_rank,
-    svd_clamp,
-    svd_full_matrices,
-    svd_driver,
-    density,
-    majority_sign_method,
-    seed,
-):
-    check = Checker("add_weighted_adapter")
-    check.require(adapters, ValueError, "adapters", adapters, "names of adapters, at least one")
-    rule = f"a list of finite numbers, one for each of {len(adapters)} adapters"
+def _check_arguments(given):
+    check, weights, kind = Checker("add_weighted_adapter"), given.weights, given.combination_type
+    check.require(given.adapters, ValueError, "adapters", given.adapters, "names of adapters, at least one")
+    rule = f"a list of finite numbers, one for each of {len(given.adapters)} adapters"
     if check.require(isinstance(weights, (list, tuple)), TypeError, "weights", weights, rule):
-        fit = len(weights) == len(adapters) and all(_is_real(weight) and math.isfinite(weight) for weight in weights)
-        check.require(fit, ValueError, "weights", weights, rule)
-    check.choice("combination_type", combination_type, COMBINATIONS)
-    if svd_rank is not None:
-        check.positive_int(svd_rank=svd_rank)
-    if svd_clamp is not None:
-        check.require(_is_share(svd_clamp), ValueError, "svd_clamp", svd_clamp, "in (0, 1] or None")
-    if svd_driver is not None:
-        check.choice("svd_driver", svd_driver, ("gesvd", "gesvda", "gesvdj"))
-    if combination_type in COMBINATIONS and combination_type not in ("cat", "linear", "svd"):
-        check.require(_is_share(density), ValueError, "density", density, f"in (0, 1] for {combination_type!r}")
-    check.boolean(svd_full_matrices=svd_full_matrices)
-    check.choice("majority_sign_method", majority_sign_method, ("total", "frequency"))
+        is_fit = len(weights) == len(given.adapters)
+        is_fit = is_fit and all(_is_real(weight) and math.isfinite(weight) for weight in weights)
+        check.require(is_fit, ValueError, "weights", weights, rule)
+    check.choice("combination_type", kind, COMBINATIONS)
+    if given.svd_rank is not None:
+        check.positive_int(svd_rank=given.svd_rank)
+    if given.svd_clamp is not None:
+        check.require(_is_share(given.svd_clamp), ValueError, "svd_clamp", given.svd_clamp, "in (0, 1] or None")
+    if given.svd_driver is not None:
+        check.choice("svd_driver", given.svd_driver, ("gesvd", "gesvda", "gesvdj"))
+    if kind in COMBINATIONS and kind not in ("cat", "linear", "svd"):
+        check.require(_is_share(given.density), ValueError, "density", given.density, f"in (0, 1] for {kind!r}")
+    check.boolean(svd_full_matrices=given.svd_full_matrices)
+    check.choice("majority_sign_method", given.majority_sign_method, ("total", "frequency"))
+    seed = given.seed
     known = seed is None or isinstance(seed, np.random.Generator) or (is_int(seed) and seed >= 0)
     check.require(known, ValueError, "seed", seed, "an int from 0 on, a numpy.random.Generator or None")
     check.done()

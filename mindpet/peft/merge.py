@@ -13,6 +13,7 @@ from mindpet.delta.lora_layer import fold_lora
 from mindpet.errors import MergeError
 from mindpet.graph.parameters import outer_prefix
 from mindpet.layers.kinds import layer_kind
+from mindpet.peft.plan import parameter_places
 from mindpet.peft.probe import probe_merge
 
 
@@ -142,18 +143,14 @@ def shared_weights(network, owners):
     Returns:
         dict: path -> list of such tuples, the places that are not.
     """
-    places = {}
-    for path, cell in network.cells_and_names():
-        for key, param in cell._params.items():
-            places.setdefault(id(param), []).append((path, cell, key))
-    found = {}
+    everywhere = {(id(cell), key): found for found in parameter_places("", network).values() for _, cell, key in found}
+    shared = {}
     for path, own in owners.items():
-        _, cell, key = own[0]
-        meant = {(id(cell), key) for _, cell, key in own}
-        others = [place for place in places[id(cell._params[key])] if (id(place[1]), place[2]) not in meant]
+        meant = [(id(cell), key) for _, cell, key in own]
+        others = [place for place in everywhere[meant[0]] if (id(place[1]), place[2]) not in meant]
         if others:
-            found[path] = others
-    return found
+            shared[path] = others
+    return shared
 
 
 def untie(network, owners):

@@ -11,7 +11,7 @@ from mindspore import nn
 import mindpet
 import mindpet.peft.combine as combine
 import mindpet.peft.state as state
-from mindpet.errors import AdapterError, ConfigError, MergeError
+from mindpet.errors import AdapterError, CheckpointError, ConfigError, MergeError
 from mindpet.graph.parameters import model_parameters
 from mindpet.peft.batch import BASE, MixedBatches
 from mindpet.peft.config import PeftConfig
@@ -21,6 +21,7 @@ from mindpet.peft.overlay import bind_construct
 from mindpet.peft.passport import check_base, check_files, make_passport
 from mindpet.peft.placement import MARK, Placement
 from mindpet.peft.plan import plan_targets
+from mindpet.peft.turns import Turns, alone
 from mindpet.utils.values import know_graphs
 
 
@@ -36,8 +37,8 @@ class PeftModel(nn.Cell):
 
     The running statistics of the network's BatchNorms stay while adapters are there, also while training.
 
-    Attributes that a PeftModel does not have are those of the network. Use `get_peft_model` or `from_pretrained`. It is
-    not made for several threads at once.
+    Attributes that a PeftModel does not have are those of the network. Use `get_peft_model` or `from_pretrained`.
+    Several threads may call it at once; what changes what is computed is refused meanwhile, see docs/peft.md.
 
     Args:
         model (Cell): the base network; it is changed.
@@ -69,6 +70,7 @@ class PeftModel(nn.Cell):
         self.name_map = name_map or NameMap()
         self.autocast_adapter_dtype, self.batch_statistics = autocast_adapter_dtype, batch_statistics
         self.merge_report = []
+        self._turns, self._bases = Turns(), {}  # name -> passport of an adapter that was loaded
         self._placement = Placement(model)
         self._mixed = MixedBatches(self._placement)
         if type(self).construct is PeftModel.construct:
@@ -91,12 +93,15 @@ class PeftModel(nn.Cell):
                 for the active adapter.
 
         Raises:
-            AdapterError: a name is unknown; an adapter cannot share a batch.
+            AdapterError: a name is unknown; an adapter cannot share a batch; another thread changes what is computed.
         """
         if adapter_names is None:
-            return super().__call__(*inputs, **keywords)
-        self._check_state("adapter_names")
-        return self._mixed.run(_names("adapter_names", adapter_names), inputs, keywords)
+            with self._turns.call(self._placement):
+                return super().__call__(*inputs, **keywords)
+        names = _names("adapter_names", adapter_names)
+        with self._turns.change("adapter_names"):
+            self._check_state("adapter_names")
+            return self._mixed.run(names, inputs, keywords)
 
     def __deepcopy__(self, memo):
         """A copy with a network of its own, that follows what is loaded into that one."""
@@ -174,6 +179,7 @@ class PeftModel(nn.Cell):
 
     # Adapters
 
+    @alone
     def add_adapter(self, adapter_name, peft_config):
         """Add a fresh adapter; the active one stays active.
 
@@ -189,9 +195,11 @@ class PeftModel(nn.Cell):
         _check_name(adapter_name, self.adapters)
         with self._placement.bare():
             plan = plan_targets(self.network, peft_config, self.batch_statistics)
+            dataclasses.replace(plan.config, inference_mode=False)  # checks what it starts from; files may have others
             trainable = not peft_config.inference_mode
             self._placement.add(adapter_name, plan, trainable, as_layer=not self.autocast_adapter_dtype)
 
+    @alone
     def set_adapter(self, adapter_name):
         """Make an adapter the active one; no other one is computed or trains.
 
@@ -215,7 +223,9 @@ class PeftModel(nn.Cell):
             (adapter_name,) = names
         self._get(adapter_name)
         self._placement.activate(adapter_name)
+        self._turns.choose(adapter_name)
 
+    @alone
     def delete_adapter(self, adapter_name):
         """Remove an adapter. If it is active, the first of the others takes its place.
 
@@ -230,6 +240,7 @@ class PeftModel(nn.Cell):
         if adapter_name == self.active_adapter:
             self.set_adapter(others[0])
         del self.adapters[adapter_name]
+        self._bases.pop(adapter_name, None)
         self._mixed.clear()
 
     @contextlib.contextmanager
@@ -240,13 +251,15 @@ class PeftModel(nn.Cell):
         Raises:
             AdapterError: an adapter is merged; at the end, if the adapter was trained meanwhile.
         """
-        if self._placement.disabled or self.active_adapter is None:
-            yield
-            return
-        self._check_state("disable_adapter")
-        with self._placement.disable():
-            yield
+        with self._turns.change("disable_adapter"):
+            if self._placement.disabled or self.active_adapter is None:
+                yield
+                return
+            self._check_state("disable_adapter")
+            with self._placement.disable():
+                yield
 
+    @alone
     def add_weighted_adapter(
         self,
         adapters,
@@ -292,6 +305,7 @@ class PeftModel(nn.Cell):
         with self._placement.bare():
             self._placement.add(adapter_name, plan_targets(self.network, config), False, values)
 
+    @alone
     def prepare_for_training(self, adapter_name=None):
         """Make an adapter the active one and let it train, say one that was loaded with `is_trainable=False`.
 
@@ -313,6 +327,7 @@ class PeftModel(nn.Cell):
 
     # Merging
 
+    @alone
     def merge_adapter(self, adapter_names=None, safe_merge=True):
         """Fold adapters into the weights of the network; `unmerge_adapter` undoes it. `merge_report` has the errors.
 
@@ -330,6 +345,7 @@ class PeftModel(nn.Cell):
         """
         self._merge(adapter_names)
 
+    @alone
     def unmerge_adapter(self):
         """Undo `merge_adapter`: every weight has the bits that it had before.
 
@@ -340,6 +356,7 @@ class PeftModel(nn.Cell):
             raise AdapterError("unmerge_adapter: no adapter is merged.")
         self._placement.unmerge()
 
+    @alone
     def merge_and_unload(self, progressbar=False, safe_merge=True, adapter_names=None, untie_weights=False):
         """Fold adapters into the weights for good, and take everything else out.
 
@@ -369,6 +386,7 @@ class PeftModel(nn.Cell):
             raise
         return self._close()
 
+    @alone
     def unload(self):
         """Take the adapters out; returns the network, bit for bit as it was before the first adapter came.
 
@@ -382,6 +400,7 @@ class PeftModel(nn.Cell):
 
     # Files
 
+    @alone
     def save_pretrained(self, save_directory, safe_serialization=True, selected_adapters=None, step=None):
         """Save adapters as Hugging Face PEFT does: 'default' into the directory, others into folders of their names.
 
@@ -472,6 +491,7 @@ class PeftModel(nn.Cell):
         peft_model.set_adapter(adapter_name)
         return peft_model
 
+    @alone
     def load_adapter(
         self, model_id, adapter_name, is_trainable=False, config=None, autocast_adapter_dtype=True, force=False
     ):
@@ -490,18 +510,21 @@ class PeftModel(nn.Cell):
             layers = plan.targets + plan.attentions
             plan.config.check_sizes(model_id, [layer.path for layer in layers], [v.shape for v in tensors.values()])
             values = state.load(model_id, tensors, Frame(self.network, plan), self.name_map, force)
-            if not force:
-                check_base(model_id, check_files(model_id), self._base_values())
+            passport = {} if force else check_files(model_id)
+            check_base(model_id, passport, self._base_values())
             if unmatched:
                 warnings.warn(f"{model_id}: all tensors have their place, but {'; '.join(unmatched)}.", stacklevel=2)
             shown = dataclasses.replace(state.with_projection(plan.config, config), inference_mode=not is_trainable)
             self._placement.add(adapter_name, plan, is_trainable, values, config=shown)
+            self._bases[adapter_name] = passport
 
+    @alone
     def adapter_tensors(self, adapter_name):
         """The tensors of an adapter's file by their keys, a dict of numpy.ndarray; see `get_peft_model_state_dict`."""
         adapter = self._get(adapter_name)
         return self._tensors(adapter, adapter.config)[0]
 
+    @alone
     def set_adapter_tensors(self, adapter_name, tensors):
         """Give an adapter the values of such a dict; see `set_peft_model_state_dict`."""
         self._check_state("set_adapter_tensors")
@@ -531,11 +554,23 @@ class PeftModel(nn.Cell):
             self._get(name)
         if not names or len(set(names)) < len(names):
             raise AdapterError(f"merge: there is no adapter, or one is named twice: {names}.")
+        self._warn_of_other_base(names)
         self.merge_report = self._placement.merge(names, progressbar, for_good, untie_weights)
+
+    def _warn_of_other_base(self, names):
+        """Warn where other values were loaded into the base since an adapter's file was found to fit."""
+        with self._placement.bare():
+            base = self._base_values()
+        for name in names:
+            try:
+                check_base(repr(name), self._bases.get(name, {}), base)
+            except CheckpointError as error:
+                warnings.warn(f"merge: {error}", stacklevel=5)
 
     def _close(self):
         self._placement.close()
         self._mixed.clear()
+        self._bases = {}
         return self.network
 
     def _adapter_ids(self):

@@ -126,9 +126,22 @@ class Placement:
 
     def watch(self):
         """Be told when the base is loaded by `set_data`; the network keeps this alive, and MindSpore the Parameters."""
-        follow = weakref.WeakMethod(self._follow)
         for param, _ in self._base:
-            watch(param, functools.partial(_follow_if_alive, follow, param))
+            watch(param, functools.partial(_call_if_alive, weakref.WeakMethod(self._follow), param))
+        self._watch_hidden()
+
+    def _watch_hidden(self):
+        """Be told when somebody loads what is hidden, which would count beside what is merged or disabled."""
+        for path in self.frame.hidden if self.frame else ():
+            param = self.frame.params[path]
+            watch(param, functools.partial(_call_if_alive, weakref.WeakMethod(self._refuse_load), param))
+
+    def _refuse_load(self, param):
+        self.frame.hide(copies=self.disabled)
+        raise AdapterError(
+            f"{param.name} was loaded while {self.active!r} is {'disabled' if self.disabled else 'merged'}, and would "
+            "count twice; it is neutral again. Load it before, or afterwards."
+        )
 
     def rebind(self):
         """Do with the network what was done with the one that this is a deep copy of; functions are not copied."""
@@ -275,6 +288,8 @@ class Placement:
         frame = adapter.frame
         if frame.holder is adapter and not frame.hidden:
             return
+        for path in frame.hidden:
+            unwatch(frame.params[path])
         if frame.holder not in (None, adapter):
             frame.holder.stored = frame.holder.values
         adapter.stored = adapter.values
@@ -288,6 +303,7 @@ class Placement:
         adapter.stored = adapter.values
         if adapter.frame.can_reset:
             adapter.frame.hide(copies)
+            self._watch_hidden()
         else:
             self._put(None)
         self.set_flags()
@@ -418,8 +434,8 @@ class Placement:
             raise MergeError("merge: " + "; ".join(problems) + ".")
 
 
-def _follow_if_alive(follow, param):
-    method = follow()
+def _call_if_alive(reference, param):
+    method = reference()
     if method is not None:
         method(param)
 

@@ -219,9 +219,9 @@ def _find_trained(network, plan, batch_statistics):
 
     A copy of a module's own parameter goes into that module only, also where another Cell has the same Parameter.
     """
-    everywhere = _parameter_places("", network)
+    everywhere = parameter_places("", network)
     for layer in plan.modules_to_save:
-        _take(plan, _parameter_places(layer.path, layer.cell))
+        _take(plan, parameter_places(layer.path, layer.cell))
     patterns = plan.method.trainable if not (plan.method.kinds or plan.method.cells) else ()
     bias = getattr(plan.config, "bias", "none")
     patterns += BIASES if bias == "all" else ()
@@ -250,7 +250,7 @@ def _take(plan, places):
             plan.places[".".join(filter(None, (free[0][0], free[0][2])))] = free
 
 
-def _parameter_places(prefix, network):
+def parameter_places(prefix, network):
     """path -> list of (path of a Cell, Cell, attribute), of every Parameter in a network; several if it is shared."""
     places = {}
     for name, cell in network.cells_and_names():

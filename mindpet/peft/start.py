@@ -5,6 +5,7 @@ from typing import Callable
 
 import numpy as np
 
+from mindpet.errors import ConfigError
 from mindpet.layers.kinds import layer_kind
 from mindpet.peft.combine import SCALING, A, B, fold_arguments, start_from_weight
 from mindpet.peft.merge import fold
@@ -63,6 +64,8 @@ def _from_weight(layer, weight, inputs, init):
 
     def compute(values):
         matrix = kind.to_matrix(value_of(weight).astype(np.float32))
+        if not np.isfinite(matrix).all():
+            raise ConfigError(f"{path}: init_lora_weights={init!r}, but the weight has NaN or infinite numbers.")
         rank, scaling = len(values[f"{path}.{A}"]), float(values[f"{path}.{SCALING}"])
         lora_a, lora_b = start_from_weight(matrix, init, rank, scaling)
         own = {A: lora_a, B: lora_b, START_A: lora_a, START_B: lora_b}

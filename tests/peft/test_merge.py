@@ -6,8 +6,8 @@ import pytest
 from mindspore import Tensor, nn
 from small import LAYERS, Small, Tied, config, contents, ids, move, numbers, same
 
-from mindpet.errors import AdapterError, MergeError
-from mindpet.peft import AdapterConfig, LoraConfig, get_peft_model
+from mindpet.errors import AdapterError, ConfigError, MergeError
+from mindpet.peft import AdapterConfig, LoraConfig, PeftModel, get_peft_model
 
 VARIANTS = {
     "lora": {},
@@ -170,3 +170,102 @@ def test_what_cannot_be_merged():
         model.merge_adapter(["saved"])
     with pytest.raises(AdapterError, match="there is no adapter 'nix'"):
         model.merge_and_unload(adapter_names=["nix"])
+
+
+def test_a_delta_that_is_loaded_while_it_is_merged_is_refused(mode, rng):
+    model, x = trained(target_modules=["query"]), ids(rng)
+    saved = {param.name: ms.Parameter(param.asnumpy(), name=param.name) for param in model.trainable_params()}
+    before = numbers(model, x)
+    model.merge_adapter()
+    with pytest.raises(AdapterError, match="was loaded while 'default' is merged, and would count twice"):
+        ms.load_param_into_net(model, saved)
+    np.testing.assert_allclose(numbers(model, x), before, atol=2e-6)
+    model.unmerge_adapter()
+    same(numbers(model, x), before)
+    ms.load_param_into_net(model, saved)
+    same(numbers(model, x), before)
+    with model.disable_adapter():
+        base = numbers(model, x)
+        with pytest.raises(AdapterError, match="was loaded while 'default' is disabled"):
+            ms.load_param_into_net(model, saved)
+        same(numbers(model, x), base)
+    same(numbers(model, x), before)
+
+
+def test_an_adapter_from_a_file_is_merged_onto_another_base_with_a_warning(tmp_path, recwarn):
+    model = trained(target_modules=["query"])
+    model.save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(model.unload(), tmp_path)
+    recwarn.clear()
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert not [one for one in recwarn if issubclass(one.category, UserWarning)]
+    weight = model.network.query.weight
+    weight.set_data(Tensor(weight.asnumpy() + 1))
+    with pytest.warns(UserWarning, match="(?s)merge: 'default': trained on another base.*query.weight: other values"):
+        model.merge_adapter()
+
+
+@pytest.mark.parametrize("end", ["unload", "merge_and_unload"])
+def test_a_model_without_adapters_has_none_to_save_or_merge(end, tmp_path):
+    model = trained(target_modules=["query"])
+    getattr(model, end)()
+    for call in (
+        lambda: model.save_pretrained(tmp_path),
+        lambda: model.save_pretrained(tmp_path, selected_adapters=["default"]),
+        lambda: model.set_adapter("default"),
+        lambda: model.delete_adapter("default"),
+        lambda: model.prepare_for_training(),
+        lambda: model.merge_adapter(),
+        lambda: model.unmerge_adapter(),
+        lambda: model.merge_and_unload(),
+        lambda: model.add_weighted_adapter(["default"], [1.0], "sum"),
+        lambda: model.adapter_tensors("default"),
+    ):
+        with pytest.raises(AdapterError, match="there is no adapter|no adapter is merged"):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_that_is_named_twice_is_not_merged_twice():
+    model = trained(target_modules=["query"])
+    before = contents(model.network)
+    with pytest.raises(AdapterError, match="one is named twice"):
+        model.merge_adapter(["default", "default"])
+    assert contents(model.network) == before
+
+
+def test_dora_on_a_row_of_zeros_is_finite_and_trains(mode, rng):
+    network, x = Small(), ids(rng)
+    weight = network.query.weight.asnumpy()
+    weight[3] = 0
+    network.query.weight.set_data(Tensor(weight))
+    base = numbers(network, x)
+    model = get_peft_model(network, config(target_modules=["query"], use_dora=True))
+    same(numbers(model, x), base)
+
+    def loss():
+        return model(x).square().sum()
+
+    lora_b = model.network.query.mindpet_delta.mindpet_delta_lora_b
+    (gradient,) = ms.grad(loss, None, ms.ParameterTuple([lora_b]))()
+    assert np.isfinite(gradient.asnumpy()).all() and np.abs(gradient.asnumpy()[3]).max() > 0
+    np.testing.assert_allclose(numbers(model.merge_and_unload(), x), base, atol=1e-6)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_from_a_weight_with_nan_names_the_layer(init):
+    network = Small()
+    weight = network.query.weight.asnumpy()
+    weight[0, 0] = np.nan
+    network.query.weight.set_data(Tensor(weight))
+    before = contents(network)
+    with pytest.raises(ConfigError, match=f"query: init_lora_weights='{init}', but the weight has NaN"):
+        get_peft_model(network, config(target_modules=["query"], init_lora_weights=init))
+    assert contents(network) == before
+
+
+def test_a_start_with_a_wrong_name_is_refused_of_a_frozen_adapter_too():
+    typo = config(target_modules=["query"], init_lora_weights="gausian", inference_mode=True)
+    with pytest.raises(ValueError, match="'init_lora_weights' must be .* but got 'gausian'"):
+        get_peft_model(Small(), typo)
