@@ -61,6 +61,7 @@ ORDER = [
     "peft.combine",
     "peft.start",
     "peft.placement",
+    "peft.turns",
     "peft.model",
     "peft.state_dict",
     "peft.status",

@@ -513,7 +513,7 @@ class PeftModel(nn.Cell):
             passport = {} if force else check_files(model_id)
             check_base(model_id, passport, self._base_values())
             if unmatched:
-                warnings.warn(f"{model_id}: all tensors have their place, but {'; '.join(unmatched)}.", stacklevel=2)
+                warnings.warn(f"{model_id}: all tensors have their place, but {'; '.join(unmatched)}.", stacklevel=3)
             shown = dataclasses.replace(state.with_projection(plan.config, config), inference_mode=not is_trainable)
             self._placement.add(adapter_name, plan, is_trainable, values, config=shown)
             self._bases[adapter_name] = passport

@@ -4,7 +4,6 @@ import ast
 import contextlib
 import functools
 import inspect
-import pathlib
 import re
 import types
 
@@ -102,11 +101,13 @@ def _is_literal(value):
 
 @functools.cache
 def _compiled(signature, returned):
-    source = f"def construct{signature}:\n    return {returned}\n"
-    # A path without lines to be read, but one that is there, or MindSpore logs an error; then it parses `source`.
-    exec(compile(source, str(pathlib.Path(__file__).parent), "exec"), globals(), found := {})
-    found["construct"].source = (source.splitlines(keepends=True), 0)
-    return found["construct"]
+    source, line = f"def construct{signature}:\n    return {returned}\n", inspect.currentframe().f_lineno
+    exec(compile(source, __file__, "exec"), globals(), found := {})
+    construct = found["construct"]
+    # Behind the end of this file, so that MindSpore parses `source`; in its messages it shows the line above.
+    construct.__code__ = construct.__code__.replace(co_firstlineno=10**6)
+    construct.source = (source.splitlines(keepends=True), line - 1)
+    return construct
 
 
 @contextlib.contextmanager

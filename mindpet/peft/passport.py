@@ -63,7 +63,7 @@ def check_files(folder):
     passport = read_passport(folder)
     if not passport:
         missing = f"{folder}: no {PASSPORT_NAME}: whether the files are whole, and for which base, cannot be told."
-        warnings.warn(missing, stacklevel=4)
+        warnings.warn(missing, stacklevel=5)
         return passport
     saves = [save for save in (passport, passport.get("before", {})) if "files" in save]
     here = _digests(folder) if saves else None
