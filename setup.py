@@ -30,7 +30,7 @@ setup(
         # What they compute and name is compared, and changes with their minor versions.
         "interop": ["torch>=2.13,<2.14", "transformers>=5.23,<5.24", "peft>=0.21,<0.22"],
     },
-    entry_points={"console_scripts": ["mindpet=mindpet.cli:main"]},
+    entry_points={"console_scripts": ["mindpet=mindpet.__main__:main"]},
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",

@@ -1,8 +1,11 @@
 """The command line: `mindpet plan | inspect | merge | convert`."""
 
 import argparse
+import contextlib
 import pathlib
+import signal
 import sys
+import threading
 import warnings
 
 from mindpet.errors import BuildError, MindPetError, ShardError
@@ -116,18 +119,55 @@ def _add_config_and_names(command):
     command.add_argument("--force", action="store_true", help="use what was trained on another base, or changed since")
 
 
+class Stopped(BaseException):
+    """A signal ends the command; the argument is its number."""
+
+
 def main(argv=None):
-    """Run a command; returns the exit code: 0, 1 if the front end refuses a plan, 2 for anything else."""
-    arguments = make_parser().parse_args(argv)
+    """Run a command.
+
+    Returns:
+        int, the exit code: 0, 1 if the front end refuses a plan, 128 and the number of the signal that ends the
+        command, 2 for anything else.
+    """
     format_before, warnings.formatwarning = warnings.formatwarning, _warning
     try:
-        arguments.run(arguments)
+        with _signals_raise():
+            arguments = make_parser().parse_args(argv)
+            arguments.run(arguments)
+    except Stopped as stop:
+        print(f"mindpet: stopped by {signal.Signals(stop.args[0]).name}", file=sys.stderr)
+        return 128 + stop.args[0]
     except (MindPetError, OSError, TypeError, ValueError) as error:
         print(f"mindpet: {_message(error)}", file=sys.stderr)
         return 1 if isinstance(error, ShardError) else 2
     finally:
         warnings.formatwarning = format_before
     return 0
+
+
+@contextlib.contextmanager
+def _signals_raise():
+    """Have the signals that end a program raise `Stopped` instead, so that what is begun is cleaned up.
+
+    What the program has set for them, or its caller (as `nohup` does), stays.
+    """
+    before = {}
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
+                number = getattr(signal, name)
+                if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                    before[number] = signal.getsignal(number)
+                    signal.signal(number, _stop)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop(number, frame):
+    raise Stopped(number)
 
 
 def _message(error):

@@ -72,10 +72,18 @@ def test_a_refused_plan(file, capsys):
     [
         (["nowhere.py:build", "--device-num", "8"], "'build' must be a function or 'FILE.py:name' of a file"),
         (["{file}", "--device-num", "8"], "'build' must be a function or 'FILE.py:name' of a file"),
-        (["{file}:build", "--device-num", "0"], "'device_num' must be a positive int"),
+        (["{file}:build", "--device-num", "0"], "'device_num' must be 1, 2, 4 or a multiple of 8"),
+        (
+            ["{file}:build", "--device-num", "3"],
+            "'device_num' must be 1, 2, 4 or a multiple of 8 up to 262144, but got 3",
+        ),
+        (["{file}:build", "--device-num", "1000000000000"], "'device_num' must be 1, 2, 4 or a multiple of 8"),
+        (["{file}:build", "--device-num", "8", "--rank", "-1"], "'rank' must be an int from 0 to"),
+        (["{file}:build", "--device-num", "8", "--pipeline-stages", "0"], "'pipeline_stages' must be a positive int"),
+        (["{file}:build", "--device-num", "8", "--timeout", "nan"], "'timeout' must be a number of seconds above 0"),
         (["{file}:build", "--device-num", "8", "--rank", "8"], "'rank' must be an int from 0 to"),
         (["{file}:nothing", "--device-num", "8"], "has no function 'nothing'"),
-        (["{file}:build", "--device-num", "8", "--timeout", "-1"], "'timeout' must be above 0"),
+        (["{file}:build", "--device-num", "8", "--timeout", "-1"], "'timeout' must be a number of seconds above 0"),
     ],
 )
 def test_a_wrong_argument_is_one_line(file, arguments, message, capsys):
@@ -99,5 +107,5 @@ def test_usage_errors(arguments):
 
 
 def test_the_installed_command():
-    done = subprocess.run([sys.executable, "-m", "mindpet.cli", "plan", "--help"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "mindpet", "plan", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--device-num" in done.stdout

@@ -70,6 +70,7 @@ ORDER = [
     "peft.merge_files",
     "peft",
     "cli",
+    "__main__",
 ]
 METHOD_FILES = {path.stem for path in (ROOT / "delta").glob("*.py")} - {"__init__", "_base", "registry"}
 

@@ -1,12 +1,9 @@
 """What `dry_run` does in its child process: it compiles the networks and reads the result."""
 
-import contextlib
-import ctypes
 import pathlib
 import pickle
 import re
 import shutil
-import signal
 import sys
 import traceback
 
@@ -21,6 +18,7 @@ from mindpet.parallel.graph_dump import count_runs, read_header, read_nodes
 from mindpet.parallel.launcher import import_file
 from mindpet.parallel.plans import Names, collective_plans, operator_plans, parameter_plans
 from mindpet.parallel.report import Report
+from mindpet.utils.quote import quote
 
 _FAILED = re.compile(r"operator (\w+) init failed")
 _REASON = re.compile(r"^\[(?:ERROR|CRITICAL)\] PARALLEL\(.*?\)?:.*?\] \w+\] (?:\w+Info\d+ ?: )?(.*)$", re.MULTILINE)
@@ -28,7 +26,6 @@ _REASON = re.compile(r"^\[(?:ERROR|CRITICAL)\] PARALLEL\(.*?\)?:.*?\] \w+\] (?:\
 
 def main(folder):
     """Compile what `request` in the folder asks for, and write `results`: a Report or an exception for each build."""
-    _die_with_parent()
     folder = pathlib.Path(folder)
     with open(folder / "request", "rb") as file:
         request = pickle.load(file)
@@ -49,26 +46,12 @@ def main(folder):
             results.flush()
 
 
-def _die_with_parent():
-    """Have Linux kill this process if its parent is killed, so that none is left behind."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
 def _dry_run(pickled, request, folder):
     """The Report for one build."""
     dump = folder / "graphs"
     shutil.rmtree(dump, ignore_errors=True)
     ms.reset_auto_parallel_context()
-    ms.set_auto_parallel_context(
-        **{
-            "parallel_mode": "semi_auto_parallel",
-            "device_num": request.device_num,
-            "global_rank": request.rank,
-            "dataset_strategy": "full_batch",
-            **request.settings,
-        }
-    )
+    _set_context(request)
     network, inputs, step = _build(pickled, request.train)
     names = Names(network, step)
     log_start = _log_size(folder)
@@ -91,6 +74,24 @@ def _dry_run(pickled, request, folder):
         operator_plans(read_nodes(_dump_file(dump, "step_parallel_end_*.ir")), nodes, runs, names),
         collective_plans(nodes, runs, names, request.rank),
     )
+
+
+def _set_context(request):
+    try:
+        ms.set_auto_parallel_context(
+            **{
+                "parallel_mode": "semi_auto_parallel",
+                "device_num": request.device_num,
+                "global_rank": request.rank,
+                "dataset_strategy": "full_batch",
+                **request.settings,
+            }
+        )
+    except Exception as error:  # MindSpore raises several types
+        raise DryRunError(
+            f"dry_run: 'settings' must be arguments of mindspore.set_auto_parallel_context, but got "
+            f"{quote(request.settings)}: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _build(pickled, train):

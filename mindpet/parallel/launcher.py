@@ -2,10 +2,11 @@
 
 import functools
 import importlib.util
+import io
 import os
 import pathlib
 import pickle
-import signal
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,8 @@ from mindpet.utils.validate import Checker, is_int
 
 IN_CHILD = "MINDPET_DRY_RUN"  # environment variable of the child
 CHILD = "import sys; sys.path[:] = {path!r}; from mindpet.parallel.child import main; main({folder!r})"
+KEEPER = os.path.join(os.path.dirname(__file__), "keeper.py")
+MOST_RANKS = 262_144  # beyond that MindSpore, which lists the ranks of every group, takes minutes and tens of GB
 
 
 @dataclass
@@ -82,11 +85,10 @@ def dry_run_many(builds, device_num, rank=0, train=True, timeout=600, **settings
         TypeError, ValueError, DryRunError: as in `dry_run`, where it does not concern a single build.
     """
     check = Checker("dry_run")
-    check.positive_int(device_num=device_num)
-    in_range = is_int(rank) and is_int(device_num) and 0 <= rank < device_num
-    check.require(in_range, ValueError, "rank", rank, f"an int from 0 to device_num - 1, with device_num={device_num}")
+    _check_ranks(check, device_num, rank, settings.get("pipeline_stages", 1))
     check.boolean(train=train)
-    check.require(isinstance(timeout, (int, float)) and timeout > 0, ValueError, "timeout", timeout, "above 0")
+    number = isinstance(timeout, float) or is_int(timeout)
+    check.require(number and timeout > 0, ValueError, "timeout", timeout, "a number of seconds above 0")
     check.done()
     if os.environ.get(IN_CHILD):
         raise DryRunError(
@@ -97,8 +99,21 @@ def dry_run_many(builds, device_num, rank=0, train=True, timeout=600, **settings
     uses_main = any(b"__main__" in build for build in pickled)
     target, environment = _environment(device_num, rank)
     request = Request(pickled, _main_path() if uses_main else "", target, device_num, rank, train, settings)
-    with tempfile.TemporaryDirectory(prefix="mindpet-dry-run-") as folder:
-        return _run_child(pathlib.Path(folder), request, environment, timeout)
+    return _run_child(request, environment, timeout)
+
+
+def _check_ranks(check, device_num, rank, stages):
+    """Note what MindSpore would refuse: these rules are those of its parallel front end, 2.7 and 2.10."""
+    fits = is_int(device_num) and 0 < device_num <= MOST_RANKS and (device_num in (1, 2, 4) or device_num % 8 == 0)
+    error = ValueError if is_int(device_num) else TypeError
+    rule = f"1, 2, 4 or a multiple of 8 up to {MOST_RANKS}"
+    if check.require(fits, error, "device_num", device_num, rule):
+        in_range = is_int(rank) and 0 <= rank < device_num
+        rule = f"an int from 0 to device_num - 1, with device_num={device_num}"
+        check.require(in_range, ValueError, "rank", rank, rule)
+        divides = is_int(stages) and stages > 0 and device_num % stages == 0
+        rule = f"a positive int that divides device_num, with device_num={device_num}"
+        check.require(divides, ValueError, "pipeline_stages", stages, rule)
 
 
 def import_file(path, *names):
@@ -188,51 +203,45 @@ def _search_path():
     return sorted(sys.path, key=lambda path: os.path.exists(os.path.join(path, "__init__.py")))
 
 
-def _run_child(folder, request, environment, timeout):
-    """Run the child to its end, or kill it; returns its results."""
-    (folder / "request").write_bytes(pickle.dumps(request))
+def _run_child(request, environment, timeout):
+    """Have `keeper` run the child to its end, or kill it; returns its results."""
+    folder = os.path.join(tempfile.gettempdir(), f"mindpet-plan-{secrets.token_hex(8)}")
     environment.update(
-        MS_OM_PATH=str(folder),  # where MindSpore puts its notes on graphs that do not compile
+        MS_OM_PATH=folder,  # where MindSpore puts its notes on graphs that do not compile
         MS_DEV_SAVE_GRAPHS="1",
-        MS_DEV_SAVE_GRAPHS_PATH=str(folder / "graphs"),
+        MS_DEV_SAVE_GRAPHS_PATH=os.path.join(folder, "graphs"),
         MS_DEV_DUMP_IR_PASSES="step_parallel,validate",
     )
-    command = [sys.executable, "-c", CHILD.format(path=_search_path(), folder=str(folder))]
-    with open(folder / "log", "wb") as log:
-        child = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-        )
+    job = {
+        "folder": folder,
+        "request": pickle.dumps(request),
+        "command": [sys.executable, "-c", CHILD.format(path=_search_path(), folder=folder)],
+        "timeout": timeout,
+    }
+    command = [sys.executable, "-I", "-S", KEEPER, str(os.getpid())]  # without what a site may import
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, start_new_session=True) as process:
         try:
-            code = child.wait(timeout)
-        except subprocess.TimeoutExpired:
-            code = None
+            output, _ = process.communicate(pickle.dumps(job))
         finally:
-            _kill(child)
-    results = _read_results(folder / "results")
+            process.terminate()  # if this is interrupted; else it has ended
+            process.wait()
+    outcome = pickle.loads(output) if output else {"error": f"it was ended by signal {-process.returncode}"}
+    if "error" in outcome:
+        raise DryRunError(f"dry_run: the process that starts the child cannot: {outcome['error']}")
+    code = outcome["code"]
+    results = _load_all(outcome["results"])
     if len(results) < len(request.builds):
         what = f"took longer than {timeout} s" if code is None else f"ended with exit code {code}"
-        tail = (folder / "log").read_text(encoding="utf-8", errors="replace")[-3000:]
-        raise DryRunError(f"dry_run: the child process {what}. The end of its output:\n{tail}")
+        raise DryRunError(f"dry_run: the child process {what}. The end of its output:\n{outcome['log']}")
     return results
 
 
-def _kill(child):
-    """Kill the child and what it has started."""
-    try:
-        os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    child.wait()
-
-
-def _read_results(path):
-    """What the child has finished."""
-    results = []
-    if path.exists():
-        with open(path, "rb") as file:
-            try:
-                while True:
-                    results.append(pickle.load(file))
-            except EOFError:
-                return results
-    return results
+def _load_all(data):
+    """The results that the child has finished; one that it was writing does not count."""
+    results, file = [], io.BytesIO(data)
+    while True:
+        try:
+            results.append(pickle.load(file))
+        except (EOFError, pickle.UnpicklingError):
+            return results

@@ -6,19 +6,21 @@ without content are enough. They are generated from the plugin's own list of und
 """
 
 import collections
+import contextlib
 import hashlib
 import importlib.util
+import json
 import os
 import pathlib
 import platform
 import re
 import shutil
 import subprocess
-import tempfile
 
 import mindspore as ms
 
 from mindpet.errors import DryRunError
+from mindpet.utils.files import exchange, remove_left, staging
 
 # A symbol that does not name its library is looked for by prefix; the first that fits decides.
 LIBRARY_OF_PREFIX = {
@@ -75,11 +77,12 @@ TEXT cudaGetErrorName(int error) { return "stub"; }
 TEXT cudnnGetErrorString(int error) { return "stub"; }
 """
 ANSWERED = set(re.findall(r"^(?:ANSWER|TEXT) (\w+)\(", ANSWERS, re.MULTILINE))
+DIGESTS = "digests.json"  # of all files of a stub folder
 CUDA_RT, CUDA_DRIVER = "libcudart.so.11.0", "libcuda.so.1"
 
 
 def stub_folder():
-    """The folder of the stub libraries for the installed MindSpore, built on the first call (a second or two).
+    """The folder of the stub libraries for the installed MindSpore, built where it is missing or damaged (in a second).
 
     It lies in `$XDG_CACHE_HOME/mindpet`, by default `~/.cache/mindpet`.
 
@@ -88,29 +91,68 @@ def stub_folder():
             cannot be written.
     """
     plugin = _find_plugin()
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "mindpet"
+    cache = _cache()
     stamp = f"{plugin}{plugin.stat().st_size}{plugin.stat().st_mtime_ns}{ANSWERS}{LIBRARY_OF_PREFIX}"
     folder = cache / f"stubs-{ms.__version__}-{hashlib.sha256(stamp.encode()).hexdigest()[:12]}"
-    if not folder.exists():
-        missing = [tool for tool in ("gcc", "nm") if shutil.which(tool) is None]
-        if missing:
-            raise DryRunError(f"dry_run: the stub libraries are built with gcc and nm; not found: {missing}.")
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            building = pathlib.Path(tempfile.mkdtemp(dir=cache))
-        except OSError as error:
-            raise DryRunError(f"dry_run: cannot write to {cache}; set XDG_CACHE_HOME: {error}") from error
-        try:
-            _build(plugin, building)
-            building.rename(folder)
-        except OSError as error:
-            if not folder.exists():  # else another process was faster, and its folder is as good
-                raise DryRunError(f"dry_run: cannot build the stub libraries in {cache}: {error}") from error
-        except subprocess.CalledProcessError as error:
-            raise DryRunError(f"dry_run: {error.cmd[0]} failed for a stub library:\n{error.stderr}") from error
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+    remove_left(folder)
+    if _is_whole(folder):
+        return folder
+    missing = [tool for tool in ("gcc", "nm") if shutil.which(tool) is None]
+    if missing:
+        raise DryRunError(f"dry_run: the stub libraries are built with gcc and nm; not found: {missing}.")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with staging(folder) as staged:
+            built = staged / "built"
+            built.mkdir()
+            _build(plugin, built)
+            (built / DIGESTS).write_text(json.dumps(_digests(built)))
+            _put(built, folder)
+    except OSError as error:
+        raise DryRunError(
+            f"dry_run: cannot build the stub libraries in {cache}; set XDG_CACHE_HOME to another folder: {error}"
+        ) from error
+    except subprocess.CalledProcessError as error:
+        raise DryRunError(f"dry_run: {error.cmd[0]} failed for a stub library:\n{error.stderr}") from error
     return folder
+
+
+def _cache():
+    """Where what can be built again is kept."""
+    try:
+        parent = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    except RuntimeError as error:  # no HOME, and a user that the system does not know
+        raise DryRunError(
+            "dry_run: there is no home folder to build the stub libraries in; set XDG_CACHE_HOME to a folder."
+        ) from error
+    return parent.absolute() / "mindpet"
+
+
+def _is_whole(folder):
+    """Whether every file is as it was built."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((folder / DIGESTS).read_text()) == _digests(folder)
+    return False
+
+
+def _digests(folder):
+    """File -> digest of its content and of whether it can be run, without the list of them."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS)
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(bytes([os.access(path, os.X_OK)]) + path.read_bytes()).hexdigest()
+        for path in files
+    }
+
+
+def _put(built, folder):
+    """Give a whole folder its name, at which other processes may look at any moment, or put the same there."""
+    with contextlib.suppress(OSError):
+        built.rename(folder)  # nothing is there
+        return
+    if _is_whole(folder) or exchange(built, folder):  # another process was faster; or what is damaged goes
+        return
+    folder.rename(built.with_name("damaged"))
+    built.rename(folder)
 
 
 def _find_plugin():

@@ -1,9 +1,11 @@
 """What can go wrong around a dry run: each is a clear error, and no process is left behind."""
 
 import functools
+import multiprocessing
 import os
 import pathlib
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +18,8 @@ from mindspore import Tensor, nn
 from sharded import build, build_with
 
 from mindpet.errors import BuildError, DryRunError
-from mindpet.parallel import dry_run, dry_run_many, launcher
+from mindpet.parallel import dry_run, dry_run_many, launcher, stubs
+from mindpet.utils.files import open_staging
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOOD = functools.partial(build, "lora", {"o": 8})
@@ -92,28 +95,6 @@ def test_a_child_that_hangs_is_killed_with_all_it_started(tmp_path):
     assert wait_until(lambda: not any(alive(pid) for pid in pids))
 
 
-def test_a_killed_parent_leaves_no_child(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import functools\n"
-        "from parallel_helpers import starts_a_process_and_hangs\n"
-        "from mindpet.parallel import dry_run\n"
-        "if __name__ == '__main__':\n"
-        f"    dry_run(functools.partial(starts_a_process_and_hangs, {str(tmp_path / 'pids')!r}), 8)\n"
-    )
-    (tmp_path / "parallel_helpers.py").write_text(pathlib.Path(__file__).read_text())
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    parent = subprocess.Popen([sys.executable, script], env={**os.environ, "PYTHONPATH": path})
-    assert wait_until(lambda: (tmp_path / "pids").exists() and (tmp_path / "pids").read_text().count(" "))
-    parent.kill()
-    parent.wait()
-    child, grandchild = (tmp_path / "pids").read_text().split()
-    try:
-        assert wait_until(lambda: not alive(child))
-    finally:
-        os.kill(int(grandchild), signal.SIGKILL)
-
-
 def test_the_default_optimizer_is_adam_and_others_are_taken():
     adam, sgd, step = dry_run_many([GOOD, own_optimizer, own_train_step], 8)
     weights = sum(plan.bytes for plan in adam.parameters if plan.role == "trainable")
@@ -167,6 +148,79 @@ def test_settings_reach_the_parallel_context():
     assert causes["gradient of cell.mindpet_delta_lora_b"] == ("ReduceScatter", "backward")
 
 
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """The cache's folder, still to be made, for two small libraries."""
+    symbols = {"libcuda.so.1": {"cuInit"}, "libcudart.so.11.0": {"cudaMalloc"}}
+    monkeypatch.setattr(stubs, "_needed", lambda clients: symbols)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache/mindpet"
+
+
+def content(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def damaged(folder):
+    """Damages a stub folder in one way after the other."""
+    library = folder / "lib64/libcuda.so.1"
+    yield library.unlink()
+    yield library.write_bytes(b"")
+    yield library.write_bytes(library.read_bytes()[:-1] + b"x")
+    yield (folder / "bin/nvcc").chmod(0o644)
+    yield (folder / "digests.json").write_text("[")
+    yield (folder / "lib64/more.so").write_bytes(b"")
+    yield shutil.rmtree(folder) or folder.mkdir()
+    yield shutil.rmtree(folder) or folder.write_text("")
+    yield shutil.rmtree(folder) or folder.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "no exchange"])
+def test_a_damaged_stub_folder_is_built_again(cache, monkeypatch, exchange):
+    if not exchange:  # a file system that cannot
+        monkeypatch.setattr(stubs, "exchange", lambda *_: False)
+    folder = stubs.stub_folder()
+    good = content(folder)
+    for _ in damaged(folder):
+        assert stubs.stub_folder() == folder and content(folder) == good
+        assert os.access(folder / "bin/nvcc", os.X_OK) and list(cache.iterdir()) == [folder]
+    before = folder.stat()
+    assert stubs.stub_folder() == folder and folder.stat() == before  # what is whole stays
+
+
+def build_stubs(number):
+    return content(stubs.stub_folder())
+
+
+def test_processes_that_build_the_stubs_at_once(cache):
+    """Some find nothing there, then some a damaged folder, while others use what is whole."""
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        first = pool.map(build_stubs, range(3), chunksize=1)
+        (folder,) = cache.iterdir()
+        (folder / "version.txt").unlink()
+        second = pool.map(build_stubs, range(3), chunksize=1)
+    assert all(found == content(folder) for found in first + second) and list(cache.iterdir()) == [folder]
+
+
+def test_what_a_killed_build_has_left_is_removed(cache):
+    folder = stubs.stub_folder()
+    pid = os.fork()
+    if pid == 0:
+        open_staging(folder)
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert len(list(cache.iterdir())) == 2
+    assert stubs.stub_folder() == folder and list(cache.iterdir()) == [folder]
+
+
+def test_no_home(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("os.getuid", lambda: 123456789)  # a user that the system does not know
+    with pytest.raises(DryRunError, match="no home folder to build the stub libraries in; set XDG_CACHE_HOME"):
+        dry_run(GOOD, 8)
+
+
 def test_no_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -177,7 +231,7 @@ def test_no_compiler(monkeypatch, tmp_path):
 def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(DryRunError, match="cannot write to .*file/mindpet; set XDG_CACHE_HOME"):
+    with pytest.raises(DryRunError, match="cannot build .* in .*file/mindpet; set XDG_CACHE_HOME"):
         dry_run(GOOD, 8)
 
 
@@ -210,11 +264,17 @@ def test_a_machine_with_cann_compiles_for_ascend(monkeypatch):
 @pytest.mark.parametrize(
     "change, error, match",
     [
-        ({"device_num": 0}, ValueError, "'device_num' must be a positive int"),
-        ({"device_num": True}, TypeError, "'device_num' must be a positive int"),
+        ({"device_num": 0}, ValueError, "'device_num' must be 1, 2, 4 or a multiple of 8 up to 262144, but got 0"),
+        ({"device_num": True}, TypeError, "'device_num' must be 1, 2, 4 or a multiple of 8"),
+        ({"device_num": 12}, ValueError, "'device_num' must be 1, 2, 4 or a multiple of 8 up to 262144, but got 12"),
+        ({"device_num": 10**12}, ValueError, "'device_num' .* up to 262144, but got 1000000000000"),
+        ({"rank": -1}, ValueError, "'rank' must be an int from 0 to device_num - 1, with device_num=8, but got -1"),
         ({"rank": 8}, ValueError, "'rank' must be an int from 0 to device_num - 1, with device_num=8, but got 8"),
         ({"train": 1}, TypeError, "'train' must be a bool"),
-        ({"timeout": 0}, ValueError, "'timeout' must be above 0"),
+        ({"timeout": 0}, ValueError, "'timeout' must be a number of seconds above 0, but got 0"),
+        ({"timeout": float("nan")}, ValueError, "'timeout' must be a number of seconds above 0, but got nan"),
+        ({"pipeline_stages": 0}, ValueError, "'pipeline_stages' must be a positive int that divides .*=8, but got 0"),
+        ({"pipeline_stages": 3}, ValueError, "'pipeline_stages' must be a positive int that divides .*=8, but got 3"),
         ({"build": 3}, TypeError, "'build' must be a function or a str"),
         ({"build": "nowhere.py:build"}, ValueError, "'build' must be a function or 'FILE.py:name' of a file"),
         ({"build": lambda: None}, BuildError, "must be at the top level of a module or script"),
