@@ -19,7 +19,7 @@ from sharded import (
 
 from mindpet.errors import ShardError
 from mindpet.layers.activation import activation_operators
-from mindpet.parallel import Report, dry_run, dry_run_many, shard_like
+from mindpet.parallel import Report, dry_run_many, shard_like
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
@@ -74,16 +74,6 @@ def test_variants_of_the_layers():
         check(name, counts, report, 8, rows=2 if "three_axes" in variant else 1, **arguments)
 
 
-def test_dropout_is_cut_like_the_rows_that_enter():
-    counts = [{"n": 2, "o": 4}, {"n": 2, "i": 4}]
-    for count, report in zip(counts, dry_run_many([case("lora", c, lora_dropout=0.5) for c in counts], 8)):
-        (dropout,) = [plan for plan in report.operators if plan.operator == "Dropout"]
-        assert dropout.slot == "strategy_lora_dropout" and dropout.is_set
-        assert dropout.strategy == ((2, count.get("i", 1)),)
-        assert operators(report) == set_operators(shard_like(CELLS["lora"](), strategy(**count)), dropout=True)
-        assert collectives(report) == expected_collectives("lora", report, count, 8)
-
-
 def test_all_three_axes_cut_costs_the_base_a_change_of_layout_and_the_delta_nothing():
     counts = {"n": 2, "i": 2, "o": 2}
     for name, report in zip(DENSE, dry_run_many([case(name, counts) for name in DENSE], 8, train=False)):
@@ -130,20 +120,41 @@ REFERENCE["adapter"] = {**ORIGINAL, **REFERENCE["adapter_layer"]}
 REFERENCE["low_rank_adapter"] = {**ORIGINAL, **REFERENCE["low_rank_adapter_layer"]}
 
 
-def test_the_examples_of_the_api_reference():
+DROPOUT = [{"n": 2, "o": 4}, {"n": 2, "i": 4}]
+
+
+@pytest.fixture(scope="module")
+def results():
+    """Results of the examples of the API reference, of LoRA with dropout, and of a plan that is refused."""
     builds = [
-        functools.partial(build_with, name, strategies, **({"lora_dropout": 0.1} if name == "lora" else {}))
-        for name, strategies in REFERENCE.items()
+        *(
+            functools.partial(build_with, name, strategies, **({"lora_dropout": 0.1} if name == "lora" else {}))
+            for name, strategies in REFERENCE.items()
+        ),
+        *(case("lora", counts, lora_dropout=0.5) for counts in DROPOUT),
+        functools.partial(build_with, "lora", {"strategy_lora_b_matmul": ((2, 1), (3, 1))}),
     ]
-    for (name, strategies), report in zip(REFERENCE.items(), dry_run_many(builds, 8)):
+    return dry_run_many(builds, 8)
+
+
+def test_the_examples_of_the_api_reference(results):
+    for (name, strategies), report in zip(REFERENCE.items(), results):
         assert isinstance(report, Report), report
         assert operators(report) == set_operators(CELLS[name]().shard(**strategies), dropout=True)
 
 
-def test_an_error_names_cell_slot_operator_strategy_and_reason():
-    with pytest.raises(ShardError) as caught:
-        dry_run(functools.partial(build_with, "lora", {"strategy_lora_b_matmul": ((2, 1), (3, 1))}), 8)
-    error = caught.value
+def test_dropout_is_cut_like_the_rows_that_enter(results):
+    for counts, report in zip(DROPOUT, results[len(REFERENCE) : -1]):
+        (dropout,) = [plan for plan in report.operators if plan.operator == "Dropout"]
+        assert dropout.slot == "strategy_lora_dropout" and dropout.is_set
+        assert dropout.strategy == ((2, counts.get("i", 1)),)
+        assert operators(report) == set_operators(shard_like(CELLS["lora"](), strategy(**counts)), dropout=True)
+        assert collectives(report) == expected_collectives("lora", report, counts, 8)
+
+
+def test_an_error_names_cell_slot_operator_strategy_and_reason(results):
+    error = results[-1]
+    assert isinstance(error, ShardError)
     assert (error.cell, error.slot, error.operator) == ("cell", "strategy_lora_b_matmul", "MatMul")
     assert error.strategy == ((2, 1), (3, 1)) and "128 at dim index 0 cannot be divisible by" in error.reason
     assert "'strategy_lora_b_matmul' of 'cell' (MatMul), strategy ((2, 1), (3, 1)): " in str(error)

@@ -11,7 +11,7 @@ from models.llama import CausalLoss, LlamaConfig
 from mindpet.errors import AdapterError, ConfigError
 from mindpet.graph import freeze_delta
 from mindpet.layers.kinds import layer_kind
-from mindpet.parallel import dry_run, dry_run_many
+from mindpet.parallel import dry_run_many
 from mindpet.peft import (
     AdapterConfig,
     LoraConfig,
@@ -64,8 +64,20 @@ def strategies(report):
     }
 
 
-def test_strategies_are_those_of_layers_made_by_hand():
-    hand, peft, first, behind = dry_run_many([by_hand, by_peft, first_layer, adapter], 8)
+OPTIONS = [{"lora_bias": True}, {"lora_dropout": 0.1}, {"init_lora_weights": "pissa"}]
+
+
+@pytest.fixture(scope="module")
+def reports():
+    """Of LoRA made by hand and by get_peft_model, of some variants, and of each of OPTIONS."""
+    configs = [LoraConfig(r=4, target_modules=TARGETS, **more) for more in OPTIONS]
+    return dry_run_many(
+        [by_hand, by_peft, first_layer, adapter, *(functools.partial(make, each) for each in configs)], 8
+    )
+
+
+def test_strategies_are_those_of_layers_made_by_hand(reports):
+    hand, peft, first, behind = reports[:4]
     assert strategies(peft) == strategies(hand) and len(strategies(peft)) == 7 * 4  # the layers are compiled once
     assert {collective_bytes(report) for report in (hand, peft)} == {collective_bytes(hand)}
     assert {(plan.cell, plan.count) for plan in first.operators if "mindpet_delta" in plan.cell} == {
@@ -129,10 +141,8 @@ def test_prefix_of_grouped_heads_and_of_another_type():
         assert {plan.kind for plan in report.collectives} == {"AllReduce"}
 
 
-def test_lora_bias_dropout_and_start_follow_too():
-    fields = ({}, {"lora_bias": True}, {"lora_dropout": 0.1}, {"init_lora_weights": "pissa"})
-    configs = [LoraConfig(r=4, target_modules=TARGETS, **more) for more in fields]
-    plain, bias, dropout, start = dry_run_many([functools.partial(make, config) for config in configs], 8)
+def test_lora_bias_dropout_and_start_follow_too(reports):
+    plain, (bias, dropout, start) = reports[1], reports[4:]
     for report in (bias, start):
         check_delta(report)
     per_layer = 3 * 64 // 4 + 64 + 2 * 128 // 4 + 64  # the biases on a rank: cut as the features that come out
@@ -202,26 +212,31 @@ PICTURES = {
 }
 
 
+WORDS = {8: [{"n": 2, "o": 4}, {"n": 8}], 64: [{"n": 16, "o": 4}]}
+
+
 @pytest.mark.parametrize("ranks", PICTURES)
-def test_convolutions(ranks):
+def test_convolutions_and_embeddings_cut_along_their_features(ranks):
     dropout = 0.1 * (ranks == 64)  # a cut image is exchanged once more if it differs from that of the layer
     config = LoraConfig(r=4, target_modules=["conv"], lora_bias=True, lora_dropout=dropout)
     builds = [functools.partial(picture, config, counts) for counts in PICTURES[ranks]]
-    for counts, report in zip(PICTURES[ranks], dry_run_many(builds, ranks)):
-        check_delta(report)
+    config = LoraConfig(r=4, target_modules=["embed"])
+    builds += [functools.partial(words, config, counts) for counts in WORDS[ranks]]
+    reports = dry_run_many(builds, ranks)
+    for counts, report in zip(PICTURES[ranks], reports):
         n, o, i = (counts.get(axis, 1) for axis in "noi")
         gradients = 4 * (8 // i) * 9 + (16 // o) * 4 + 16 // o
         sums = 2 * (32 // n) * 4 * 256 * (i > 1)
-        ours = [plan for plan in report.collectives if "mindpet" in plan.cause]
-        assert sum(plan.bytes * plan.count for plan in ours) == 4 * (gradients + sums), counts
+        check_delta(report)
+        assert delta_bytes(report) == 4 * (gradients + sums), counts
+    for counts, report in zip(WORDS[ranks], reports[len(PICTURES[ranks]) :]):
+        check_delta(report)
+        assert delta_bytes(report) == 4 * (4 * 32 + 16 // counts.get("o", 1) * 4), counts
 
 
-@pytest.mark.parametrize("ranks, counts", [(8, {"n": 2, "o": 4}), (64, {"n": 16, "o": 4}), (8, {"n": 8})])
-def test_embeddings_cut_along_their_features(ranks, counts):
-    report = dry_run(functools.partial(words, LoraConfig(r=4, target_modules=["embed"]), counts), ranks)
-    check_delta(report)
-    ours = [plan.bytes * plan.count for plan in report.collectives if "mindpet" in plan.cause]
-    assert sum(ours) == 4 * (4 * 32 + 16 // counts.get("o", 1) * 4)
+def delta_bytes(report):
+    """Bytes that a rank communicates for the delta in a step."""
+    return sum(plan.bytes * plan.count for plan in report.collectives if "mindpet" in plan.cause)
 
 
 class Turned(nn.Cell):
