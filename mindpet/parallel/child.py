@@ -1,5 +1,6 @@
 """What `dry_run` does in its child process: it compiles the networks and reads the result."""
 
+import gc
 import pathlib
 import pickle
 import re
@@ -36,6 +37,7 @@ def main(folder):
     init()
     # After a compilation MindSpore fills and cuts the parameters, which a plan does not need.
     parallel_utils._slice_parameter = parallel_utils._init_optimizer_state = lambda *_: None
+    gc.freeze()  # MindSpore collects garbage at every compilation: not among what has been imported
     with open(folder / "results", "wb") as results:
         for pickled in request.builds:
             try:

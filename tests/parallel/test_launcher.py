@@ -126,6 +126,13 @@ def test_settings_reach_the_parallel_context():
     assert causes["gradient of cell.mindpet_delta_lora_b"] == ("ReduceScatter", "backward")
 
 
+def test_settings_that_mindspore_refuses_are_named():
+    message = r"'settings' must be arguments of mindspore.set_auto_parallel_context, but got \{'grad_scale': 2\}: .*grad_s"
+    with pytest.raises(DryRunError, match=message) as caught:
+        dry_run(GOOD, 8, grad_scale=2)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
     """The cache's folder, still to be made, for two small libraries."""
