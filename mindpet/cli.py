@@ -9,11 +9,11 @@ import threading
 import warnings
 
 from mindpet.errors import BuildError, MindPetError, ShardError
+from mindpet.files.convert import convert, inspect, load_config
+from mindpet.files.merge import merge
+from mindpet.files.names import NameMap
 from mindpet.parallel import dry_run
 from mindpet.parallel.launcher import load_function
-from mindpet.peft.convert import convert, inspect, load_config
-from mindpet.peft.merge_files import merge
-from mindpet.peft.names import NameMap
 from mindpet.utils.quote import printable
 
 
@@ -107,7 +107,8 @@ def make_parser():
     command.add_argument("source", metavar="SOURCE", help="folder of an adapter, or a delta file of mindpet")
     command.add_argument("target", metavar="TARGET", help="a .ckpt or .safetensors file, or else a folder")
     command.add_argument(
-        "--prefix-path", default="prefix_encoder", help="where the network has its PrefixEncoder (default: %(default)s)"
+        "--prefix-path",
+        help="where the network has its prefix or its prompt (default: prefix_encoder, or prompt)",
     )
     _add_config_and_names(command)
     return parser

@@ -7,7 +7,15 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from mindpet.delta import AdapterDense, AdapterLayer, LoRADense, LowRankAdapterDense, LowRankAdapterLayer
+from mindpet.delta import (
+    AdapterDense,
+    AdapterLayer,
+    IA3Dense,
+    LoRADense,
+    LowRankAdapterDense,
+    LowRankAdapterLayer,
+    VeraDense,
+)
 from mindpet.graph import freeze_delta
 from mindpet.parallel import shard_like
 
@@ -21,8 +29,13 @@ CELLS = {
     "low_rank_adapter": lambda **kw: LowRankAdapterDense(64, 128, **{"activation": "silu", **LOW_RANK, **kw}),
     "adapter_layer": lambda **kw: AdapterLayer(128, 4, **{**FLOAT, **kw}),
     "low_rank_adapter_layer": lambda **kw: LowRankAdapterLayer(128, **{**LOW_RANK, **kw}),
+    "ia3": lambda **kw: IA3Dense(64, 128, **{"activation": "relu", **FLOAT, **kw}),
+    "ia3_feedforward": lambda **kw: IA3Dense(64, 128, True, **{"activation": "relu", **FLOAT, **kw}),
+    "vera": lambda **kw: VeraDense(64, 128, 4, **{"activation": "relu", **FLOAT, **kw}),
 }
-DENSE = ("lora", "adapter", "low_rank_adapter")
+DENSE = ("lora", "ia3", "ia3_feedforward", "vera", "adapter", "low_rank_adapter")
+# Of what is no method of its own, the method.
+MODES = {"ia3_feedforward": "ia3", "adapter_layer": "adapter", "low_rank_adapter_layer": "low_rank_adapter"}
 # The cut axes of every parameter, and the size of what is not a size of SIZES.
 BASE = {"weight": "oi", "bias": "o"}
 ADAPTER = {
@@ -41,6 +54,15 @@ LOW_RANK_ADAPTER = {
 }
 PARAMETERS = {
     "lora": {**BASE, "mindpet_delta_lora_a": "ri", "mindpet_delta_lora_b": "or"},
+    "ia3": {**BASE, "mindpet_delta_ia3": "of"},
+    "ia3_feedforward": {**BASE, "mindpet_delta_ia3": "fi"},
+    "vera": {
+        **BASE,
+        "mindpet_vera_a": "rf",
+        "mindpet_vera_b": "fr",
+        "mindpet_delta_vera_lambda_b": "o",
+        "mindpet_delta_vera_lambda_d": "r",
+    },
     "adapter": {**BASE, **ADAPTER},
     "low_rank_adapter": {**BASE, **LOW_RANK_ADAPTER},
     "adapter_layer": ADAPTER,
@@ -81,7 +103,7 @@ def build(name, counts, three_axes=False, **arguments):
     """A network whose Cell is cut by `shard_like`, and its input."""
     cell = shard_like(CELLS[name](**arguments), strategy(**counts))
     network = Network(cell, **counts, leading=(1,) if three_axes else ())
-    freeze_delta(network, name.replace("_layer", ""))
+    freeze_delta(network, MODES.get(name, name))
     features = SIZES["i"] if name in DENSE else SIZES["o"]
     shape = (SIZES["n"], 2, features) if three_axes else (SIZES["n"], features)
     return network, Tensor(np.ones(shape, np.float32))
@@ -90,7 +112,7 @@ def build(name, counts, three_axes=False, **arguments):
 def build_with(name, strategies, **arguments):
     """A network whose Cell has the given strategies, one for each slot, and its input."""
     network = Network(CELLS[name](**arguments).shard(**strategies))
-    freeze_delta(network, name.replace("_layer", ""))
+    freeze_delta(network, MODES.get(name, name))
     return network, Tensor(np.ones((SIZES["n"], SIZES["i"] if name in DENSE else SIZES["o"]), np.float32))
 
 
@@ -130,13 +152,16 @@ def expected_collectives(name, report, counts, ranks, rows=1):
     """
     n, i, o = (counts.get(axis, 1) for axis in "nio")
     rows = rows * SIZES["n"] // n
-    delta_sum = {"lora": i}.get(name, o)
+    delta_sum = {"lora": i, "vera": i, "ia3": 1, "ia3_feedforward": 1}.get(name, o)
     inner = ("AllReduce", delta_sum, 4 * rows * SIZES["r"])
     found = [("forward", "AllReduce", i, 4 * rows * SIZES["o"] // o)] if name in DENSE and i > 1 else []
     found += [("forward", *inner)] if delta_sum > 1 else []
     found += [("forward", "AllReduce", n * o, 4)] if n * o > 1 else []
     if report.train:
-        found += [("backward", *inner)] if delta_sum > 1 else []
+        if name == "ia3_feedforward" and i > 1:  # what trains is in front of the base's sum
+            found.append(("backward", "AllReduce", i, 4 * rows * SIZES["o"] // o))
+        if name != "vera" and delta_sum > 1:  # there nothing in front of the delta's sum trains
+            found.append(("backward", *inner))
         for plan in report.parameters:
             holders = ranks * math.prod(plan.slice) // math.prod(plan.shape)
             if plan.role == "trainable" and holders > 1:

@@ -1,5 +1,6 @@
 """The docs: every Python block runs, links lead somewhere, method pages have one shape and every argument."""
 
+import importlib
 import inspect
 import os
 import pathlib
@@ -10,13 +11,16 @@ import textwrap
 
 import mindspore as ms
 import pytest
+from test_package import ORDER
 
 from mindpet.delta import RDropLoss
+from mindpet.delta._base import Delta
 from mindpet.delta.registry import METHODS
 from mindpet.parallel import Report, dry_run_many
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
+ALL_PAGES = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
 METHOD_PAGES = sorted(ROOT.glob("docs/methods/*.md"))
 HEADINGS = ["Paper", "Formula", "Use", "Arguments", "Shapes", "Errors", "Shard slots"]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -73,7 +77,7 @@ def test_blocks_run_as_they_stand_and_print_what_the_page_says(page, tmp_path, r
 
 
 def test_the_shard_examples_of_the_methods_compile_on_8_ranks(tmp_path):
-    pages = ["lora", "adapter", "low_rank_adapter"]
+    pages = ["lora", "ia3", "vera", "adapter", "low_rank_adapter"]
     examples = [BLOCK.findall((ROOT / f"docs/methods/{page}.md").read_text(encoding="utf-8"))[-1] for page in pages]
     for page, example in zip(pages, examples):
         assert "dense.shard(" in example, page
@@ -85,15 +89,63 @@ def test_the_shard_examples_of_the_methods_compile_on_8_ranks(tmp_path):
     builds = [f"{tmp_path}/{page}_example.py:build" for page in pages]
     for page, example, report in zip(pages, examples, dry_run_many(builds, 8, train=False)):
         assert isinstance(report, Report), (page, report)
-        slots = set(re.findall(r"^    (strategy_\w+)=", example, re.MULTILINE)) - {"strategy_lora_dropout"}
+        slots = re.findall(r"^    (strategy_\w+)=", example, re.MULTILINE)
+        slots = {slot for slot in slots if not slot.endswith("_dropout")}  # there is none where nothing is dropped
         assert {plan.slot for plan in report.operators} == slots, page
         assert all(plan.is_set for plan in report.operators), page
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+def anchor(heading):
+    """What a link to a heading ends with."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+def prose(page):
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=name)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
-        assert target.startswith("https://") or (page.parent / target).exists(), target
+    for target in re.findall(r"\]\(([^)]+)\)", prose(page)):
+        path, _, heading = target.partition("#")
+        linked = page.parent / path if path else page
+        assert target.startswith("https://") or linked.exists(), target
+        if heading and linked.suffix == ".md":
+            assert heading in map(anchor, re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=name)
+def test_paths_and_modules_that_pages_name_exist(page):
+    text = page.read_text(encoding="utf-8")
+    made = re.findall(r"^`([\w/]+\.\w+)`:$", text, re.MULTILINE)  # files that the page has the content of
+    paths = set(re.findall(r"(?<![\w./])(?:mindpet|tests|examples|docs)/[\w./]*\w", text)) - set(made)
+    assert not [path for path in paths if not (ROOT / path).exists()]
+    for module in set(re.findall(r"(?<![\w./@])mindpet(?:\.[a-z_]\w*)+(?!/)\b", prose(page))):
+        parent, _, last = module.rpartition(".")
+        assert hasattr(importlib.import_module(parent), last) or importlib.import_module(module), module
+
+
+ARCHITECTURE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+
+
+def test_the_architecture_has_every_file_once_and_the_order_of_the_layers():
+    rows = re.findall(r"^\| `(mindpet/[\w/]+\.py)` \| (.*) \|$", ARCHITECTURE.partition("## The life")[0], re.MULTILINE)
+    assert sorted(path for path, _ in rows) == sorted(map(name, (ROOT / "mindpet").rglob("*.py")))
+    layers = re.search(r"^    (utils  <.*)$", ARCHITECTURE, re.MULTILINE)[1].split("  <  ")
+    order = {module.partition(".")[0]: place for place, module in enumerate(ORDER)}  # of its last module
+    assert layers == [
+        "utils",
+        *(layer for layer in sorted(order, key=order.get) if layer not in ("utils", "errors", "__main__")),
+    ]
+
+
+def test_the_architecture_names_all_that_delta_asks_and_nothing_else():
+    rows = re.findall(
+        r"^\| (`.*?) \|", ARCHITECTURE.partition("## What Delta asks")[2].partition("###")[0], re.MULTILINE
+    )
+    members = {member for member in vars(Delta) if not member.startswith("_")}
+    assert sorted(re.findall(r"`(\w+)`", " ".join(rows))) == sorted({*members, "kind"})
 
 
 @pytest.mark.parametrize("page", METHOD_PAGES, ids=name)

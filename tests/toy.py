@@ -4,17 +4,36 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from mindpet.delta import AdapterDense, LoRADense, LowRankAdapterDense, PrefixEncoder, PrefixLayer
+from mindpet.delta import (
+    AdapterDense,
+    IA3Dense,
+    LoRADense,
+    LowRankAdapterDense,
+    PrefixEncoder,
+    PrefixLayer,
+    PromptEmbedding,
+    VeraDense,
+)
 from mindpet.graph import freeze_delta
 
 WIDTH, HEADS, LABELS = 8, 2, 3
 DENSE = {
     "lora": lambda **kw: LoRADense(WIDTH, WIDTH, 2, 4, **kw),
+    "ia3": lambda **kw: IA3Dense(WIDTH, WIDTH, **kw),
+    "vera": lambda **kw: VeraDense(WIDTH, WIDTH, 4, **kw),
     "adapter": lambda **kw: AdapterDense(WIDTH, WIDTH, bottleneck_size=4, **kw),
     "low_rank_adapter": lambda **kw: LowRankAdapterDense(WIDTH, WIDTH, reduction_factor=2, **kw),
 }
 DELTA_SHAPES = {
     "lora": {"fc.mindpet_delta_lora_a": (2, 8), "fc.mindpet_delta_lora_b": (8, 2)},
+    "ia3": {"fc.mindpet_delta_ia3": (8, 1)},
+    "vera": {
+        "fc.mindpet_vera_a": (4, 8),
+        "fc.mindpet_vera_b": (8, 4),
+        "fc.mindpet_delta_vera_lambda_b": (8,),
+        "fc.mindpet_delta_vera_lambda_d": (4,),
+    },
+    "prompt_tuning": {"prefix.mindpet_delta_prompt": (4, 8)},
     "prefixtuning": {
         "prefix.mindpet_delta_prefixtuning_wte.embedding_table": (4, 6),
         "prefix.mindpet_delta_prefixtuning_control_trans.0.weight": (5, 6),
@@ -65,7 +84,9 @@ class Toy(nn.Cell):
     def __init__(self, method=None, compute_dtype=ms.float32):
         super().__init__()
         self.fc = DENSE[method](compute_dtype=compute_dtype) if method in DENSE else nn.Dense(WIDTH, WIDTH, "normal")
-        self.method = method if method in ("prefixtuning", "ptuning2") else "none"
+        self.method = method if method in ("prefixtuning", "ptuning2", "prompt_tuning") else "none"
+        if self.method == "prompt_tuning":
+            self.prefix = PromptEmbedding(4, WIDTH)
         if self.method == "prefixtuning":
             self.prefix = PrefixLayer(4, 1, HEADS, WIDTH, embed_dim=6, mid_dim=5, dropout_rate=0.0)
         if self.method == "ptuning2":
@@ -76,6 +97,8 @@ class Toy(nn.Cell):
         batch = x.shape[0]
         query = self.heads(self.fc(x))
         key, value = self.heads(x), self.heads(x)
+        if self.method == "prompt_tuning":
+            key, value = self.heads(self.prefix(x)), self.heads(self.prefix(x))
         if self.method == "prefixtuning":
             past_key, past_value = self.prefix()
             shape = (batch, HEADS, 4, WIDTH // HEADS)

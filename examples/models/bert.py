@@ -18,7 +18,7 @@ from mindspore.common.initializer import Normal
 from mindpet.delta import AdapterDense, LoRADense, LowRankAdapterDense, PrefixEncoder, PrefixLayer
 from mindpet.peft import register_base_model
 from models.config import make_config, read_config
-from models.masks import MASKED, seen_by_all
+from models.masks import MASKED, Prompt, check_length, seen_by_all
 from models.weights import load_weights, read_folder
 
 METHODS = ("lora", "adapter", "low_rank_adapter", "prefixtuning", "ptuning2", "bitfit", "full", "head")
@@ -136,7 +136,10 @@ def layer_norm(config):
 
 
 class Embeddings(nn.Cell):
-    """Sum of word, position and token type embeddings: `(batch, seq) -> (batch, seq, hidden)`."""
+    """Sum of word, position and token type embeddings: `(batch, seq) -> (batch, tokens + seq, hidden)`.
+
+    The tokens are those of a prompt, if there is one; their token type is 0.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -150,11 +153,18 @@ class Embeddings(nn.Cell):
         self.dropout = nn.Dropout(p=config.hidden_dropout_prob)
         self.positions = Tensor(list(range(config.max_position_embeddings)), ms.int32)
         self.position_offset = 0  # prefix adapters of mindpet.peft count their tokens as positions
+        self.prompt_source, self.token_dim = None, config.hidden_size  # where mindpet.peft puts a prompt
 
     def construct(self, input_ids, token_type_ids):
-        end = self.position_offset + input_ids.shape[1]
+        words = self.word_embeddings(input_ids)
+        if self.prompt_source is not None:
+            words = self.prompt_source(words)
+            of_prompt = ops.zeros((words.shape[0], words.shape[1] - input_ids.shape[1]), token_type_ids.dtype)
+            token_type_ids = ops.concat((of_prompt, token_type_ids), 1)
+        end = self.position_offset + words.shape[1]
+        check_length(end, self.positions.shape[0], "max_position_embeddings")
         positions = self.position_embeddings(self.positions[self.position_offset : end])
-        summed = self.word_embeddings(input_ids) + positions + self.token_type_embeddings(token_type_ids)
+        summed = words + positions + self.token_type_embeddings(token_type_ids)
         return self.dropout(self.LayerNorm(summed))
 
 
@@ -298,7 +308,7 @@ class BertModel(nn.Cell):
         input_ids, attention_mask, token_type_ids: `(batch, seq)`, int32; the last is zeros if None.
 
     Outputs:
-        hidden `(batch, seq, hidden)`, and pooled `(batch, hidden)` or None.
+        hidden `(batch, seq, hidden)`, and pooled `(batch, hidden)`, of the first token or that of a prompt, or None.
     """
 
     def __init__(self, config, add_pooler=True):
@@ -306,14 +316,19 @@ class BertModel(nn.Cell):
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
         self.pooler = Pooler(config) if add_pooler else None
+        self.prompt = Prompt()
 
     def construct(self, input_ids, attention_mask, token_type_ids=None):
         if token_type_ids is None:
             token_type_ids = ops.zeros_like(input_ids)
         hidden = self.embeddings(input_ids, token_type_ids)
+        tokens = hidden.shape[1] - input_ids.shape[1]  # of a prompt
+        if tokens:
+            attention_mask = self.prompt.see(attention_mask, tokens)
         mask = (1.0 - attention_mask.astype(hidden.dtype)).expand_dims(1).expand_dims(1) * MASKED
         hidden = self.encoder(hidden, mask)
-        return hidden, self.pooler(hidden) if self.pooler is not None else None
+        pooled = self.pooler(hidden) if self.pooler is not None else None
+        return self.prompt.drop(hidden, tokens), pooled
 
 
 @register_base_model

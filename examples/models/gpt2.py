@@ -16,7 +16,7 @@ from mindspore.common.initializer import Normal, initializer
 
 from mindpet.peft import register_base_model, register_layer
 from models.config import make_config, read_config
-from models.masks import MASKED, Padding, seen_by_all
+from models.masks import MASKED, Padding, Prompt, check_length, seen_by_all
 from models.weights import load_weights, read_folder
 
 UNDERSTOOD = {
@@ -145,7 +145,11 @@ def layer_norm(config):
 
 
 class Gpt2Model(nn.Cell):
-    """The decoder without its head: ids and mask `(batch, seq)` to `(batch, seq, hidden)`."""
+    """The decoder without its head: ids and mask `(batch, seq)` to `(batch, seq, hidden)`.
+
+    Padding has no position, but after a prompt it has, as with Hugging Face PEFT: pad on the side that it was trained
+    with.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -155,16 +159,26 @@ class Gpt2Model(nn.Cell):
         self.ln_f = layer_norm(config)
         self.positions = Tensor(list(range(config.n_positions)), ms.int32)
         self.position_offset = 0  # prefix adapters of mindpet.peft count their tokens as positions
-        self.padding = Padding()
+        self.prompt_source, self.token_dim = None, config.n_embd  # where mindpet.peft puts a prompt
+        self.padding, self.prompt = Padding(), Prompt()
 
     def construct(self, input_ids, attention_mask=None):
-        places, padding = self.positions[: input_ids.shape[1]], 0.0
-        if attention_mask is not None:
+        embeddings, padding = self.wte(input_ids), 0.0
+        if self.prompt_source is not None:
+            embeddings = self.prompt_source(embeddings)
+        length = embeddings.shape[1]
+        tokens = length - input_ids.shape[1]  # of a prompt
+        if attention_mask is None or tokens:
+            check_length(length + self.position_offset, self.positions.shape[0], "n_positions")
+        places = self.positions[:length]
+        if tokens and attention_mask is not None:
+            _, padding = self.padding(self.prompt.see(attention_mask, tokens))
+        elif attention_mask is not None:
             places, padding = self.padding(attention_mask)
-        hidden = self.wte(input_ids) + self.wpe(places + self.position_offset)
+        hidden = embeddings + self.wpe(places + self.position_offset)
         for block in self.h:
             hidden = block(hidden, padding)
-        return self.ln_f(hidden)
+        return self.prompt.drop(self.ln_f(hidden), tokens)
 
 
 @register_base_model

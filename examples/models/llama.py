@@ -18,11 +18,11 @@ from mindspore.common.initializer import Normal, initializer
 
 from mindpet.delta import LoRADense
 from mindpet.layers import Dense
-from mindpet.layers.kinds import register_layer
+from mindpet.network.kinds import register_layer
 from mindpet.parallel import shard_like
 from mindpet.peft import register_base_model
 from models.config import make_config, read_config
-from models.masks import MASKED, Padding, seen_by_all
+from models.masks import MASKED, Padding, Prompt, seen_by_all
 from models.weights import load_weights, read_folder
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -371,6 +371,9 @@ register_layer(Embedding, "embedding", weight="embedding_table")  # so that it c
 class LlamaModel(nn.Cell):
     """The decoder without its head.
 
+    Padding has no position, but after a prompt it has, as with Hugging Face PEFT: pad on the side that it was trained
+    with.
+
     Args:
         config (LlamaConfig): its shape.
 
@@ -389,25 +392,34 @@ class LlamaModel(nn.Cell):
         self.layers = nn.CellList([DecoderLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config)
         self.position_offset = 0  # prefix adapters of mindpet.peft count their tokens as positions
-        self.padding = Padding()
+        self.prompt_source, self.token_dim = None, config.hidden_size  # where mindpet.peft puts a prompt
+        self.padding, self.prompt = Padding(), Prompt()
         self.pick = ops.Gather()
         self.hide = ops.Add()
         if config.is_sharded:
             self.norm.shard(config.data_parallel)
+            self.prompt_strategy = (config.data_parallel,)
             self.padding.shard(config.data_parallel)
+            self.prompt.shard(config.data_parallel)
             self.pick.shard(((1, 1), (config.data_parallel, 1)))
             self.hide.shard(((1, 1, 1, 1), (config.data_parallel, 1, 1, 1)))
 
     def construct(self, input_ids, attention_mask=None):
         hidden = ops.cast(self.embed_tokens(input_ids), self.config.compute_dtype)
-        cos, sin, mask = positions(input_ids.shape[1], self.position_offset, self.config)
-        if attention_mask is not None:
+        if self.prompt_source is not None:
+            hidden = self.prompt_source(hidden)
+        tokens = hidden.shape[1] - input_ids.shape[1]  # of a prompt
+        cos, sin, mask = positions(hidden.shape[1], self.position_offset, self.config)
+        if tokens and attention_mask is not None:
+            _, padding = self.padding(self.prompt.see(attention_mask, tokens))
+            mask = self.hide(mask, padding)
+        elif attention_mask is not None:
             places, padding = self.padding(attention_mask)
             cos, sin = (self.at(part, places) for part in (cos, sin))
             mask = self.hide(mask, padding)
         for layer in self.layers:
             hidden = layer(hidden, cos, sin, mask)
-        return self.norm(hidden)
+        return self.prompt.drop(self.norm(hidden), tokens)
 
     def at(self, table, places):
         """The rows of a table `(1, 1, seq, head_dim)` at places `(batch, seq)`: `(batch, 1, seq, head_dim)`."""

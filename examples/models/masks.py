@@ -1,7 +1,8 @@
-"""What tells tokens apart from padding, for every model of the examples."""
+"""What tells tokens apart from padding, and from a prompt, for every model of the examples."""
 
 import mindspore as ms
-from mindspore import nn, ops
+import numpy as np
+from mindspore import Tensor, nn, ops
 
 MASKED = -1e9  # added to the score of a token that must not be seen; float16 has no such number, so scores are float32
 
@@ -39,6 +40,49 @@ class Padding(nn.Cell):
             primitive.shard((layout, ()))
         self.count.shard((layout,))
         self.absent.shard(((), layout))
+
+
+class Prompt(nn.Cell):
+    """What a prompt changes, vectors in front of the embeddings: it is seen by all, and has no output of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.tile = ops.Tile()
+        self.concat = ops.Concat(axis=1)
+        self.slice = ops.StridedSlice()
+
+    def see(self, attention_mask, tokens):
+        """A mask `(batch, seq)` with ones in front: `(batch, tokens + seq)`, int32."""
+        ones = self.tile(ones_of(tokens), (attention_mask.shape[0], 1))
+        return self.concat((ones, ops.cast(attention_mask, ms.int32)))
+
+    def drop(self, hidden, tokens):
+        """What comes after the prompt: `(batch, tokens + seq, hidden) -> (batch, seq, hidden)`."""
+        return self.slice(hidden, (0, tokens, 0), hidden.shape, (1, 1, 1)) if tokens else hidden
+
+    def shard(self, data_parallel):
+        """Cut the batch."""
+        layout = (data_parallel, 1)
+        self.tile.shard((layout,))
+        self.concat.shard((layout, layout))
+        self.slice.shard(((data_parallel, 1, 1),))
+
+
+@ops.constexpr
+def ones_of(tokens):
+    """Ones `(1, tokens)`, int32."""
+    return Tensor(np.ones((1, tokens), np.int32))
+
+
+@ops.constexpr
+def check_length(tokens, most, name):
+    """Refuse more tokens, with those of a prompt or prefix, than a model has positions.
+
+    Raises:
+        ValueError: there are more than `most`, which is called `name` in the model's configuration.
+    """
+    if tokens > most:
+        raise ValueError(f"{tokens} tokens, with those of a prompt or prefix, but '{name}' is {most}")
 
 
 def seen_by_all(mask, keys):

@@ -4,7 +4,7 @@ import pathlib
 
 from mindspore import Tensor
 
-from mindpet.utils.tensors import TensorFile
+from mindpet.files.tensors import TensorFile
 
 
 def read_folder(folder):

@@ -1,20 +1,26 @@
 """The delta Cells, one method a file."""
 
 from mindpet.delta.adapter import AdapterDense, AdapterLayer
+from mindpet.delta.ia3 import IA3Dense
 from mindpet.delta.lora import LoRADense
 from mindpet.delta.low_rank_adapter import LowRankAdapterDense, LowRankAdapterLayer
 from mindpet.delta.prefix_layer import PrefixLayer
+from mindpet.delta.prompt_tuning import PromptEmbedding
 from mindpet.delta.ptuning2 import PrefixEncoder
 from mindpet.delta.r_drop import RDropLoss, rdrop_repeat
+from mindpet.delta.vera import VeraDense
 
 __all__ = [
     "AdapterDense",
     "AdapterLayer",
+    "IA3Dense",
     "LoRADense",
     "LowRankAdapterDense",
     "LowRankAdapterLayer",
     "PrefixEncoder",
     "PrefixLayer",
+    "PromptEmbedding",
     "RDropLoss",
+    "VeraDense",
     "rdrop_repeat",
 ]

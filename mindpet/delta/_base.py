@@ -1,40 +1,256 @@
-"""What the methods that replace a Dense layer, or follow one, share."""
+"""What a method is made of: a Delta for each kind of place, and a Dense layer that has one."""
 
+import mindspore as ms
+import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
+from mindpet.errors import CheckpointError, MergeError
 from mindpet.layers.activation import ACTIVATIONS
 from mindpet.layers.linear import Dense, from_rows, to_rows
-from mindpet.utils.values import assign
+from mindpet.network.kinds import LayerKind
+from mindpet.network.values import assign
+from mindpet.utils.sharding import apply_strategies
+from mindpet.utils.validate import Checker
+
+PROMPT = "prompt_embeddings"  # what the one tensor of a prefix or a prompt is called in a file of Hugging Face PEFT
+
+
+class Delta(nn.Cell):
+    """What a method adds to one layer, which itself stays as it is.
+
+    .. math::
+        y = after(x, layer(before(x)))
+
+    A method overrides `setup` and `after`, and of the rest what it needs. `create` makes an object. All of its
+    parameters stand in the object or in Cells of it, and their paths from here are their names in `values` below.
+
+    Attributes:
+        is_patched_in (bool): whether it is put into a network, and so is no component of the paths of its parameters.
+        before_activation (bool): whether `after` gets what the layer gives to its own activation, and not what that
+            returns. Default: False.
+        file_names (dict): name of a parameter -> its name in a file of an adapter, behind the path of the layer. What
+            is not in it is not in a file. Default: None, for all parameters by their own names.
+        shared_names (dict): name of a parameter that several layers share -> its name in a file, where it stands once.
+            Default: {}.
+        fold (callable): `fold(matrix, values, **arguments)`, a class method in NumPy: from the layer's weight as
+            `(out, rest)` and the delta's values by name, all float32, and the delta arguments to the weight that makes
+            up for the delta. Default: None, for a delta that cannot be folded into a weight.
+        can_reset (bool): whether `reset` can make it the identity. Default: True.
+        usual_path (str): where a network usually has the Cell of a method whose tensors `to_file` gives; for files
+            without a network. Default: ''.
+        kind (LayerKind): of the layer.
+    """
+
+    is_patched_in = True
+    before_activation = False
+    can_reset = True
+    usual_path = ""
+    file_names = None
+    shared_names = {}
+    fold = None
+
+    @classmethod
+    def create(cls, cell, kind, **arguments):
+        """A Delta for a layer.
+
+        Args:
+            cell (Cell): the layer.
+            kind (LayerKind): of the layer.
+            arguments: of `setup`.
+        """
+        delta = cls(auto_prefix=False)
+        delta.kind = kind
+        delta.setup(cell, **arguments)
+        return delta
+
+    def setup(self, cell, **arguments):
+        """Make the parameters and operators.
+
+        Args:
+            cell (Cell): the layer.
+            arguments: delta arguments, see `PeftConfig.delta_arguments`.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def shared(cls, targets):
+        """The parameters that the deltas of an adapter share; `setup` gets them as `shared`.
+
+        Args:
+            targets (list of Target): of the adapter that have this delta; each has `cell`, `kind` and `arguments`.
+
+        Returns:
+            dict of name -> Parameter, see `shared_names`; empty if there are none.
+        """
+        return {}
+
+    @classmethod
+    def problems(cls, cell, kind, is_sharded, **arguments):
+        """What speaks against this delta in a place.
+
+        Args:
+            cell (Cell): the layer.
+            kind (LayerKind): of the layer.
+            is_sharded (bool): whether operators of the layer have strategies.
+            arguments: delta arguments.
+
+        Returns:
+            list of str.
+        """
+        return []
+
+    def construct(self, x, out):
+        return self.after(x, out)
+
+    def before(self, x):
+        """What the layer gets in place of its input `x`."""
+        return x
+
+    def after(self, x, out):
+        """The output with the delta, from the layer's input and output; in the type of `out`."""
+        raise NotImplementedError
+
+    def reset(self):
+        """Make the delta the identity bit for bit, whatever its parameters hold: all of them are lost.
+
+        Each one is set, not only what the last product needs, for `0 * NaN` is NaN. Keep the values that are to come
+        back.
+        """
+        set_zeros(*(param for name, param in self.parameters_and_names() if name.startswith("mindpet_")))
+
+    @classmethod
+    def constants(cls, **arguments):
+        """Values that the delta arguments fix, name -> array; they are parameters, but in no file."""
+        return {}
+
+    @classmethod
+    def start_names(cls, **arguments):
+        """Names of the values that `start` gives, a tuple."""
+        return ()
+
+    @classmethod
+    def start(cls, matrix, values, **arguments):
+        """Values that a fresh delta takes from the layer's weight.
+
+        Args:
+            matrix (numpy.ndarray): the weight as `(out, rest)`, float32.
+            values (dict): name -> numpy.ndarray, of a fresh delta.
+            arguments: delta arguments.
+
+        Returns:
+            dict of name -> numpy.ndarray, of `start_names`. What of it is not in `file_names` is computed from the
+            weight again when a file is read.
+        """
+        return {}
+
+    @classmethod
+    def fits(cls, shape, values, **arguments):
+        """Whether the values can be of a layer whose weight has a shape, `(out, in)` or `(out, in / groups, *kernel)`.
+
+        It must tell, for a linear layer, whether a shape that is not square is the wrong way round.
+        """
+        return True
+
+    @classmethod
+    def file_shapes(cls, shapes, **arguments):
+        """The tensors that a file must have for a layer, as far as its tensors and the arguments tell.
+
+        Args:
+            shapes (dict): name -> shape, of the layer's tensors in the file, and of those that layers share.
+            arguments: delta arguments.
+
+        Returns:
+            dict of name -> shape.
+        """
+        return {name: shapes.get(name, ()) for name in (*(cls.file_names or shapes), *cls.shared_names)}
+
+    @classmethod
+    def folds_bias(cls, **arguments):
+        """Whether folding changes the layer's bias."""
+        return False
+
+    @classmethod
+    def fold_bias(cls, bias, values, **arguments):
+        """The bias `(out,)` that makes up for the delta, from the layer's own; see `fold`."""
+        return bias
+
+    @classmethod
+    def to_file(cls, values):
+        """The tensors that a file has for all layers together, where they are not the parameters one by one.
+
+        Args:
+            values (dict): path of a layer -> name -> numpy.ndarray.
+
+        Returns:
+            dict of key -> numpy.ndarray; empty if all are in `file_names` and `shared_names`.
+        """
+        return {}
+
+    @classmethod
+    def from_file(cls, tensors, paths):
+        """The inverse of `to_file`: path -> name -> numpy.ndarray, from a dict by key and the paths of the layers."""
+        return {}
+
+    @property
+    def positions(self):
+        """How many positions a network must leave free before the first token."""
+        return 0
+
+    @property
+    def operators(self):
+        """The operator behind each slot of `shard()`, and the axes of its inputs; see `mindpet.utils.sharding`."""
+        return {}
+
+    def shard(self, **strategies):
+        """Set the strategies of the operators; the slots are the keys of `operators`."""
+        return apply_strategies(self, strategies)
+
+    @property
+    def signature(self):
+        """What must be equal for two deltas to have each other's values, besides shapes and types."""
+        return str(self)
 
 
 class DeltaDense(Dense):
-    """A Dense layer with a delta; the base parameters keep their names `weight` and `bias`.
+    """A Dense layer with a Delta; the base parameters keep their names `weight` and `bias`.
 
-    A method overrides `transform(rows)`, and `merged_weight()` if its delta can be folded into the weight.
+    A method's own Dense layer derives from this class and from its Delta, in this order, and so has the parameters and
+    the operators of both.
 
     Args:
-        in_channels, out_channels, weight_init, bias_init, has_bias, activation: as in `mindpet.layers.Dense`.
-        param_init_type (mindspore.dtype): type of the delta parameters: float16, float32 or bfloat16.
-        compute_dtype (mindspore.dtype): type of the computation: float16, float32 or bfloat16.
-        check (Checker): what the method has already found wrong with its own arguments.
+        in_channels (int): features of the input.
+        out_channels (int): features of the output.
+        weight_init (Union[Tensor, str, Initializer, Number]): of the weight W. Default: 'normal'.
+        bias_init (Union[Tensor, str, Initializer, Number]): of the bias b. Default: 'zeros'.
+        has_bias (bool): whether there is a bias. Default: True.
+        activation (Union[str, Cell, Primitive, None]): applied to the output. Default: None.
+        param_init_type (mindspore.dtype): type of the delta's parameters: float16, float32 or bfloat16.
+            Default: float32.
+        compute_dtype (mindspore.dtype): type of the computation: float16, float32 or bfloat16. Default: float16.
+        check (Checker): what the method has found wrong with its own arguments. Default: None.
+        arguments: delta arguments.
 
     Raises:
         TypeError, ValueError, KeyError: an argument is wrong; all wrong ones are in the message.
     """
 
+    is_patched_in = False
+
     def __init__(
         self,
         in_channels,
         out_channels,
-        weight_init,
-        bias_init,
-        has_bias,
-        activation,
-        param_init_type,
-        compute_dtype,
-        check,
+        weight_init="normal",
+        bias_init="zeros",
+        has_bias=True,
+        activation=None,
+        param_init_type=ms.float32,
+        compute_dtype=ms.float16,
+        check=None,
+        **arguments,
     ):
+        check = check or Checker(type(self).__name__)
         check.positive_int(in_channels=in_channels, out_channels=out_channels)
         check.initial("weight_init", weight_init, (out_channels, in_channels))
         check.initial("bias_init", bias_init, (out_channels,))
@@ -46,9 +262,117 @@ class DeltaDense(Dense):
             in_channels, out_channels, weight_init, bias_init, has_bias, activation, compute_dtype=compute_dtype
         )
         self.param_init_type = param_init_type
+        self.kind = LayerKind(compute_dtype=compute_dtype)
+        self.arguments = arguments
+        self.setup(self, dtype=param_init_type, **arguments)
+
+    def transform(self, rows):
+        out = self.linear(self.before(rows))
+        if self.before_activation:
+            return self.activate(self.after(rows, out))
+        return self.after(rows, self.activate(out))
+
+    @property
+    def operators(self):
+        return {
+            "strategy_org_dense_matmul": (self.matmul, "ni,oi"),
+            "strategy_org_bias_add": (self.bias_add if self.has_bias else None, "no,o"),
+            **super().operators,
+            "strategy_activation": (self.activation, "no"),
+        }
+
+    def merged_weight(self):
+        """The weight that makes up for the delta, computed in float32, in the type of the weight."""
+        values = self._values()
+        return Tensor(self.fold(values["weight"], values, **self.arguments), self.weight.dtype)
+
+    def merged_bias(self):
+        """The bias that goes with `merged_weight`, in the type of the bias; None if there is none."""
+        values = self._values()
+        if not self.has_bias:
+            return None
+        return Tensor(self.fold_bias(values["bias"], values, **self.arguments), self.bias.dtype)
+
+    def _values(self):
+        """The parameters and constants by name, float32, as `fold` takes them."""
+        if self.fold is None:
+            raise MergeError(f"{type(self).__name__}: its delta cannot be folded into a weight.")
+        values = {name: param.asnumpy().astype(np.float32) for name, param in self.parameters_and_names()}
+        return {**values, **self.constants(**self.arguments)}
 
     def extend_repr(self):
         return f"{super().extend_repr()}, param_init_type={self.param_init_type}, compute_dtype={self.compute_dtype}"
+
+
+class PrefixDelta(Delta):
+    """Trained keys and values in front of those of one attention: `(K, V) -> ([P_k; K], [P_v; V])`.
+
+    The attention calls it as its attribute `prefix_source`. A method overrides `past`, `positions` and the attributes
+    below, and derives from the Cell that has the parameters, too.
+
+    Attributes:
+        table (str): name of the embedding of the prefix.
+        projection (tuple): names of the two Dense layers behind it, of a prefix that is computed.
+        may_be_plain (bool): whether they may be missing. Default: False.
+        concat (Primitive): joins along the tokens.
+
+    Inputs:
+        key, value: `(batch, heads, seq, head_dim)`.
+
+    Outputs:
+        key, value: `(batch, heads, tokens + seq, head_dim)`.
+    """
+
+    table, projection, may_be_plain = None, None, False
+    can_reset = False
+    usual_path = "prefix_encoder"
+    file_names = {}
+
+    def construct(self, key, value):
+        past_key, past_value = self.past(key.shape[0], key.dtype)
+        return self.concat((past_key, key)), self.concat((past_value, value))
+
+    def past(self, batch, dtype):
+        """The trained keys and values, each `(batch, heads, tokens, head_dim)`."""
+        raise NotImplementedError
+
+    def shard(self, batch, heads):
+        """Cut the result over the batch and the heads; the parameters are the same on every rank.
+
+        Args:
+            batch (int): slices of the batch.
+            heads (int): slices of the key and value heads.
+
+        Returns:
+            PrefixDelta, itself.
+        """
+        layout = (batch, heads, 1, 1)
+        self.concat.shard((layout, layout))
+        return self
+
+    @classmethod
+    def to_file(cls, values):
+        """One table of all layers, `(tokens, layers * 2 * width)`: of layer i the keys in slot 2i, the values next."""
+        return {PROMPT: np.concatenate([cls.computed(own) for own in values.values()], 1)}
+
+    @classmethod
+    def from_file(cls, tensors, paths):
+        parts = np.split(tensors[PROMPT], len(paths), 1)
+        return {path: {cls.table: np.ascontiguousarray(part)} for path, part in zip(paths, parts)}
+
+    @classmethod
+    def computed(cls, values):
+        """What is computed from the embedding E of one layer: `W_2 tanh(W_1 E + b_1) + b_2`, or itself."""
+        if cls.table not in values:
+            raise CheckpointError(f"no prefix in the file: {cls.table} is missing; there are {sorted(values)}.")
+        dense = [f"{name}.{leaf}" for name in cls.projection for leaf in ("weight", "bias")]
+        lacking = [name for name in dense if name not in values]
+        if cls.may_be_plain and lacking == dense:
+            return values[cls.table]
+        if lacking:
+            raise CheckpointError(f"{cls.table} is projected, but the file lacks {lacking}.")
+        weight_in, bias_in, weight_out, bias_out = (values[name].astype(np.float32) for name in dense)
+        return np.tanh(values[cls.table].astype(np.float32) @ weight_in.T + bias_in) @ weight_out.T + bias_out
 
 
 class ResidualAdapter(nn.Cell):
@@ -73,6 +397,10 @@ class ResidualAdapter(nn.Cell):
         delta = ops.cast(self.bottleneck(ops.cast(rows, self.compute_dtype)), hidden.dtype)
         return from_rows(self.residual_add(rows, delta), hidden)
 
+    def reset(self):
+        """Make the adapter the identity: every parameter is zero, for `0 * NaN` is NaN."""
+        set_zeros(*self.get_parameters())
+
     def bottleneck(self, rows):
         """The delta on rows of the compute type: `(rows, hidden_size) -> (rows, hidden_size)`."""
         raise NotImplementedError
@@ -84,74 +412,9 @@ class ResidualAdapter(nn.Cell):
         )
 
 
-class Behind(nn.Cell):
-    """A delta that follows a layer, in the form that all deltas of layers have: it takes the layer's input and output.
-
-    Args:
-        delta (Cell): takes the layer's output and returns it with the delta; `delta.reset()` makes it the identity.
-    """
-
-    def __init__(self, delta):
-        super().__init__(auto_prefix=False)
-        self.delta = delta
-
-    def construct(self, x, out):
-        return self.delta(out)
-
-    def reset(self):
-        """Make the delta the identity bit for bit, whatever its parameters hold: all of them are lost.
-
-        Each one is set, not only what the last product needs, for `0 * NaN` is NaN. Keep the values that are to come
-        back.
-        """
-        self.delta.reset()
-
-
-class InFront(nn.Cell):
-    """Trained keys and values in front of those of one attention.
-
-    Args:
-        delta (Cell): has the parameters.
-
-    Inputs:
-        key, value: `(batch, heads, seq, head_dim)`.
-
-    Outputs:
-        key, value: `(batch, heads, tokens + seq, head_dim)`.
-    """
-
-    def __init__(self, delta):
-        super().__init__(auto_prefix=False)
-        self.delta = delta
-        self.concat = ops.Concat(axis=2)
-
-    def construct(self, key, value):
-        past_key, past_value = self.past(key.shape[0], key.dtype)
-        return self.concat((past_key, key)), self.concat((past_value, value))
-
-    def past(self, batch, dtype):
-        """The trained keys and values, each `(batch, heads, tokens, head_dim)`."""
-        raise NotImplementedError
-
-    def shard(self, batch, heads):
-        """Cut the result over the batch and the heads; the parameters are the same on every rank.
-
-        Args:
-            batch (int): slices of the batch.
-            heads (int): slices of the key and value heads.
-
-        Returns:
-            InFront, itself.
-        """
-        layout = (batch, heads, 1, 1)
-        self.concat.shard((layout, layout))
-        return self
-
-
 def out_features(cell, kind):
-    """Features of a layer's output, and the type that it computes in."""
-    weight = kind.weight_of(cell)
-    return weight.shape[-1 if kind.transposed else 0], kind.compute_dtype
+    """Features of a layer's output."""
+    return kind.weight_of(cell).shape[-1 if kind.transposed else 0]
 
 
 def set_zeros(*params):

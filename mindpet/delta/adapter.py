@@ -1,11 +1,13 @@
 """Adapter: a bottleneck with a residual, after a frozen Dense layer."""
 
 from collections import OrderedDict
+from dataclasses import dataclass
 
 import mindspore as ms
 from mindspore import nn
 
-from mindpet.delta._base import Behind, DeltaDense, ResidualAdapter, out_features, set_zeros
+from mindpet.delta._base import Delta, DeltaDense, ResidualAdapter, out_features
+from mindpet.delta._config import TargetConfig
 from mindpet.delta.low_rank_adapter import LowRankAdapterDense, LowRankAdapterLayer
 from mindpet.layers.activation import ACTIVATIONS, get_activation
 from mindpet.layers.linear import Dense
@@ -13,6 +15,33 @@ from mindpet.utils.sharding import apply_strategies
 from mindpet.utils.validate import Checker
 
 __all__ = ["AdapterDense", "AdapterLayer", "LowRankAdapterDense", "LowRankAdapterLayer"]
+
+
+@dataclass
+class BottleneckConfig(TargetConfig):
+    """Bottleneck adapters, Houlsby et al. 2019, arXiv:1902.00751.
+
+    Args beyond those of PeftConfig and TargetConfig:
+        bottleneck_size (int): features inside. Default: 64.
+        non_linearity (str): activation inside, see `mindpet.layers.get_activation`. Default: 'gelu'.
+    """
+
+    peft_type, method_name = "ADAPTER", "adapter"
+    required = ("bottleneck_size",)
+
+    bottleneck_size: int = 64
+    non_linearity: str = "gelu"
+
+    def delta_arguments(self, path):
+        return {"bottleneck_size": self.bottleneck_size, "non_linearity": self.non_linearity}
+
+    def check_fields(self, check):
+        super().check_fields(check)
+        check.positive_int(bottleneck_size=self.bottleneck_size)
+        check.choice("non_linearity", self.non_linearity, ACTIVATIONS)
+
+
+AdapterConfig = BottleneckConfig  # its name until 1.1
 
 
 class AdapterLayer(ResidualAdapter):
@@ -77,10 +106,6 @@ class AdapterLayer(ResidualAdapter):
     def bottleneck(self, rows):
         return self.mindpet_delta_adapter_block(rows)
 
-    def reset(self):
-        """Make the adapter the identity: every parameter is zero, for `0 * NaN` is NaN."""
-        set_zeros(*self.get_parameters())
-
     @property
     def operators(self):
         """The operator behind each slot of `shard()`, and the axes of its inputs; see `mindpet.utils.sharding`."""
@@ -125,7 +150,29 @@ class AdapterLayer(ResidualAdapter):
         return f"{super().extend_repr()}, bottleneck_size={self.bottleneck_size}, non_linearity={self.non_linearity}"
 
 
-class AdapterDense(DeltaDense):
+class AdapterDelta(Delta):
+    """An `AdapterLayer` behind a layer, also behind its activation.
+
+    Delta arguments:
+        bottleneck_size (int), non_linearity (str): see `AdapterLayer`.
+        dtype (mindspore.dtype): of the parameters. Default: float32.
+    """
+
+    def setup(self, cell, bottleneck_size, non_linearity, dtype=ms.float32):
+        features = out_features(cell, self.kind)
+        self.mindpet_delta_adapter = AdapterLayer(
+            features, bottleneck_size, non_linearity, dtype, self.kind.compute_dtype
+        )
+
+    def after(self, x, out):
+        return self.mindpet_delta_adapter(out)
+
+    @property
+    def operators(self):
+        return self.mindpet_delta_adapter.operators
+
+
+class AdapterDense(DeltaDense, AdapterDelta):
     """A Dense layer followed by an adapter.
 
     .. math::
@@ -189,15 +236,11 @@ class AdapterDense(DeltaDense):
             param_init_type,
             compute_dtype,
             check,
+            bottleneck_size=bottleneck_size,
+            non_linearity=non_linearity,
         )
         self.bottleneck_size = bottleneck_size
         self.non_linearity = non_linearity
-        self.mindpet_delta_adapter = AdapterLayer(
-            out_channels, bottleneck_size, non_linearity, param_init_type, compute_dtype
-        )
-
-    def transform(self, rows):
-        return self.mindpet_delta_adapter(self.activate(self.linear(rows)))
 
     @property
     def operators(self):
@@ -238,9 +281,3 @@ class AdapterDense(DeltaDense):
             TypeError, ValueError: see `mindpet.utils.sharding.apply_strategies`; LogSoftmax cannot be sharded.
         """
         return apply_strategies(self, locals())
-
-
-def adapter_behind(cell, kind, **sizes):
-    """An AdapterLayer behind a layer."""
-    features, compute_dtype = out_features(cell, kind)
-    return Behind(AdapterLayer(features, **sizes, compute_dtype=compute_dtype))

@@ -1,13 +1,46 @@
 """Low-rank adapter: an adapter whose two matrices are low-rank products, after a frozen Dense layer."""
 
+from dataclasses import dataclass
+
 import mindspore as ms
 from mindspore import nn, ops
 from mindspore.common.initializer import Initializer
 
-from mindpet.delta._base import Behind, DeltaDense, ResidualAdapter, delta_parameter, out_features, set_zeros
+from mindpet.delta._base import Delta, DeltaDense, ResidualAdapter, delta_parameter, out_features
+from mindpet.delta._config import TargetConfig
 from mindpet.layers.activation import ACTIVATIONS, get_activation
 from mindpet.utils.sharding import apply_strategies
 from mindpet.utils.validate import Checker, is_int
+
+
+@dataclass
+class LowRankAdapterConfig(TargetConfig):
+    """Low-rank adapters, Mahabadi et al. 2021, arXiv:2106.04647, section 3.
+
+    Args beyond those of PeftConfig and TargetConfig:
+        reduction_factor (int): by how much the inner size is smaller than the features. Default: 32.
+        low_rank_size (int): rank of both products. Default: 1.
+        non_linearity (str): activation inside, see `mindpet.layers.get_activation`. Default: 'gelu'.
+    """
+
+    peft_type, method_name = "LOW_RANK_ADAPTER", "low_rank_adapter"
+    required = ("reduction_factor", "low_rank_size")
+
+    reduction_factor: int = 32
+    low_rank_size: int = 1
+    non_linearity: str = "gelu"
+
+    def delta_arguments(self, path):
+        return {
+            "reduction_factor": self.reduction_factor,
+            "low_rank_size": self.low_rank_size,
+            "non_linearity": self.non_linearity,
+        }
+
+    def check_fields(self, check):
+        super().check_fields(check)
+        check.positive_int(reduction_factor=self.reduction_factor, low_rank_size=self.low_rank_size)
+        check.choice("non_linearity", self.non_linearity, ACTIVATIONS)
 
 
 class LowRankLinear(nn.Cell):
@@ -113,10 +146,6 @@ class LowRankAdapterLayer(ResidualAdapter):
         inner = self.mindpet_delta_low_rank_adapter_down_sampler(rows)
         return self.mindpet_delta_low_rank_adapter_up_sampler(self.mindpet_delta_low_rank_adapter_non_linear(inner))
 
-    def reset(self):
-        """Make the adapter the identity: every parameter is zero, for `0 * NaN` is NaN."""
-        set_zeros(*self.get_parameters())
-
     @property
     def operators(self):
         """The operator behind each slot of `shard()`, and the axes of its inputs; see `mindpet.utils.sharding`."""
@@ -168,7 +197,43 @@ class LowRankAdapterLayer(ResidualAdapter):
         return f"{super().extend_repr()}, reduction_factor={self.reduction_factor}, low_rank_size={self.low_rank_size}"
 
 
-class LowRankAdapterDense(DeltaDense):
+class LowRankAdapterDelta(Delta):
+    """A `LowRankAdapterLayer` behind a layer, also behind its activation.
+
+    Delta arguments:
+        reduction_factor, low_rank_size (int), non_linearity (str): see `LowRankAdapterLayer`.
+        low_rank_w_init (Union[str, Initializer]): see `LowRankAdapterLayer`. Default: 'xavier_uniform'.
+        dtype (mindspore.dtype): of the parameters. Default: float32.
+    """
+
+    def setup(
+        self,
+        cell,
+        reduction_factor,
+        low_rank_size,
+        non_linearity,
+        low_rank_w_init="xavier_uniform",
+        dtype=ms.float32,
+    ):
+        self.mindpet_delta_low_rank_adapter = LowRankAdapterLayer(
+            out_features(cell, self.kind),
+            reduction_factor,
+            low_rank_size,
+            low_rank_w_init,
+            non_linearity,
+            dtype,
+            self.kind.compute_dtype,
+        )
+
+    def after(self, x, out):
+        return self.mindpet_delta_low_rank_adapter(out)
+
+    @property
+    def operators(self):
+        return self.mindpet_delta_low_rank_adapter.operators
+
+
+class LowRankAdapterDense(DeltaDense, LowRankAdapterDelta):
     """A Dense layer followed by a low-rank adapter.
 
     .. math::
@@ -236,23 +301,15 @@ class LowRankAdapterDense(DeltaDense):
             param_init_type,
             compute_dtype,
             check,
+            reduction_factor=reduction_factor,
+            low_rank_size=low_rank_size,
+            non_linearity=non_linearity,
+            low_rank_w_init=low_rank_w_init,
         )
         self.reduction_factor = reduction_factor
         self.low_rank_size = low_rank_size
         self.low_rank_w_init = low_rank_w_init
         self.non_linearity = non_linearity
-        self.mindpet_delta_low_rank_adapter = LowRankAdapterLayer(
-            out_channels,
-            reduction_factor,
-            low_rank_size,
-            low_rank_w_init,
-            non_linearity,
-            param_init_type,
-            compute_dtype,
-        )
-
-    def transform(self, rows):
-        return self.mindpet_delta_low_rank_adapter(self.activate(self.linear(rows)))
 
     @property
     def operators(self):
@@ -311,9 +368,3 @@ def check_bottleneck(check, hidden_size, reduction_factor, low_rank_size, low_ra
         )
     check.initial("low_rank_w_init", low_rank_w_init, (), types=(str, Initializer))
     check.choice("non_linearity", non_linearity, ACTIVATIONS)
-
-
-def low_rank_adapter_behind(cell, kind, **sizes):
-    """A LowRankAdapterLayer behind a layer."""
-    features, compute_dtype = out_features(cell, kind)
-    return Behind(LowRankAdapterLayer(features, **sizes, compute_dtype=compute_dtype))

@@ -2,15 +2,75 @@
 
 import sys
 import warnings
+from dataclasses import dataclass, replace
+from typing import Optional
 
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-from mindpet.delta._base import InFront
-from mindpet.errors import NotPositiveIntError
+from mindpet.delta._base import PROMPT, PrefixDelta
+from mindpet.delta._config import CONFIGS, PromptLearningConfig
+from mindpet.errors import ConfigError, NotPositiveIntError
 from mindpet.utils.sharding import shard_whole
 from mindpet.utils.validate import Checker
 from mindpet.utils.version_control import get_dropout
+
+
+@dataclass
+class PrefixTuningConfig(PromptLearningConfig):
+    """Prefix tuning, Li and Liang 2021, arXiv:2101.00190.
+
+    Args beyond those of PromptLearningConfig:
+        encoder_hidden_size (int): features between the two layers of the projection. Default: None, for `token_dim`.
+        prefix_projection (bool): whether two layers compute the prefix from an embedding. Default: False.
+    """
+
+    peft_type = "PREFIX_TUNING"
+
+    encoder_hidden_size: Optional[int] = None
+    prefix_projection: bool = False
+
+    def delta_arguments(self, path):
+        inner = {"mid_dim": self.encoder_hidden_size} if self.prefix_projection else {}
+        return {"tokens": self.num_virtual_tokens, **inner}
+
+    @property
+    def method_name(self):
+        """A prefix that is not computed is that of P-Tuning v2."""
+        return "prefixtuning" if self.prefix_projection else "ptuning2"
+
+    def computed(self):
+        return replace(self, prefix_projection=False)
+
+    @staticmethod
+    def network_sizes(kinds):
+        heads = kinds[0].kv_heads
+        return {"num_layers": len(kinds), "num_attention_heads": heads, "token_dim": heads * kinds[0].head_dim}
+
+    @property
+    def table_shape(self):
+        sizes = (self.num_virtual_tokens, self.num_layers, self.token_dim)
+        return None if None in sizes else (sizes[0], sizes[1] * 2 * sizes[2])
+
+    def of_delta_file(self, shapes, tensors):
+        table = tensors[PROMPT].shape
+        if self.num_attention_heads is None or self.table_shape != table:
+            names = ("num_virtual_tokens", "num_layers", "token_dim", "num_attention_heads")
+            raise ConfigError(
+                f"the prefixes are {list(table)}: the configuration must say (num_virtual_tokens, num_layers * 2 * "
+                f"token_dim) of it, and num_attention_heads, but has { {name: getattr(self, name) for name in names} }."
+            )
+        return super().of_delta_file(shapes, tensors)
+
+    @classmethod
+    def of_content(cls, content):
+        return CONFIGS["PTUNING2"] if "dropout_prob" in content else cls
+
+    def check_fields(self, check):
+        super().check_fields(check)
+        if self.encoder_hidden_size is not None:
+            check.positive_int(encoder_hidden_size=self.encoder_hidden_size)
+        check.boolean(prefix_projection=self.prefix_projection)
 
 
 class PrefixLayer(nn.Cell):
@@ -84,6 +144,10 @@ class PrefixLayer(nn.Cell):
         self.split = ops.Split(axis=1, output_num=2)
 
     def construct(self):
+        return self.prefix()
+
+    def prefix(self):
+        """What `construct` returns."""
         embedded = self.mindpet_delta_prefixtuning_wte(self.tokens)
         return self.split(self.dropout(self.mindpet_delta_prefixtuning_control_trans(embedded)))
 
@@ -133,33 +197,39 @@ def warn_of_snapshot():
         frame = frame.f_back
 
 
-class PrefixLayerInFront(InFront):
-    """A PrefixLayer in front of the keys and values of its attention."""
+class PrefixLayerDelta(PrefixDelta, PrefixLayer):
+    """A PrefixLayer in front of the keys and values of an attention.
 
-    def __init__(self, delta):
-        super().__init__(delta)
-        self.transpose = ops.Transpose()
-        self.tile = ops.Tile()
+    Delta arguments:
+        tokens (int): of the prefix.
+        embed_dim, mid_dim (int): see `PrefixLayer`. Default: None, for as many as a key has features over all heads.
+    """
+
+    table = "mindpet_delta_prefixtuning_wte.embedding_table"
+    projection = ("mindpet_delta_prefixtuning_control_trans.0", "mindpet_delta_prefixtuning_control_trans.2")
+
+    @classmethod
+    def create(cls, cell, kind, tokens, embed_dim=None, mid_dim=None):
+        width = kind.kv_heads * kind.head_dim
+        delta = cls(tokens, 1, kind.kv_heads, width, embed_dim or width, mid_dim or width, dropout_rate=0.0)
+        delta.concat, delta.transpose, delta.tile = ops.Concat(axis=2), ops.Transpose(), ops.Tile()
+        return delta
+
+    @property
+    def positions(self):
+        return self.prefix_token_num
 
     def past(self, batch, dtype):
-        key, value = self.delta()
+        key, value = self.prefix()
         return self.split_heads(key, batch, dtype), self.split_heads(value, batch, dtype)
 
     def split_heads(self, rows, batch, dtype):
         """`(tokens, heads * head_dim) -> (batch, heads, tokens, head_dim)`."""
-        tokens, heads = self.delta.prefix_token_num, self.delta.num_heads
-        rows = ops.cast(ops.reshape(rows, (1, tokens, heads, -1)), dtype)
+        rows = ops.cast(ops.reshape(rows, (1, self.prefix_token_num, self.num_heads, -1)), dtype)
         return self.tile(self.transpose(rows, (0, 2, 1, 3)), (batch, 1, 1, 1))
 
     def shard(self, batch, heads):
-        self.delta.shard()
+        PrefixLayer.shard(self)
         self.transpose.shard(((1, 1, 1, 1),))  # cut where it is repeated, which needs no communication
         self.tile.shard(((batch, heads, 1, 1),))
         return super().shard(batch, heads)
-
-
-def prefix_layer(heads, head_dim, tokens, embed_dim=None, mid_dim=None):
-    """A prefix of `tokens` for an attention with `heads` of `head_dim`; the sizes inside are as wide if not given."""
-    width = heads * head_dim
-    layer = PrefixLayer(tokens, 1, heads, width, embed_dim or width, mid_dim or width, dropout_rate=0.0)
-    return PrefixLayerInFront(layer)

@@ -1,13 +1,46 @@
 """P-Tuning v2: trained keys and values before those of every attention layer."""
 
+from dataclasses import dataclass
+
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
-from mindpet.delta._base import InFront
+from mindpet.delta._base import PrefixDelta
+from mindpet.delta.prefix_layer import PrefixTuningConfig
 from mindpet.errors import NotPositiveIntError
 from mindpet.utils.sharding import shard_whole
 from mindpet.utils.validate import Checker
 from mindpet.utils.version_control import get_dropout
+
+
+@dataclass
+class Ptuning2Config(PrefixTuningConfig):
+    """P-Tuning v2, Liu et al. 2021, arXiv:2110.07602: prefix tuning, with dropout on the prefix.
+
+    A file says PREFIX_TUNING, which Hugging Face PEFT knows, and has `dropout_prob` besides.
+
+    Args beyond those of PrefixTuningConfig:
+        dropout_prob (float): probability in [0, 1) of zeroing an element of the prefix. Default: 0.0.
+    """
+
+    peft_type, method_name = "PTUNING2", "ptuning2"
+
+    dropout_prob: float = 0.0
+
+    def delta_arguments(self, path):
+        projection = {"prefix_projection": True, "projection_dim": self.encoder_hidden_size or 128}
+        return {
+            "tokens": self.num_virtual_tokens,
+            "dropout_prob": float(self.dropout_prob),
+            **(projection if self.prefix_projection else {}),
+        }
+
+    def to_dict(self):
+        return {**super().to_dict(), "peft_type": "PREFIX_TUNING"}
+
+    def check_fields(self, check):
+        super().check_fields(check)
+        check.probability((int, float), dropout_prob=self.dropout_prob)
 
 
 class PrefixEncoder(nn.Cell):
@@ -110,6 +143,10 @@ class PrefixEncoder(nn.Cell):
             self.shard(parallel_config.data_parallel, parallel_config.model_parallel)
 
     def construct(self, batch_size, dtype=ms.float16):
+        return self.prefixes(batch_size, dtype)
+
+    def prefixes(self, batch_size, dtype):
+        """What `construct` returns."""
         prefix = self.mindpet_delta_ptuning2_embedding(self.mindpet_delta_ptuning2_prefix)
         if self.prefix_projection:
             prefix = self.mindpet_delta_ptuning2_dense_out(self.tanh(self.mindpet_delta_ptuning2_dense_in(prefix)))
@@ -153,26 +190,35 @@ class PrefixEncoder(nn.Cell):
         )
 
 
-class PrefixEncoderInFront(InFront):
-    """A PrefixEncoder of one layer in front of the keys and values of its attention."""
+class PrefixEncoderDelta(PrefixDelta, PrefixEncoder):
+    """A PrefixEncoder of one layer in front of the keys and values of an attention.
 
-    def __init__(self, delta):
-        super().__init__(delta)
-        self.halves = ops.Split(axis=0, output_num=2)
-        self.squeeze = ops.Squeeze(0)
+    Delta arguments:
+        tokens (int): of the prefix.
+        further ones: see `PrefixEncoder`.
+    """
+
+    table = "mindpet_delta_ptuning2_embedding.embedding_table"
+    projection = ("mindpet_delta_ptuning2_dense_in", "mindpet_delta_ptuning2_dense_out")
+    may_be_plain = True
+
+    @classmethod
+    def create(cls, cell, kind, tokens, **arguments):
+        delta = cls(tokens, 1, kind.kv_heads, kind.head_dim, **arguments)
+        delta.concat, delta.halves, delta.squeeze = ops.Concat(axis=2), ops.Split(axis=0, output_num=2), ops.Squeeze(0)
+        return delta
+
+    @property
+    def positions(self):
+        return self.pre_seq_len
 
     def past(self, batch, dtype):
-        key, value = self.halves(self.delta(batch, dtype)[0])
+        key, value = self.halves(self.prefixes(batch, dtype)[0])
         return self.squeeze(key), self.squeeze(value)
 
     def shard(self, batch, heads):
-        self.delta.shard(batch, heads)
+        PrefixEncoder.shard(self, batch, heads)
         layout = (1, batch, heads, 1, 1)
         self.halves.shard((layout,))
         self.squeeze.shard((layout,))
         return super().shard(batch, heads)
-
-
-def prefix_encoder(heads, head_dim, tokens, **keywords):
-    """A prefix of `tokens` for an attention with `heads` of `head_dim`; further keywords go to PrefixEncoder."""
-    return PrefixEncoderInFront(PrefixEncoder(tokens, 1, heads, head_dim, **keywords))

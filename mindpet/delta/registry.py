@@ -1,14 +1,22 @@
 """The one table of delta methods. What is done to a network asks it, and never a class name."""
 
-from dataclasses import dataclass
-from typing import Callable, Optional
+import enum
+from dataclasses import dataclass, field
 
-from mindpet.delta.adapter import AdapterDense, AdapterLayer, adapter_behind
-from mindpet.delta.lora import LoRADense
-from mindpet.delta.lora_layer import lora_layer
-from mindpet.delta.low_rank_adapter import LowRankAdapterDense, LowRankAdapterLayer, low_rank_adapter_behind
-from mindpet.delta.prefix_layer import PrefixLayer, prefix_layer
-from mindpet.delta.ptuning2 import PrefixEncoder, prefix_encoder
+from mindpet.delta.adapter import AdapterDelta, AdapterDense, AdapterLayer, BottleneckConfig
+from mindpet.delta.bitfit import BitFitConfig
+from mindpet.delta.ia3 import IA3Config, IA3Delta, IA3Dense
+from mindpet.delta.lora import LoraConfig, LoraConvolution, LoraDelta, LoRADense, LoraEmbedding
+from mindpet.delta.low_rank_adapter import (
+    LowRankAdapterConfig,
+    LowRankAdapterDelta,
+    LowRankAdapterDense,
+    LowRankAdapterLayer,
+)
+from mindpet.delta.prefix_layer import PrefixLayer, PrefixLayerDelta, PrefixTuningConfig
+from mindpet.delta.prompt_tuning import PromptDelta, PromptEmbedding, PromptTuningConfig
+from mindpet.delta.ptuning2 import PrefixEncoder, PrefixEncoderDelta, Ptuning2Config
+from mindpet.delta.vera import VeraConfig, VeraDelta, VeraDense
 
 
 @dataclass(frozen=True)
@@ -17,35 +25,31 @@ class Method:
 
     Attributes:
         name (str): of the method, a mode of `freeze_delta`.
-        cells (tuple): its Cells; empty for a method that only chooses base parameters.
+        config (type): its PeftConfig.
         trainable (tuple): patterns (fnmatch) of the parameters that it trains.
+        deltas (dict): kind of a place, see `mindpet.network.kinds` -> Delta for it; empty for a method that only
+            chooses base parameters.
+        cells (tuple): its hand-made Cells.
         constants (tuple): patterns of its parameters that are fixed by construction and need not be in a checkpoint.
         saved (tuple): patterns of its parameters that do not train, but belong in a checkpoint of what was trained.
         aliases (tuple): further names of the mode.
         identity (bool): whether a fresh delta leaves the network's output as it was.
-        mergeable (bool): whether its delta can be folded into the weight of its layer.
-        peft_type (str): its name in `adapter_config.json`.
-        kinds (tuple): names of the `mindpet.layers.kinds` that can carry it beside or behind them.
-        make (callable): of a method with `kinds`, `(cell, kind, **config.sizes(path))` -> Cell that takes
-            the layer's input and output, and has `reset()`; of a method that lays keys and values in front of an
-            attention, `(heads, head_dim, **config.sizes(path))` -> Cell, see `mindpet.delta.prefix_layer.prefix_layer`.
-        before_activation (bool): whether the delta comes before the layer's own activation.
-        prefix (str): what stands between the path of the layer and the names of the delta's parameters.
     """
 
     name: str
-    cells: tuple
+    config: type
     trainable: tuple
+    deltas: dict = field(default_factory=dict)
+    cells: tuple = ()
     constants: tuple = ()
     saved: tuple = ()
     aliases: tuple = ()
     identity: bool = False
-    mergeable: bool = False
-    peft_type: str = ""
-    kinds: tuple = ()
-    make: Optional[Callable] = None
-    before_activation: bool = False
-    prefix: str = ""
+
+    @property
+    def mergeable(self):
+        """Whether its deltas can be folded into the weights of their layers."""
+        return any(delta.fold for delta in self.deltas.values())
 
 
 METHODS = {
@@ -53,56 +57,91 @@ METHODS = {
     for method in (
         Method(
             "lora",
-            (LoRADense,),
+            LoraConfig,
             ("*mindpet_delta_lora*",),
+            {
+                "linear": LoraDelta,
+                "embedding": LoraEmbedding,
+                "conv1d": LoraConvolution,
+                "conv2d": LoraConvolution,
+                "conv3d": LoraConvolution,
+            },
+            (LoRADense,),
             constants=("*mindpet_lora_scaling",),
             saved=("*mindpet_lora_start_*",),
             identity=True,
-            mergeable=True,
-            peft_type="LORA",
-            kinds=("linear", "embedding", "conv1d", "conv2d", "conv3d"),
-            make=lora_layer,
-            before_activation=True,
         ),
         Method(
             "prefixtuning",
-            (PrefixLayer,),
+            PrefixTuningConfig,
             ("*mindpet_delta_prefixtuning*",),
+            {"attention": PrefixLayerDelta},
+            (PrefixLayer,),
             aliases=("prefix",),
-            peft_type="PREFIX_TUNING",
-            make=prefix_layer,
         ),
         Method(
             "adapter",
-            (AdapterDense, AdapterLayer),
+            BottleneckConfig,
             ("*mindpet_delta_adapter*",),
+            {"linear": AdapterDelta, "embedding": AdapterDelta},
+            (AdapterDense, AdapterLayer),
             identity=True,
-            peft_type="ADAPTER",
-            kinds=("linear", "embedding"),
-            make=adapter_behind,
-            prefix="mindpet_delta_adapter.",
         ),
         Method(
             "low_rank_adapter",
-            (LowRankAdapterDense, LowRankAdapterLayer),
+            LowRankAdapterConfig,
             ("*mindpet_delta_low_rank_adapter*",),
-            peft_type="LOW_RANK_ADAPTER",
-            kinds=("linear", "embedding"),
-            make=low_rank_adapter_behind,
-            prefix="mindpet_delta_low_rank_adapter.",
+            {"linear": LowRankAdapterDelta, "embedding": LowRankAdapterDelta},
+            (LowRankAdapterDense, LowRankAdapterLayer),
         ),
-        Method("bitfit", (), ("*bias",), identity=True, peft_type="BITFIT"),
+        Method("bitfit", BitFitConfig, BitFitConfig.trained_parameters, identity=True),
         Method(
             "ptuning2",
-            (PrefixEncoder,),
+            Ptuning2Config,
             # All but the token ids, mindpet_delta_ptuning2_prefix.
             ("*mindpet_delta_ptuning2", "*mindpet_delta_ptuning2[!_]*", "*mindpet_delta_ptuning2_[!p]*"),
+            {"attention": PrefixEncoderDelta},
+            (PrefixEncoder,),
             constants=("*mindpet_delta_ptuning2_prefix",),
-            peft_type="PTUNING2",
-            make=prefix_encoder,
+        ),
+        Method(
+            "ia3",
+            IA3Config,
+            ("*mindpet_delta_ia3",),
+            {"linear": IA3Delta, "conv2d": IA3Delta, "conv3d": IA3Delta},
+            (IA3Dense,),
+            identity=True,
+        ),
+        Method(
+            "vera",
+            VeraConfig,
+            ("*mindpet_delta_vera*",),
+            {"linear": VeraDelta},
+            (VeraDense,),
+            saved=("*mindpet_vera_a", "*mindpet_vera_b"),
+            identity=True,
+        ),
+        Method(
+            "prompt_tuning",
+            PromptTuningConfig,
+            ("*mindpet_delta_prompt",),
+            {"input_embedding": PromptDelta},
+            (PromptEmbedding,),
         ),
     )
 }
+
+
+# The methods by the names that `adapter_config.json` uses.
+_names = [method.config.peft_type for method in METHODS.values()]
+PeftType = enum.Enum("PeftType", dict(zip(_names, _names)), type=str)
+for _method in METHODS.values():
+    _method.config.peft_type = PeftType(_method.config.peft_type)
+
+
+def method_of(config):
+    """The method of a configuration."""
+    return METHODS[config.method_name]
 
 
 def find_method(mode):

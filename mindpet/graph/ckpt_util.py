@@ -17,10 +17,11 @@ from mindspore.train import CheckpointConfig, ModelCheckpoint
 from mindspore.train.callback._checkpoint import CheckpointManager
 from safetensors import SafetensorError
 
+from mindpet.delta.registry import METHODS
 from mindpet.errors import AbsolutePathError, CheckpointError, LinkPathError
 from mindpet.graph.callback import TrainCallback, model_of
 from mindpet.graph.distributed import STRATEGY_FOLDER
-from mindpet.graph.parameters import saved_parameters, trainable_parameters
+from mindpet.network.parameters import matches, model_parameters, running_statistics, trainable_parameters
 from mindpet.utils import files
 from mindpet.utils.sharding import PARALLEL_MODES
 from mindpet.utils.validate import Checker
@@ -28,11 +29,23 @@ from mindpet.utils.validate import Checker
 CANNOT_SAVE = OSError, SafetensorError, LinkPathError
 
 
+def saved_parameters(network):
+    """What a checkpoint of what was trained holds: trainable parameters, and what varies with them; see `Method`.
+
+    Running statistics are among it: the network moves them while it trains, so the base's do not fit any more.
+    """
+    patterns = [pattern for method in METHODS.values() for pattern in method.saved]
+    saved = {
+        key: param for key, param in model_parameters(network).items() if param.requires_grad or matches(key, patterns)
+    }
+    return {**saved, **running_statistics(network)}
+
+
 class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
     """`ModelCheckpoint` that saves only the parameters of the model that are trainable.
 
-    Keys are the paths of parameters in the network, see `mindpet.graph.parameters.model_parameters`; of a network that
-    is cut over ranks MindSpore's names, as its strategy file has them. The running statistics of BatchNorms, which
+    Keys are the paths of parameters in the network, see `mindpet.network.parameters.model_parameters`; of a network
+    that is cut over ranks MindSpore's names, as its strategy file has them. The running statistics of BatchNorms, which
     training moves, are saved too; state of the optimizer is not.
 
     All fields of `CheckpointConfig` hold. A file gets its final name when it is complete, and an old one is removed

@@ -11,9 +11,9 @@ import mindspore as ms
 from mindspore import Parameter, Tensor
 
 from mindpet.errors import CheckpointError
-from mindpet.utils.checkpoints import read_checkpoint
+from mindpet.files.checkpoints import read_checkpoint
+from mindpet.network.values import digest
 from mindpet.utils.validate import Checker
-from mindpet.utils.values import digest
 
 SUFFIXES = (".ckpt", ".safetensors")
 FILE_NAME = re.compile(  # as MindSpore gives it

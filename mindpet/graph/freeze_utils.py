@@ -9,7 +9,7 @@ from mindspore import nn
 
 from mindpet.delta.registry import METHODS, find_method
 from mindpet.errors import LinkPathError, ModelConfigFreezeInfoError, NoMatchError, ReadYamlFileError
-from mindpet.graph.parameters import TRAINED, matches, model_parameters, running_statistics
+from mindpet.network.parameters import TRAINED, matches, model_parameters, running_statistics
 from mindpet.utils.parse import LARGEST_YAML, parse_yaml
 from mindpet.utils.quote import quote
 from mindpet.utils.validate import FLOAT_TYPES, Checker
@@ -20,8 +20,8 @@ MOST_HINTS = 20  # to find the nearest names takes time
 def freeze_modules(model, include=None, exclude=None, strict=True):
     """Freeze the parameters whose names fit `include`, and let those train that fit `exclude`.
 
-    Names are paths in the network, see `mindpet.graph.parameters.model_parameters`. A name that fits both is left as it
-    was, and so is one that fits neither. An integer parameter is never set to train; the running statistics of
+    Names are paths in the network, see `mindpet.network.parameters.model_parameters`. A name that fits both is left as
+    it was, and so is one that fits neither. An integer parameter is never set to train; the running statistics of
     BatchNorms are never trainable.
 
     Args:
@@ -51,8 +51,7 @@ def freeze_delta(model, mode, include=None, exclude=None, strict=True):
 
     Args:
         model (Cell): the network, its delta in place.
-        mode (str): 'lora', 'prefixtuning' (or 'prefix'), 'adapter', 'low_rank_adapter', 'bitfit' or 'ptuning2', in any
-            letter case.
+        mode (str): name or alias of a method, see `mindpet.delta.registry`, in any letter case.
         include (list of str): fnmatch patterns of further names to freeze. Default: None.
         exclude (list of str): fnmatch patterns of further names to train, say the head. Default: None.
         strict (bool): whether a mode whose delta is not in the network, or a pattern that fits no name, is an error;

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 from mindpet.errors import NotLearningError
 from mindpet.graph.callback import TrainCallback, model_of
-from mindpet.graph.parameters import model_parameters, running_statistics, trainable_parameters
+from mindpet.network.parameters import model_parameters, running_statistics, trainable_parameters
+from mindpet.network.values import digest
 from mindpet.utils.validate import Checker
-from mindpet.utils.values import digest
 
 
 class Summary(NamedTuple):

@@ -8,12 +8,12 @@ from mindspore import Tensor, nn
 
 from mindpet.delta.registry import METHODS
 from mindpet.errors import CheckpointError
+from mindpet.files.checkpoints import read_checkpoint
 from mindpet.graph.distributed import gather_delta
-from mindpet.graph.parameters import matches, model_parameters
-from mindpet.utils.checkpoints import read_checkpoint
+from mindpet.network.parameters import matches, model_parameters, parameter_paths
+from mindpet.network.values import load
 from mindpet.utils.quote import quote
 from mindpet.utils.validate import FLOAT_TYPES, Checker
-from mindpet.utils.values import load
 
 FORMATS = ("ckpt", "safetensors")
 # What MindSpore's optimizers and loss scaling add to the checkpoint of a train network.
@@ -55,9 +55,9 @@ OPTIMIZER_NAMES = (
 def load_delta(network, *files, strict=True, dec_key=None, dec_mode="AES-GCM", crc_check=False):
     """Load checkpoints of the base and of the delta into a network.
 
-    Keys are paths in the network, see `mindpet.graph.parameters.model_parameters`; a parameter's own name will do, too.
-    Several files together must hold every parameter of the network. A single file must hold every delta parameter and,
-    once the network is frozen, every trainable one: the rest is taken to be in place. Later files win. Keys of old
+    Keys are paths in the network, see `mindpet.network.parameters.model_parameters`; a parameter's own name will do,
+    too. Several files together must hold every parameter of the network. A single file must hold every delta parameter
+    and, once the network is frozen, every trainable one: the rest is taken to be in place. Later files win. Keys of old
     checkpoints (`tk_delta` for `mindpet_delta`, `mindpet_delta_lora_A` and `_B`) are understood; state of an optimizer
     and appended scalars are passed over. Values are cast to the type of the parameter.
 
@@ -82,7 +82,7 @@ def load_delta(network, *files, strict=True, dec_key=None, dec_mode="AES-GCM", c
     """
     _check_load_arguments(network, files, strict)
     params = model_parameters(network)
-    names = _known_names(params)
+    names = _known_names(network, params)
     found = {}
     for file in files:
         found.update(_read(file, names, dec_key, dec_mode, crc_check))
@@ -155,10 +155,11 @@ def _canonical(name):
     return name
 
 
-def _known_names(params):
+def _known_names(network, params):
     """What files may call the parameters -> their keys: the keys, and names of their own that leave no doubt.
 
-    A number at the front is no name: MindSpore renames what a network slices in `construct`, and two lists alike.
+    A number at the front is no name: MindSpore renames what a network slices in `construct`, and two lists alike. What
+    deltas share may have the path of any of them: a file that was converted has it at the first that it names.
     """
     names = {_canonical(key): key for key in params}
     own = Counter(_canonical(param.name) for param in params.values())
@@ -166,6 +167,11 @@ def _known_names(params):
         name = _canonical(param.name)
         if own[name] == 1 and not name.partition(".")[0].isdigit():
             names.setdefault(name, key)
+    saved = [pattern for method in METHODS.values() for pattern in method.saved]
+    shared = {id(param): key for key, param in params.items() if matches(key, saved)}
+    for path, param in parameter_paths(network).items():
+        if id(param) in shared:
+            names.setdefault(_canonical(path), shared[id(param)])
     return names
 
 

@@ -20,7 +20,7 @@ def shard_like(cell, in_strategy=None):
     Source: the rule is that of google/qwix for LoRA.
 
     Args:
-        cell (Cell): LoRADense, AdapterDense, AdapterLayer, LowRankAdapterDense or LowRankAdapterLayer.
+        cell (Cell): a hand-made one with a table `operators`, such as LoRADense.
         in_strategy (tuple): of the base matmul, `((rows, in), (out, in))`, as `mindspore.ops.MatMul(transpose_b=True)`
             takes it. For a layer without a base of its own it is that of the layer before. Default: None, for what is
             set on `cell.matmul`.

@@ -1,6 +1,18 @@
 """The interface of Hugging Face PEFT: configurations, networks with adapters, and their files."""
 
-from mindpet.layers.kinds import register_layer
+from mindpet.delta._config import PeftConfig, PromptLearningConfig, TaskType, get_peft_config
+from mindpet.delta.adapter import AdapterConfig, BottleneckConfig
+from mindpet.delta.bitfit import BitFitConfig
+from mindpet.delta.ia3 import IA3Config
+from mindpet.delta.lora import LoraConfig
+from mindpet.delta.low_rank_adapter import LowRankAdapterConfig
+from mindpet.delta.prefix_layer import PrefixTuningConfig
+from mindpet.delta.prompt_tuning import PromptTuningConfig
+from mindpet.delta.ptuning2 import Ptuning2Config
+from mindpet.delta.registry import PeftType
+from mindpet.delta.vera import VeraConfig
+from mindpet.files.names import NameMap
+from mindpet.network.kinds import register_layer
 from mindpet.peft.auto import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -11,21 +23,7 @@ from mindpet.peft.auto import (
     AutoPeftModelForTokenClassification,
     register_base_model,
 )
-from mindpet.peft.config import (
-    AdapterConfig,
-    BitFitConfig,
-    LoraConfig,
-    LowRankAdapterConfig,
-    PeftConfig,
-    PeftType,
-    PrefixTuningConfig,
-    PromptLearningConfig,
-    Ptuning2Config,
-    TaskType,
-    get_peft_config,
-)
 from mindpet.peft.model import PeftModel, get_peft_model, inject_adapter_in_model
-from mindpet.peft.names import NameMap
 from mindpet.peft.plan import plan_targets
 from mindpet.peft.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
 from mindpet.peft.status import get_layer_status, get_model_status
@@ -40,6 +38,8 @@ __all__ = [
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
     "BitFitConfig",
+    "BottleneckConfig",
+    "IA3Config",
     "LoraConfig",
     "LowRankAdapterConfig",
     "NameMap",
@@ -48,8 +48,10 @@ __all__ = [
     "PeftType",
     "PrefixTuningConfig",
     "PromptLearningConfig",
+    "PromptTuningConfig",
     "Ptuning2Config",
     "TaskType",
+    "VeraConfig",
     "get_layer_status",
     "get_model_status",
     "get_peft_config",

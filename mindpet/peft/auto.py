@@ -1,7 +1,7 @@
 """A base and its adapter from the adapter's folder alone."""
 
+from mindpet.delta._config import PeftConfig, TaskType
 from mindpet.errors import ConfigError
-from mindpet.peft.config import PeftConfig, TaskType
 from mindpet.peft.model import PeftModel
 from mindpet.utils.quote import quote
 from mindpet.utils.validate import Checker

@@ -6,11 +6,12 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
+from mindpet.delta._base import Delta
 from mindpet.errors import AdapterError, ConfigError
-from mindpet.peft.inject import Attribute, Frame
-from mindpet.peft.overlay import Overlay, bind_construct, by_rows, one_error
+from mindpet.network.values import assign, forget_graphs, has_jit_functions
+from mindpet.peft.patch import AttributePatch, ConstructPatch, bind_construct, one_error
+from mindpet.peft.slot import AdapterSlot
 from mindpet.utils.sharding import PARALLEL_MODES
-from mindpet.utils.values import assign, forget_graphs, has_jit_functions
 
 BASE = "__base__"  # stands for no adapter in `adapter_names`
 
@@ -24,9 +25,8 @@ class MixedBatches:
     Attributes:
         roots (dict): whether the network trains -> Cell around it, with graphs of its own.
         adapters (dict): name -> Adapter that the Cells compute.
-        frames (dict): name -> Frame, Cells of its own for each adapter.
-        places (list of Overlay and Attribute): what is put into the network for a batch.
-        deltas (list of tuple): (CellList of deltas, the layer that they belong to).
+        slots (dict): name -> AdapterSlot of its own for each adapter.
+        patches (list): what is changed in the network for a batch.
     """
 
     def __init__(self, placement):
@@ -41,28 +41,26 @@ class MixedBatches:
             self._prepare(used)
             for name in used:
                 values = self.adapters[name].values
-                for path, param in self.frames[name].params.items():
+                for path, param in self.slots[name].params.items():
                     assign(param, Tensor(values[path[: -len(f"@{name}")]]))
             order = {BASE: -1, **{name: index for index, name in enumerate(self.adapters)}}
             self.rows.set_data(Tensor(np.array([order[name] for name in names], np.int32)), slice_shape=True)
             network = self.placement.network
             root = self.roots.setdefault(network.training, Root(network))
             with contextlib.ExitStack() as stack:
-                for place in self.places:
-                    place.put()
-                    stack.callback(place.remove)
-                for frame in self.frames.values():
-                    frame.mark()
-                    stack.callback(frame.mark, remove=True)
-                for deltas, cell in self.deltas:
-                    deltas.set_train(cell.training)
+                for patch in self.patches:
+                    patch.apply()
+                    stack.callback(patch.revert)
+                for slot in self.slots.values():
+                    slot.mark()
+                    stack.callback(slot.mark, remove=True)
                 stack.enter_context(_without_jit_functions())
                 with one_error():
                     return root(*inputs, **keywords)
 
     def clear(self):
         """Forget the Cells."""
-        self.roots, self.adapters, self.frames, self.places, self.deltas = {}, {}, {}, [], []
+        self.roots, self.adapters, self.slots, self.patches = {}, {}, {}, []
 
     def _check(self, names, inputs, keywords):
         adapters = self.placement.adapters
@@ -74,7 +72,7 @@ class MixedBatches:
         if whole:
             raise AdapterError(
                 f"adapter_names: {', '.join(map(repr, whole))} cannot share a batch, for there is more than deltas of "
-                "layers: modules_to_save, biases or a prefix."
+                "layers: modules_to_save, biases, a prefix or a prompt."
             )
         if ms.get_auto_parallel_context("parallel_mode") in PARALLEL_MODES:
             raise AdapterError("adapter_names: in semi-auto parallel mode all rows of a batch have one adapter.")
@@ -98,23 +96,20 @@ class MixedBatches:
 
     def _build(self, adapters):
         network = self.placement.network
-        frames = {name: Frame(network, adapter.plan, suffix=f"@{name}") for name, adapter in adapters.items()}
-        for name, frame in frames.items():
-            frame.set_types({f"{path}@{name}": value for path, value in adapters[name].values.items()})
+        slots = {name: AdapterSlot(network, adapter.plan, suffix=f"@{name}") for name, adapter in adapters.items()}
+        for name, slot in slots.items():
+            slot.set_types({f"{path}@{name}": value for path, value in adapters[name].values.items()})
         self.rows = ms.Parameter(Tensor(np.zeros(1, np.int32)), name="mindpet_rows", requires_grad=False)
-        layers = {layer.path: layer.cell for adapter in adapters.values() for layer in adapter.plan.targets}
+        targets = {target.path: target for adapter in adapters.values() for target in adapter.plan.targets}
         still = {id(cell): cell for adapter in adapters.values() for cell in adapter.plan.still}
-        self.places = [Attribute(cell, "use_batch_statistics", False) for cell in still.values()]
-        self.deltas = []
-        for path, cell in layers.items():
-            before = {frame.plan.method.before_activation for frame in frames.values() if path in frame.deltas}
-            if len(before) > 1 and getattr(cell, "activation_flag", False):
+        self.patches = [AttributePatch(cell, "use_batch_statistics", False) for cell in still.values()]
+        for path, target in targets.items():
+            before = {slot.deltas[path].before_activation for slot in slots.values() if path in slot.deltas}
+            if len(before) > 1 and getattr(target.cell, "activation_flag", False):
                 raise ConfigError(f"adapter_names: {path} has deltas before and behind its activation.")
-            deltas = [frame.deltas.get(path, Unchanged()) for frame in frames.values()]
-            cells = {"mindpet_deltas": ms.nn.CellList(deltas, auto_prefix=False)}
-            self.deltas.append((cells["mindpet_deltas"], cell))
-            self.places.append(Overlay(cell, by_rows, True in before, cells, {"mindpet_rows": self.rows}))
-        self.roots, self.adapters, self.frames = {}, adapters, frames
+            deltas = [slot.deltas[path] if path in slot.deltas else Unchanged() for slot in slots.values()]
+            self.patches.append(ConstructPatch(target.cell, target.kind, deltas, self.rows))
+        self.roots, self.adapters, self.slots = {}, adapters, slots
 
 
 class Root(ms.nn.Cell):
@@ -126,10 +121,10 @@ class Root(ms.nn.Cell):
         bind_construct(self, network)
 
 
-class Unchanged(ms.nn.Cell):
+class Unchanged(Delta):
     """The delta of a layer that an adapter leaves alone."""
 
-    def construct(self, x, out):
+    def after(self, x, out):
         return out
 
 
@@ -156,4 +151,4 @@ def _tensors(value):
 
 
 def _can_mix(adapter):
-    return not (adapter.plan.trained or adapter.plan.attentions)
+    return not adapter.plan.trained and all(target.is_layer for target in adapter.plan.targets)

@@ -1,4 +1,4 @@
-"""Arithmetic on the values of LoRA adapters: sums of adapters, and starts from a layer's weight. All in float32."""
+"""Sums of LoRA adapters, on their values, in float32."""
 
 import math
 import numbers
@@ -6,48 +6,11 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from mindpet.delta.lora_layer import FOLD
+from mindpet.delta.lora import SCALING, A, B, LoraConfig, starts_from_weight
 from mindpet.errors import AdapterError
-from mindpet.layers.kinds import layer_kind
-from mindpet.peft.config import LoraConfig, PeftType
-from mindpet.peft.match import exact_targets, exactly
-from mindpet.peft.plan import is_from_weight
+from mindpet.network.match import exact_targets, exactly
+from mindpet.peft.merge import in_float32
 from mindpet.utils.validate import Checker, is_int
-
-A, B, SCALING = "mindpet_delta_lora_a", "mindpet_delta_lora_b", "mindpet_lora_scaling"
-
-
-def fold_arguments(path, values):
-    """The keywords of `fold_lora` for a layer, and its 'bias' if there is one."""
-    found = {argument: values.get(f"{path}.{name}") for name, argument in {**FOLD, SCALING: "scaling"}.items()}
-    return {argument: value.astype(np.float32) for argument, value in found.items() if value is not None}
-
-
-def start_from_weight(weight, init, rank, scaling):
-    """A and B that start from a weight W, of which `s B A` is a part.
-
-    PiSSA: with W = U S V^T, `B = U_r sqrt(S_r / s)`, `A = sqrt(S_r / s) V_r^T`. OLoRA: with W = Q R, `B = Q_r`,
-    `A = R_r`.
-
-    Source: PiSSA, Meng et al. 2024, arXiv:2404.02948, section 3; OLoRA, Büyükakyüz 2024, arXiv:2406.01775, section 3.
-
-    Args:
-        weight (numpy.ndarray): W, `(out, in)`, float32.
-        init (str): 'pissa', 'pissa_niter_N', which is computed exactly too, or 'olora'.
-        rank (int): rows of A.
-        scaling (float): s.
-
-    Returns:
-        tuple of numpy.ndarray: A, B.
-    """
-    if init == "olora":
-        left, right = np.linalg.qr(weight)
-        lora_b, lora_a = left[:, :rank], right[:rank]
-    else:
-        left, roots, right = np.linalg.svd(weight, full_matrices=False)
-        root = np.sqrt(roots[:rank] / np.float32(scaling))
-        lora_b, lora_a = left[:, :rank] * root, root[:, None] * right[:rank]
-    return lora_a, lora_b
 
 
 def combine(
@@ -78,7 +41,7 @@ def combine(
     Source: TIES, Yadav et al. 2023, arXiv:2306.01708, section 3; DARE, Yu et al. 2023, arXiv:2311.03099, section 3.
 
     Args:
-        adapters (list): the adapters; each has `config`, `plan`, `frame.deltas` and `values`.
+        adapters (list): the adapters; each has `config`, `plan`, `slot` and `values`.
         weights (list of float): one for each; a negative one subtracts.
         combination_type (str): see above. Default: 'svd'.
         svd_rank (int): rank of the result of the types with 'svd'. Default: None, for the largest of all adapters.
@@ -106,18 +69,19 @@ def combine(
     _check_plain(adapters)
     layers = {}
     for weight, adapter in zip(weights, adapters):
-        values = adapter.values
-        for path in adapter.frame.deltas:
-            found = fold_arguments(path, values)
-            layers.setdefault(path, []).append((weight, float(found["scaling"]), found["lora_a"], found["lora_b"]))
+        stored = adapter.values
+        for target in adapter.plan.targets:
+            values = in_float32(adapter.slot.values_of(target.path, stored))
+            layers.setdefault(target.path, []).append((weight, target.delta, values))
     _check_layers(layers, combination_type)
     rank = svd_rank or max(rank for each in adapters for rank in (each.config.r, *each.config.rank_pattern.values()))
     seed = np.random.randint(2**31) if seed is None else seed
     merge = _merger(combination_type, density, majority_sign_method, np.random.default_rng(seed))
     values = {}
     for path, parts in layers.items():
-        weight, scaling, parts_a, parts_b = zip(*parts)
-        scales = np.multiply(weight, scaling)
+        weight, deltas, stored = zip(*parts)
+        parts_a, parts_b = ([values[name] for values in stored] for name in (A, B))
+        scales = np.multiply(weight, [float(values[SCALING]) for values in stored])
         whole_a = np.concatenate([scale * lora_a for scale, lora_a in zip(np.float32(scales), parts_a)])
         whole_b = np.hstack(parts_b)
         if combination_type == "cat":
@@ -125,8 +89,9 @@ def combine(
         elif combination_type == "svd" and len(whole_a) >= rank:
             lora_a, lora_b = _factors(_svd_of_product(whole_b, whole_a), rank, svd_clamp)
         elif combination_type.endswith("svd"):
-            deltas = [np.float32(s) * (lora_b @ lora_a) for s, lora_a, lora_b in zip(scaling, parts_a, parts_b)]
-            decomposition = np.linalg.svd(merge(deltas, weight), full_matrices=False)
+            nothing = np.zeros((len(parts_b[0]), parts_a[0].shape[1]), np.float32)
+            changes = [delta.fold(nothing, values) for delta, values in zip(deltas, stored)]
+            decomposition = np.linalg.svd(merge(changes, weight), full_matrices=False)
             lora_a, lora_b = _factors(decomposition, rank, svd_clamp)
         else:
             roots = np.sqrt(np.abs(scales))
@@ -139,7 +104,7 @@ def combine(
         r=most,
         lora_alpha=most,
         target_modules=exact_targets(
-            path for adapter in adapters for layer in adapter.plan.targets for path in layer.paths
+            path for adapter in adapters for target in adapter.plan.targets for path in target.paths
         ),
         rank_pattern=others,
         alpha_pattern=dict(others),
@@ -186,13 +151,13 @@ def _check_plain(adapters):
     problems = []
     for adapter in adapters:
         config = adapter.config
-        if config.peft_type != PeftType.LORA:
-            problems.append(f"an adapter is of {config.peft_type.value}")
+        if not isinstance(config, LoraConfig):
+            problems.append(f"an adapter is of {config.peft_name}")
         elif config.use_dora or config.lora_bias or adapter.plan.trained:
             problems.append("an adapter has more than A and B: DoRA, biases, modules_to_save or statistics")
-        elif is_from_weight(config):
+        elif starts_from_weight(config.init_lora_weights):
             problems.append(f"an adapter starts from the base's weights: {config.init_lora_weights!r}")
-        elif any(layer_kind(layer.cell).name not in ("linear", "embedding") for layer in adapter.plan.targets):
+        elif any(target.kind.is_convolution for target in adapter.plan.targets):
             problems.append("an adapter is beside convolutions")
     _refuse(problems)
 
@@ -200,10 +165,10 @@ def _check_plain(adapters):
 def _check_layers(layers, combination_type):
     problems = []
     for path, parts in layers.items():
-        ranks = {len(lora_a) for _, _, lora_a, _ in parts}
+        ranks = {len(values[A]) for _, _, values in parts}
         if len(ranks) > 1 and combination_type in RULES:
             problems.append(f"{combination_type!r} needs equal ranks, but {path} has {sorted(ranks)}")
-        if not all(np.isfinite(tensor).all() for _, *tensors in parts for tensor in tensors):
+        if not all(np.isfinite(value).all() for _, _, values in parts for value in values.values()):
             problems.append(f"{path} holds NaN or infinite numbers")
     _refuse(problems)
 

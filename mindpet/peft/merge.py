@@ -3,66 +3,59 @@
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Callable, Optional
+from typing import Callable, NamedTuple
 
 import numpy as np
 from mindspore import Parameter, Tensor
 from tqdm import tqdm
 
-from mindpet.delta.lora_layer import fold_lora
 from mindpet.errors import MergeError
-from mindpet.graph.parameters import outer_prefix
-from mindpet.layers.kinds import layer_kind
+from mindpet.files.merge import describe
+from mindpet.network.parameters import outer_prefix
 from mindpet.peft.plan import parameter_places
 from mindpet.peft.probe import probe_merge
 
 
-@dataclass(frozen=True)
-class MergedLayer:
-    """What storing a merged weight costs.
+class FoldedDelta(NamedTuple):
+    """A delta that is folded into a layer.
 
     Attributes:
-        path (str): of the layer.
-        dtype (str): that the weight is stored in.
-        largest_change (float): largest absolute change of the weight, in float32.
-        largest_error (float): largest absolute difference between the stored weight and the one in float32.
-        unchecked (str): why the merged layer could not be compared with the layer and its deltas; None if it was.
+        cls (type): the Delta.
+        arguments (dict): delta arguments.
+        values (dict): name -> numpy.ndarray, float32.
     """
 
-    path: str
-    dtype: str
-    largest_change: float
-    largest_error: float
-    unchecked: Optional[str] = None
-
-    def __str__(self):
-        unchecked = f", not probed: {self.unchecked}" if self.unchecked else ""
-        return (
-            f"{self.path}: {self.dtype}, change up to {self.largest_change:.3g}, error up to {self.largest_error:.3g}"
-            f"{unchecked}"
-        )
+    cls: type
+    arguments: dict
+    values: dict
 
 
-def fold(weight, kind, group, tensors):
-    """A weight in its own type with a LoRA delta folded in, and the two float32 matrices before and after.
+def in_float32(values):
+    """Arrays by name as `Delta.fold` takes them."""
+    return {name: value.astype(np.float32) for name, value in values.items()}
+
+
+def fold(weight, kind, deltas):
+    """A weight in its own type with deltas folded in, and the two float32 matrices before and after.
 
     Args:
         weight (numpy.ndarray): as the layer stores it.
         kind (LayerKind): of the layer.
-        group (int): groups of a convolution.
-        tensors (list of dict): for each delta the keywords of `fold_lora`.
+        deltas (list of FoldedDelta): what is folded in, one after the other.
     """
     before = kind.to_matrix(weight.astype(np.float32))
     after = before
-    for delta in tensors:
-        after = fold_lora(after, group=group, **delta)
+    for delta in deltas:
+        after = delta.cls.fold(after, delta.values, **delta.arguments)
     return kind.from_matrix(after, weight.shape).astype(weight.dtype), before, after
 
 
-def describe(path, stored, before, after, kind):
-    """The MergedLayer of a merged weight."""
-    back = kind.to_matrix(stored.astype(np.float32))
-    return MergedLayer(path, stored.dtype.name, float(np.abs(after - before).max()), float(np.abs(back - after).max()))
+def fold_bias(bias, deltas):
+    """A bias in its own type with deltas folded in."""
+    after = bias.astype(np.float32)
+    for delta in deltas:
+        after = delta.cls.fold_bias(after, delta.values, **delta.arguments)
+    return after.astype(bias.dtype)
 
 
 @dataclass(frozen=True)
@@ -84,12 +77,12 @@ class Fold:
     value: np.ndarray
 
 
-def merge_layers(layers, deltas, progressbar=False):
+def merge_layers(targets, deltas, progressbar=False):
     """The merged weights and biases.
 
     Args:
-        layers (list of Layer): the layers.
-        deltas (dict): path -> list of the keywords of `fold_lora`, with 'bias' beside them if there is one.
+        targets (list of Target): the layers.
+        deltas (dict): path -> list of FoldedDelta.
         progressbar (bool): whether to show progress. Default: False.
 
     Returns:
@@ -99,38 +92,31 @@ def merge_layers(layers, deltas, progressbar=False):
         MergeError: a merged weight is not finite; a bias has no place; all of them are in the message.
     """
     folds, report, problems = [], [], []
-    for layer in tqdm(layers, desc="merging", unit="layer", disable=not progressbar):
-        cell, kind, own = layer.cell, layer_kind(layer.cell), deltas[layer.path]
+    for target in tqdm(targets, desc="merging", unit="layer", disable=not progressbar):
+        cell, kind, here = target.cell, target.kind, deltas[target.path]
         weight, bias = kind.weight_of(cell).asnumpy(), kind.bias_of(cell)
-        merge = functools.partial(_merge_weight, kind=kind, group=kind.groups_of(cell))
-        merged, before, after = merge(weight, own)
-        found = [Fold(layer.path, cell, kind.weight, lambda own, deltas, merge=merge: merge(own, deltas)[0], merged)]
-        has_shift = any("bias" in delta for delta in own)
-        if has_shift and bias is None:
-            problems.append(f"{layer.path} has no bias that 'lora_bias' could go to")
-        elif has_shift:
-            found.append(Fold(layer.path, cell, kind.bias, _merge_bias, _merge_bias(bias.asnumpy(), own)))
-        folds += found
-        if not all(np.isfinite(one.value.astype(np.float32)).all() for one in found):
-            problems.append(f"{layer.path} would hold NaN or infinite numbers as {merged.dtype.name}")
+        merge = functools.partial(_merge_weight, kind=kind)
+        merged, before, after = fold(weight, kind, here)
+        changed = [Fold(target.path, cell, kind.weight, merge, merged)]
+        if bias is None and fold_bias(np.zeros(len(after), np.float32), here).any():
+            problems.append(f"{target.path} has no bias that a bias of its delta could go to")
+        elif bias is not None and any(delta.cls.folds_bias(**delta.arguments) for delta in here):
+            changed.append(Fold(target.path, cell, kind.bias, fold_bias, fold_bias(bias.asnumpy(), here)))
+        folds += changed
+        if not all(np.isfinite(one.value.astype(np.float32)).all() for one in changed):
+            problems.append(f"{target.path} would hold NaN or infinite numbers as {merged.dtype.name}")
             continue
-        probe = probe_merge(cell, kind, own, {one.attribute: one.value for one in found})
+        probe = probe_merge(cell, kind, here, {one.attribute: one.value for one in changed})
         if probe.problem:
-            problems.append(f"{layer.path} {probe.problem}")
-        report.append(dataclasses.replace(describe(layer.path, merged, before, after, kind), unchecked=probe.skipped))
+            problems.append(f"{target.path} {probe.problem}")
+        report.append(dataclasses.replace(describe(target.path, merged, before, after, kind), unchecked=probe.skipped))
     if problems:
         raise MergeError("merging would not work, nothing was changed: " + "; ".join(problems) + ".")
     return folds, report
 
 
-def _merge_weight(weight, deltas, kind, group):
-    tensors = [{name: value for name, value in delta.items() if name != "bias"} for delta in deltas]
-    return fold(weight, kind, group, tensors)
-
-
-def _merge_bias(bias, deltas):
-    shift = sum(delta["bias"] * np.float32(delta["scaling"]) for delta in deltas if "bias" in delta)
-    return (bias.astype(np.float32) + shift).astype(bias.dtype)
+def _merge_weight(weight, deltas, kind):
+    return fold(weight, kind, deltas)[0]
 
 
 def shared_weights(network, owners):

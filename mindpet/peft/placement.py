@@ -3,9 +3,9 @@
 What always holds between two calls:
 
 * The base's Parameters have the base's own values, but for those in `merged`, which keeps their own values.
-* At most one frame is in the network: that of the active adapter.
-* An adapter that can train has a frame of its own; others share one with adapters of the same signature.
-* The values of an adapter are in its frame's parameters if it is the frame's `holder`, but for the `hidden` ones;
+* At most one slot is in the network: that of the active adapter.
+* An adapter that can train has a slot of its own; others share one with adapters of the same signature.
+* The values of an adapter are in its slot's parameters if it is the slot's `holder`, but for the `hidden` ones;
   these, and all of the other adapters, are in `stored`.
 * Of the adapters' parameters only those have `requires_grad` that the active adapter trains and that are not hidden.
 """
@@ -18,12 +18,10 @@ import numpy as np
 from mindspore import Tensor
 
 from mindpet.errors import AdapterError, ConfigError, MergeError
-from mindpet.layers.kinds import layer_kind
-from mindpet.peft.combine import fold_arguments
-from mindpet.peft.inject import Frame, renew_recompute
-from mindpet.peft.merge import merge_layers, shared_weights, untie
+from mindpet.network.values import assign, digest, forget_graphs, is_watched, know_graphs, unwatch, value_of, watch
+from mindpet.peft.merge import FoldedDelta, in_float32, merge_layers, shared_weights, untie
+from mindpet.peft.slot import AdapterSlot, renew_recompute
 from mindpet.peft.start import starts
-from mindpet.utils.values import assign, digest, forget_graphs, is_watched, know_graphs, unwatch, value_of, watch
 
 MARK = "mindpet_wrapped"  # attribute of a network that has adapters
 
@@ -34,7 +32,7 @@ class Adapter:
     Args:
         config (PeftConfig): its configuration; of a prefix from a file it tells of a projection that is not there.
         plan (Plan): what of the network it concerns.
-        frame (Frame): the Cells of its deltas, perhaps shared with other adapters.
+        slot (AdapterSlot): the Cells of its deltas, perhaps shared with other adapters.
         stored (dict): path -> numpy.ndarray, its values.
         trainable (bool): whether it trains when it is active.
         given (set): paths of the values that it was made with; the others are fresh.
@@ -44,28 +42,28 @@ class Adapter:
             OLoRA started from cannot be computed from it any more.
     """
 
-    def __init__(self, config, plan, frame, stored, trainable, given):
-        self.config, self.plan, self.frame = config, plan, frame
+    def __init__(self, config, plan, slot, stored, trainable, given):
+        self.config, self.plan, self.slot = config, plan, slot
         self.stored, self.trainable, self.given = stored, trainable, given
-        self.starts, self.strayed = starts(plan, frame), False
+        self.starts, self.strayed = starts(plan, slot), False
         self.bases = {start.paths[0]: digest(value_of(start.base)) for start in self.starts}
         self.started = {path: digest(stored[path]) for start in self.starts for path in start.paths}
 
     @property
     def values(self):
         """path -> numpy.ndarray."""
-        return {path: self.value(path) for path in self.frame.params}
+        return {path: self.value(path) for path in self.slot.params}
 
     def value(self, path):
         """One of its values."""
-        is_held = self.frame.holder is self and path not in self.frame.hidden
-        return value_of(self.frame.params[path]) if is_held else self.stored[path]
+        is_held = self.slot.holder is self and path not in self.slot.hidden
+        return value_of(self.slot.params[path]) if is_held else self.stored[path]
 
     def write(self, values):
         """Set some of its values, wherever they are."""
         for path, value in values.items():
-            if self.frame.holder is self and path not in self.frame.hidden:
-                assign(self.frame.params[path], Tensor(value))
+            if self.slot.holder is self and path not in self.slot.hidden:
+                assign(self.slot.params[path], Tensor(value))
             else:
                 self.stored[path] = value
 
@@ -98,7 +96,7 @@ class Placement:
     Attributes:
         adapters (dict): name -> Adapter.
         active (str): name of the active adapter, or None.
-        frame (Frame): the frame that is in the network, or None.
+        slot (AdapterSlot): the slot that is in the network, or None.
         disabled (bool): whether the active adapter is hidden by `disable`.
         merged (dict): id of a Parameter -> [Parameter, its own value, Fold, digest of the merged value], or None.
         merged_names (list of str): of the adapters that are merged.
@@ -106,7 +104,7 @@ class Placement:
 
     def __init__(self, network):
         self.network = network
-        self.adapters, self.active, self.frame = {}, None, None
+        self.adapters, self.active, self.slot = {}, None, None
         self.disabled, self.merged, self.merged_names = False, None, []
         self._base = []  # pairs of a Parameter of the base and its `requires_grad` without adapters
 
@@ -132,12 +130,12 @@ class Placement:
 
     def _watch_hidden(self):
         """Be told when somebody loads what is hidden, which would count beside what is merged or disabled."""
-        for path in self.frame.hidden if self.frame else ():
-            param = self.frame.params[path]
+        for path in self.slot.hidden if self.slot else ():
+            param = self.slot.params[path]
             watch(param, functools.partial(_call_if_alive, weakref.WeakMethod(self._refuse_load), param))
 
     def _refuse_load(self, param):
-        self.frame.hide(copies=self.disabled)
+        self.slot.hide(copies=self.disabled)
         raise AdapterError(
             f"{param.name} was loaded while {self.active!r} is {'disabled' if self.disabled else 'merged'}, and would "
             "count twice; it is neutral again. Load it before, or afterwards."
@@ -147,7 +145,7 @@ class Placement:
         """Do with the network what was done with the one that this is a deep copy of; functions are not copied."""
         self.watch()
         for adapter in self.adapters.values():
-            adapter.starts = starts(adapter.plan, adapter.frame)
+            adapter.starts = starts(adapter.plan, adapter.slot)
         if self.merged:
             self.merged = {id(entry[0]): entry for entry in self.merged.values()}
 
@@ -182,26 +180,26 @@ class Placement:
             config (PeftConfig): see `Adapter`. Default: None, for that of the plan.
         """
         values = values or {}
-        frame = Frame(self.network, plan)
-        frame.set_types(values, as_layer)
-        stored = {path: value_of(param) for path, param in frame.params.items()}
-        for start in starts(plan, frame):
+        slot = AdapterSlot(self.network, plan)
+        slot.set_types(values, as_layer)
+        stored = {path: value_of(param) for path, param in slot.params.items()}
+        for start in starts(plan, slot):
             stored.update({path: new.astype(stored[path].dtype) for path, new in start.compute(stored).items()})
         with np.errstate(over="ignore"):  # numbers that become infinite were let through by force
             stored.update({path: new.astype(stored[path].dtype) for path, new in values.items()})
-        free = [other.frame for other in self.adapters.values() if not (trainable or other.trainable)]
-        frame = next((other for other in free if other.signature == frame.signature), frame)
+        free = [other.slot for other in self.adapters.values() if not (trainable or other.trainable)]
+        slot = next((other for other in free if other.signature == slot.signature), slot)
         if not self.adapters:
             self._open()
-        self.adapters[name] = Adapter(config or plan.config, plan, frame, stored, trainable, set(values))
+        self.adapters[name] = Adapter(config or plan.config, plan, slot, stored, trainable, set(values))
 
     def activate(self, name):
         """Have an adapter in the network, and no other."""
         adapter = self.adapters[name]
-        others = adapter.frame.holder not in (None, adapter)
-        if others and any(param.requires_grad for param in adapter.frame.params.values()):
-            self._give_own_frame(adapter)  # somebody lets the other one train, say by freeze_delta
-        self._hold(adapter, self._put(adapter.frame))
+        others = adapter.slot.holder not in (None, adapter)
+        if others and any(param.requires_grad for param in adapter.slot.params.values()):
+            self._give_own_slot(adapter)  # somebody lets the other one train, say by freeze_delta
+        self._hold(adapter, self._put(adapter.slot))
         self.active = name
         self.set_flags()
 
@@ -212,18 +210,18 @@ class Placement:
         adapter.started = {path: digest(adapter.value(path)) for path in adapter.started}
 
     def make_trainable(self, adapter):
-        """Let an adapter train from now on, in a frame of its own."""
-        if any(other.frame is adapter.frame for other in self.adapters.values() if other is not adapter):
-            self._give_own_frame(adapter)
+        """Let an adapter train from now on, in a slot of its own."""
+        if any(other.slot is adapter.slot for other in self.adapters.values() if other is not adapter):
+            self._give_own_slot(adapter)
         adapter.trainable = True
 
-    def _give_own_frame(self, adapter):
+    def _give_own_slot(self, adapter):
         adapter.stored = adapter.values
-        if adapter.frame.holder is adapter:
-            adapter.frame.holder = None
+        if adapter.slot.holder is adapter:
+            adapter.slot.holder = None
         with self.bare():
-            adapter.frame = Frame(self.network, adapter.plan)
-        adapter.frame.set_types(adapter.stored)
+            adapter.slot = AdapterSlot(self.network, adapter.plan)
+        adapter.slot.set_types(adapter.stored)
 
     def set_flags(self):
         """Let what trains in the active adapter have gradients, and nothing else of the adapters.
@@ -232,23 +230,23 @@ class Placement:
         """
         active = self.adapters.get(self.active)
         for adapter in self.adapters.values():
-            frame = adapter.frame
-            trained = set(frame.trained) if active and active.trainable and active.frame is frame else ()
-            for path, param in frame.params.items():
-                param.requires_grad = path in trained and path not in frame.hidden
+            slot = adapter.slot
+            trained = set(slot.trained) if active and active.trainable and active.slot is slot else ()
+            for path, param in slot.params.items():
+                param.requires_grad = path in trained and path not in slot.hidden
         renew_recompute(self.network)
 
     @contextlib.contextmanager
     def bare(self):
         """A context in which nothing of an adapter is in the network; it must not be called."""
-        frame = self.frame
-        if frame is not None:
-            frame.remove()
+        slot = self.slot
+        if slot is not None:
+            slot.remove()
         try:
             yield
         finally:
-            if frame is not None:
-                frame.put()
+            if slot is not None:
+                slot.put()
 
     @contextlib.contextmanager
     def disable(self):
@@ -271,29 +269,29 @@ class Placement:
         """The base's own value of one of its Parameters."""
         return self.merged[id(param)][1] if self.merged and id(param) in self.merged else value_of(param)
 
-    def _put(self, frame):
-        """Have this frame, and no other, in the network; returns whether another one was there."""
-        if frame is self.frame:
+    def _put(self, slot):
+        """Have this slot, and no other, in the network; returns whether another one was there."""
+        if slot is self.slot:
             return False
-        if self.frame is not None:
-            self.frame.remove()
-        if frame is not None:
-            frame.put()
-        self.frame = frame
+        if self.slot is not None:
+            self.slot.remove()
+        if slot is not None:
+            slot.put()
+        self.slot = slot
         forget_graphs()
         return True
 
     def _hold(self, adapter, is_new):
-        """Have the values of an adapter in its frame's parameters."""
-        frame = adapter.frame
-        if frame.holder is adapter and not frame.hidden:
+        """Have the values of an adapter in its slot's parameters."""
+        slot = adapter.slot
+        if slot.holder is adapter and not slot.hidden:
             return
-        for path in frame.hidden:
-            unwatch(frame.params[path])
-        if frame.holder not in (None, adapter):
-            frame.holder.stored = frame.holder.values
+        for path in slot.hidden:
+            unwatch(slot.params[path])
+        if slot.holder not in (None, adapter):
+            slot.holder.stored = slot.holder.values
         adapter.stored = adapter.values
-        frame.fill(adapter, adapter.stored, is_new)
+        slot.fill(adapter, adapter.stored, is_new)
 
     def _hide(self, adapter, copies):
         """Make the active adapter the identity, with `copies` also what it trains of the base.
@@ -301,15 +299,15 @@ class Placement:
         Where the deltas cannot be the identity, everything is taken out.
         """
         adapter.stored = adapter.values
-        if adapter.frame.can_reset:
-            adapter.frame.hide(copies)
+        if adapter.slot.can_reset:
+            adapter.slot.hide(copies)
             self._watch_hidden()
         else:
             self._put(None)
         self.set_flags()
 
     def _refuse_changes(self, adapter, owner):
-        changed = adapter.frame.changed()
+        changed = adapter.slot.changed()
         if changed:
             raise AdapterError(
                 f"{owner}: these parameters of {self.active!r} were written to meanwhile, say by a training step; they "
@@ -325,9 +323,9 @@ class Placement:
             own = value_of(param)
             if digest(own) != merged:
                 self._set_merged(param, one, one.apply(own, self._deltas(self.merged_names, one.path)))
-        if self.frame is not None and self.frame.hidden:
+        if self.slot is not None and self.slot.hidden:
             if any(start.base is param for start in self.adapters[self.active].starts):
-                self.frame.hide(copies=self.disabled)
+                self.slot.hide(copies=self.disabled)
 
     # Merging
 
@@ -348,15 +346,15 @@ class Placement:
         """
         chosen = {name: self.adapters[name] for name in names}
         active = self.adapters.get(self.active)
-        layers = {layer.path: layer for adapter in chosen.values() for layer in adapter.plan.targets}
-        copies = active.frame.copies if for_good and self.active in names else {}
+        layers = {target.path: target for adapter in chosen.values() for target in adapter.plan.targets}
+        copies = active.slot.copies if for_good and self.active in names else {}
         owners = {}
         for adapter in chosen.values():
-            for layer in adapter.plan.targets:
-                for key in _merged_attributes(adapter, layer):
-                    if layer.cell._params.get(key) is not None:
-                        name = layer.path if key == layer_kind(layer.cell).weight else f"{layer.path}.{key}"
-                        owners[name] = [(layer.path, layer.cell, key)]
+            for target in adapter.plan.targets:
+                for key in _merged_attributes(target):
+                    if target.cell._params.get(key) is not None:
+                        name = target.path if key == target.kind.weight else f"{target.path}.{key}"
+                        owners[name] = [(target.path, target.cell, key)]
         owners.update({base: active.plan.places[base] for base in copies.values()})
         with self.bare():
             tied = {} if untie_weights else shared_weights(self.network, owners)
@@ -403,27 +401,29 @@ class Placement:
             self.activate(self.active)
 
     def _deltas(self, names, path):
-        """What is folded into the layer at a path: of each adapter the keywords of `fold_lora`, and 'bias'."""
-        chosen = [self.adapters[name] for name in names if path in self.adapters[name].frame.deltas]
-        return [
-            fold_arguments(path, {key: adapter.value(key) for key in adapter.frame.names[path]}) for adapter in chosen
-        ]
+        """What is folded into the layer at a path, a list of FoldedDelta."""
+        found = []
+        for adapter in (self.adapters[name] for name in names):
+            for target in (target for target in adapter.plan.targets if target.path == path):
+                values = {name: adapter.value(own) for name, own in adapter.slot.names[path].items()}
+                found.append(FoldedDelta(target.delta, target.arguments, in_float32(values)))
+        return found
 
     def _check_mergeable(self, chosen, tied):
         problems = []
         for name, adapter in chosen.items():
             plan = adapter.plan
-            if not plan.method.mergeable and adapter.frame.deltas:
-                problems.append(f"{name!r} is of {adapter.config.peft_type.value}, which cannot be folded into weights")
+            if not plan.method.mergeable and plan.targets:
+                problems.append(f"{name!r} is of {adapter.config.peft_name}, which cannot be folded into weights")
             elif plan.trained and name != self.active:
                 problems.append(f"{name!r} changes the base's own parameters; only the active adapter may")
         if self.active in chosen:
             trained = [place[1:] for places in self.adapters[self.active].plan.places.values() for place in places]
             problems += [
-                f"{layer.path} has parameters that {self.active!r} trains"
+                f"{target.path} has parameters that {self.active!r} trains"
                 for adapter in chosen.values()
-                for layer in adapter.plan.targets
-                if any(cell is layer.cell and key in _merged_attributes(adapter, layer) for cell, key in trained)
+                for target in adapter.plan.targets
+                if any(cell is target.cell and key in _merged_attributes(target) for cell, key in trained)
             ]
         problems += [
             f"{path} has its weight in common with {[other for other, _, _ in others]}, which would change too; "
@@ -440,7 +440,9 @@ def _call_if_alive(reference, param):
         method(param)
 
 
-def _merged_attributes(adapter, layer):
+def _merged_attributes(target):
     """The attributes whose Parameters merging an adapter changes in a layer."""
-    kind = layer_kind(layer.cell)
-    return (kind.weight, kind.bias) if getattr(adapter.config, "lora_bias", False) else (kind.weight,)
+    if not target.is_layer:
+        return ()
+    folds_bias = target.delta.folds_bias(**target.arguments)
+    return (target.kind.weight, target.kind.bias) if folds_bias else (target.kind.weight,)

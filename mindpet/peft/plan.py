@@ -1,29 +1,56 @@
 """What a configuration would do to a network. Everything is found, and checked, before anything is changed."""
 
 import copy
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
-import mindspore as ms
-import numpy as np
 from mindspore import nn
 
-from mindpet.delta.lora_layer import starts_from_weight
+from mindpet.delta._config import TASK_HEADS
+from mindpet.delta.registry import METHODS, method_of
 from mindpet.errors import ConfigError, MindPetError, NoMatchError
-from mindpet.graph.parameters import STATISTICS, matches
-from mindpet.layers.kinds import layer_kind
-from mindpet.peft.config import PeftType, TaskType
-from mindpet.peft.match import check_patterns, default_targets, ends_with, find_targets, list_layers, listed, no_match
-from mindpet.peft.strategies import find_problems
+from mindpet.network.kinds import SLOTS, AttentionKind, layer_kind
+from mindpet.network.match import (
+    Layer,
+    check_patterns,
+    default_targets,
+    ends_with,
+    find_targets,
+    list_layers,
+    listed,
+    no_match,
+)
+from mindpet.network.parameters import STATISTICS, matches
+from mindpet.peft.strategies import find_cuts
 from mindpet.utils.validate import is_int
 
-# New output layers that a task brings with it; they are trained and saved, as far as the network has them.
-TASK_HEADS = {
-    TaskType.SEQ_CLS: ("classifier", "score"),
-    TaskType.TOKEN_CLS: ("classifier", "score"),
-    TaskType.QUESTION_ANS: ("qa_outputs",),
-}
-BIASES = ("*.bias", "*.beta", "bias", "beta")  # a LayerNorm calls its bias beta
+
+@dataclass
+class Target:
+    """A place of a network that gets a delta.
+
+    Attributes:
+        cell (Cell): the layer, attention, ...
+        paths (list of str): dotted paths from the network; several if the Cell is shared.
+        kind (Union[LayerKind, AttentionKind]): of the Cell.
+        delta (type): the Delta for it.
+        arguments (dict): delta arguments.
+    """
+
+    cell: nn.Cell
+    paths: list
+    kind: object
+    delta: type
+    arguments: dict
+
+    @property
+    def path(self):
+        """The first path."""
+        return self.paths[0]
+
+    @property
+    def is_layer(self):
+        """Whether it is a layer with a weight."""
+        return hasattr(self.kind, "weight")
 
 
 @dataclass
@@ -33,8 +60,7 @@ class Plan:
     Attributes:
         config (PeftConfig): the configuration, completed by what was found in the network.
         method (Method): of the registry.
-        targets (list of Layer): layers that get a delta.
-        attentions (list of Layer): attentions that get keys and values in front of theirs.
+        targets (list of Target): what gets a delta.
         modules_to_save (list of Layer): Cells that are trained and saved as they are.
         trained (dict): path -> Parameter of the network that the adapter has a copy of, and trains.
         places (dict): path -> list of (path of a Cell, Cell, attribute) where the copy takes its place.
@@ -45,7 +71,6 @@ class Plan:
     config: object
     method: object
     targets: list = field(default_factory=list)
-    attentions: list = field(default_factory=list)
     modules_to_save: list = field(default_factory=list)
     trained: dict = field(default_factory=dict)
     places: dict = field(default_factory=dict)
@@ -53,8 +78,8 @@ class Plan:
     still: list = field(default_factory=list)
 
     def __str__(self):
-        method = self.config.peft_type.value
-        rows = [(layer.path, type(layer.cell).__name__, method) for layer in self.targets + self.attentions]
+        method = self.config.peft_name
+        rows = [(target.path, type(target.cell).__name__, method) for target in self.targets]
         rows += [(layer.path, type(layer.cell).__name__, "trained as a whole") for layer in self.modules_to_save]
         inside = tuple(f"{layer.path}." for layer in self.modules_to_save)
         rows += [
@@ -90,107 +115,96 @@ def plan_targets(network, config, batch_statistics=False, unmatched=None):
     if getattr(config, "peft_type", None) is None:
         raise TypeError(f"'config' must be the configuration of a method, but got {config!r}.")
     config.check_supported()
-    plan = Plan(copy.deepcopy(config), config.method)
+    plan = Plan(copy.deepcopy(config), method_of(config))
     errors = []
-    for step in (_find_layers, _find_attentions, _find_modules_to_save):
+    for step in (_find_layers, _find_slots, _find_modules_to_save, _check_targets):
         try:
             step(network, plan, unmatched)
         except MindPetError as error:
             errors.append(error)
     if errors:
         raise type(errors[0])("\n".join(map(str, errors)))
-    problems = find_problems(plan)
-    if problems:
-        raise ConfigError(f"{type(config).__name__}: " + "; ".join(problems) + ".")
     _find_trained(network, plan, batch_statistics)
-    if not (plan.targets or plan.attentions or plan.trained):
+    if not (plan.targets or plan.trained):
         raise ConfigError(f"{type(config).__name__}: there is nothing to train in {type(network).__name__}.")
     return plan
 
 
 def _find_layers(network, plan, unmatched):
-    kinds = plan.method.kinds
-    if not kinds:
+    """The layers that `target_modules` means."""
+    config, deltas = plan.config, plan.method.deltas
+    if not hasattr(config, "target_modules"):
         return
-    config = plan.config
     if config.target_modules is None:
         config.target_modules = default_targets(list_layers(network))
-    plan.targets = find_targets(network, config, lambda cell: _name(cell) in kinds, unmatched)
-    check_patterns(config, plan.targets, unmatched)
-    if config.peft_type == PeftType.LORA:
-        _check_lora(config, plan.targets)
+    carrying = tuple(cell for method in METHODS.values() for cell in method.cells)
+    kinds = [name for name in deltas if name not in SLOTS]
+
+    def supported(cell):
+        return getattr(layer_kind(cell), "name", None) in kinds
+
+    layers = find_targets(network, config, supported, unmatched, carrying)
+    check_patterns(config, layers, unmatched)
+    for layer in layers:
+        kind = layer_kind(layer.cell)
+        arguments = config.delta_arguments(layer.path)
+        plan.targets.append(Target(layer.cell, layer.paths, kind, deltas[kind.name], arguments))
 
 
-def _check_lora(config, targets):
-    problems = []
-    for layer in targets:
-        kind, rank = layer_kind(layer.cell), config.sizes(layer.path)["rank"]
-        name, group = kind.name, kind.groups_of(layer.cell)
-        if rank % group:
-            problems.append(f"{layer.path}: the rank, {rank}, must be a multiple of its {group} groups")
-        if group > 1 and config.use_dora:
-            problems.append(f"{layer.path}: no DoRA beside a convolution in groups")
-        scale, dtype = config.scaling(layer.path), kind.compute_dtype
-        with np.errstate(over="ignore"):
-            held = abs(float(np.asarray(scale, ms.dtype_to_nptype(dtype))))
-        if not 0 < held < math.inf:
-            problems.append(f"{layer.path}: the scale, {scale:g}, must be a number of {dtype}, in which it computes")
-        if name == "embedding" and config.lora_bias:
-            problems.append(f"{layer.path}: an embedding has no lora_bias")
-        if name != "linear" and is_from_weight(config):
-            problems.append(f"{layer.path}: init_lora_weights={config.init_lora_weights!r} is for linear layers")
-    if problems:
-        raise ConfigError("LoraConfig: " + "; ".join(problems) + ".")
-
-
-def is_from_weight(config):
-    """Whether A and B of a configuration start from the layer's weight: PiSSA and OLoRA."""
-    return starts_from_weight(getattr(config, "init_lora_weights", None))
-
-
-def _find_attentions(network, plan, unmatched):
-    if not plan.config.is_prompt_learning:
-        return
+def _find_slots(network, plan, unmatched):
+    """All Cells of the network with an attribute that takes a delta of the method, such as a prefix."""
     config, owner = plan.config, type(plan.config).__name__
-    plan.attentions = [layer for layer in list_layers(network) if hasattr(layer.cell, "prefix_source")]
-    if not plan.attentions:
-        raise ConfigError(
-            f"{owner}: no Cell of {type(network).__name__} has an attribute 'prefix_source'; see docs/peft.md for how "
-            "an attention takes a prefix."
-        )
-    _check_attentions(owner, plan.attentions)
-    problems, first = [], plan.attentions[0].cell
-    known = {
-        "num_layers": len(plan.attentions),
-        "num_attention_heads": first.kv_heads,
-        "token_dim": first.kv_heads * first.head_dim,
-    }
-    for name, value in known.items():
-        if getattr(config, name) is None:
-            setattr(config, name, value)
-        elif getattr(config, name) != value:
-            problems.append(f"'{name}' must be {value} for this network, but is {getattr(config, name)}")
-    if config.num_virtual_tokens is None:
-        problems.append("'num_virtual_tokens' must be given")
-    if problems:
-        raise ConfigError(f"{owner}: " + "; ".join(problems) + ".")
+    for name, delta in plan.method.deltas.items():
+        if name not in SLOTS:
+            continue
+        cls = SLOTS[name]
+        cells = [Layer(network, [""], []), *list_layers(network)]
+        layers = [layer for layer in cells if hasattr(layer.cell, cls.slot)]
+        if not layers:
+            raise ConfigError(
+                f"{owner}: no Cell of {type(network).__name__} has an attribute {cls.slot!r}; see docs/peft.md for how "
+                f"a network takes {'a prefix' if name == 'attention' else 'a prompt'}."
+            )
+        kinds = _slot_kinds(owner, cls, layers)
+        config.complete(kinds)
+        for layer, kind in zip(layers, kinds):
+            plan.targets.append(Target(layer.cell, layer.paths, kind, delta, config.delta_arguments(layer.path)))
 
 
-def _check_attentions(owner, attentions):
-    """Refuse attentions that a prefix of one table for all cannot be laid in front of."""
+def _slot_kinds(owner, cls, layers):
+    """The kinds of Cells with a slot, which must be free, and all of the same sizes: they share one table."""
     problems, sizes = [], {}
-    for layer in attentions:
-        size = [getattr(layer.cell, name, None) for name in ("kv_heads", "head_dim")]
-        if layer.cell.prefix_source is not None:
-            problems.append(f"{layer.path} carries a prefix already")
+    names = [field.name for field in fields(cls)]
+    for layer in layers:
+        size = [getattr(layer.cell, name, None) for name in names]
+        where = layer.path or "the network"
+        if getattr(layer.cell, cls.slot) is not None:
+            problems.append(f"{where} carries a {cls.slot.split('_')[0]} already")
         elif not all(is_int(value) and value > 0 for value in size):
-            problems.append(f"{layer.path}: 'kv_heads' and 'head_dim' must be positive ints, but are {size}")
+            problems.append(f"{where}: {' and '.join(map(repr, names))} must be positive ints, but are {size}")
         else:
             sizes[layer.path] = tuple(size)
     if len(set(sizes.values())) > 1:
-        problems.append(f"all attentions must have the same 'kv_heads' and 'head_dim', but they are {sizes}")
+        plural = "attentions" if cls is AttentionKind else f"Cells with '{cls.slot}'"
+        problems.append(f"all {plural} must have the same {' and '.join(map(repr, names))}, but they are {sizes}")
     if problems:
         raise ConfigError(f"{owner}: " + "; ".join(problems) + ".")
+    return [cls(*sizes[layer.path]) for layer in layers]
+
+
+def _check_targets(network, plan, unmatched):
+    """Refuse deltas that the method, or the strategies of a layer, speak against."""
+    problems = []
+    for target in plan.targets:
+        try:
+            is_sharded = find_cuts(target.cell, target.kind) is not None
+        except ConfigError as error:
+            problems.append(f"{target.path or 'the network'}: {error}")
+        else:
+            found = target.delta.problems(target.cell, target.kind, is_sharded, **target.arguments)
+            problems += [f"{target.path}: {problem}" for problem in found]
+    if problems:
+        raise ConfigError(f"{type(plan.config).__name__}: " + "; ".join(problems) + ".")
 
 
 def _find_modules_to_save(network, plan, unmatched):
@@ -222,13 +236,12 @@ def _find_trained(network, plan, batch_statistics):
     everywhere = parameter_places("", network)
     for layer in plan.modules_to_save:
         _take(plan, parameter_places(layer.path, layer.cell))
-    patterns = plan.method.trainable if not (plan.method.kinds or plan.method.cells) else ()
-    bias = getattr(plan.config, "bias", "none")
-    patterns += BIASES if bias == "all" else ()
-    own = {id(layer_kind(layer.cell).bias_of(layer.cell)) for layer in plan.targets} if bias == "lora_only" else set()
+    patterns = plan.config.trained_parameters
+    targets = plan.targets if plan.config.trains_target_biases else ()
+    biases = {id(target.kind.bias_of(target.cell)) for target in targets}
     statistics = {path: places for path, places in everywhere.items() if _is_statistic(places[0])}
     for path, places in everywhere.items():
-        if path not in statistics and (matches(path, patterns) or id(_parameter(places)) in own):
+        if path not in statistics and (matches(path, patterns) or id(_parameter(places)) in biases):
             _take(plan, {path: places})
     for path, places in statistics.items():
         # Only Cells with this attribute can be told to leave their statistics alone.
@@ -269,8 +282,3 @@ def _parameter(places):
 def _is_statistic(place):
     _, cell, key = place
     return any(key in names and set(names[:2]) <= set(cell._params) for names in STATISTICS)
-
-
-def _name(cell):
-    kind = layer_kind(cell)
-    return kind and kind.name

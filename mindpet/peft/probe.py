@@ -7,13 +7,13 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor
 
-from mindpet.delta.lora_layer import FOLD, fold_lora, lora_layer
 from mindpet.utils.sharding import PARALLEL_MODES
 
 INPUTS = 4
 # Relative error of an operation. Accelerators compute products of float32 with a shorter mantissa (HF32, TF32).
 ERRORS = {ms.float16: 2.0**-11, ms.bfloat16: 2.0**-8, ms.float32: 2.0**-23}
 ACCELERATOR = 2.0**-11
+SAFETY = 4  # a random sum is smaller than the sum of magnitudes that it stands for
 UNUSABLE = (TypeError, ValueError, RuntimeError, AttributeError)  # what a layer raises for an input that it cannot take
 
 
@@ -30,7 +30,7 @@ class Probe(NamedTuple):
 
 
 def probe_merge(cell, kind, deltas, merged):
-    """Compare a layer beside its LoRA deltas with the layer that has the merged weight, on a small input.
+    """Compare a layer with its deltas with the layer that has the merged weight, on a small input.
 
     That finds layers whose output is not linear in the weight, or whose weight is not what the kind says: the other way
     round, standardised, scaled or quantised. The input has few numbers that are not zero, so that rounding hides
@@ -40,8 +40,7 @@ def probe_merge(cell, kind, deltas, merged):
     Args:
         cell (Cell): the layer.
         kind (LayerKind): of the layer.
-        deltas (list of dict): what is merged: for each delta the keywords of `fold_lora`, and 'bias' if there is one,
-            before the scale; numpy.ndarray, float32.
+        deltas (list of FoldedDelta): what is merged.
         merged (dict): attribute -> numpy.ndarray that merging would set: the weight, and perhaps the bias.
 
     Returns:
@@ -51,15 +50,21 @@ def probe_merge(cell, kind, deltas, merged):
         return Probe(skipped="a layer cannot be run by itself in this parallel mode")
     if kind.weight_of(cell).has_init:
         return Probe(skipped="its weight has no values yet")
-    inputs, columns = _inputs(cell, kind, deltas)
-    layers = _delta_layers(cell, kind, deltas)
+    steps = [kind.to_matrix(_float32(kind.weight_of(cell)))]  # the weight after each delta
+    for delta in deltas:
+        steps.append(delta.cls.fold(steps[-1], delta.values, **delta.arguments))
+    inputs, columns = _inputs(cell, kind, np.abs(steps[-1] - steps[0]).sum(0))
+    cells = [_delta_cell(cell, kind, delta, before) for delta, before in zip(deltas, steps)]
     refused = None
     for x in inputs:
         try:
             with _eagerly(cell):
-                expected, beside = _run(cell, kind, x)
-                for layer in layers:
-                    expected = layer(x, expected)
+                entering = x
+                for delta in cells[::-1]:
+                    entering = delta.before(entering)
+                expected, beside = _run(cell, kind, entering)
+                for delta in cells:
+                    expected = delta(x, expected)
                 expected, dtype = _float32(expected + beside), expected.dtype
                 with _attributes(cell, {name: Parameter(Tensor(value)) for name, value in merged.items()}):
                     got = _float32(sum(_run(cell, kind, x)))
@@ -67,7 +72,7 @@ def probe_merge(cell, kind, deltas, merged):
             refused = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             continue
         difference = float(np.abs(got - expected).max())
-        allowed = 4 * _error(kind, dtype, merged) * _size(cell, kind, deltas, merged, columns)
+        allowed = 4 * _error(kind, dtype, merged) * _size(cell, kind, deltas, steps, columns)
         if difference <= allowed:  # False for NaN, too
             return Probe()
         return Probe(
@@ -77,21 +82,24 @@ def probe_merge(cell, kind, deltas, merged):
     return Probe(skipped=f"it does not take the probe's input ({refused})")
 
 
-def _inputs(cell, kind, deltas):
-    """Inputs to try, of which the layer takes one, and the columns of the matrix that they multiply."""
+def _inputs(cell, kind, changes):
+    """Inputs to try, of which the layer takes one, and the columns of the matrix that they multiply.
+
+    Args:
+        cell (Cell): the layer.
+        kind (LayerKind): of the layer.
+        changes (numpy.ndarray): how much merging changes each column.
+    """
     weight = kind.weight_of(cell)
-    most = sum(
-        np.abs(delta["lora_a"] - delta.get("start_a", 0)).reshape(len(delta["lora_a"]), -1).sum(0) for delta in deltas
-    )
     if not kind.is_convolution:
-        columns = np.argsort(most)[-INPUTS:]
+        columns = np.argsort(changes)[-INPUTS:]
         if kind.name == "embedding":
             return [Tensor(columns[None].astype(np.int32))], columns
-        rows = np.zeros((len(columns), len(most)), np.float32)
+        rows = np.zeros((len(columns), len(changes)), np.float32)
         rows[np.arange(len(columns)), columns] = 1
         return [Tensor(rows).astype(weight.dtype), Tensor(rows[None]).astype(weight.dtype)], columns
     in_channels, kernel = weight.shape[1], weight.shape[2:]
-    channel = int(most.reshape(in_channels, -1).sum(1).argmax())
+    channel = int(changes.reshape(in_channels, -1).sum(1).argmax())
     kernel = kernel[-1:] if kind.name == "conv1d" else kernel
     sizes = [
         2 * size * dilation + stride
@@ -110,26 +118,16 @@ def _of_axes(cell, attribute, kernel):
     return value[-len(kernel) :] if isinstance(value, tuple) else (value,) * len(kernel)
 
 
-def _delta_layers(cell, kind, deltas):
-    """The Cells of the deltas; each stands beside the layer with those before it merged."""
-    layers = []
-    matrix = kind.to_matrix(_float32(kind.weight_of(cell)))
-    for delta in deltas:
-        own = {argument: value for argument, value in delta.items() if argument != "bias"}
-        rank, init = len(delta["lora_a"]), "pissa" if "start_a" in delta else True
-        layer = lora_layer(
-            cell, kind, rank, float(delta["scaling"]) * rank, 0.0, False, "magnitude" in delta, "bias" in delta, init
-        )
-        for name, argument in FOLD.items():
-            if argument in delta:
-                layer._params[name] = Parameter(Tensor(delta[argument]), name=name)
-        if "magnitude" in delta and layers:
-            weight = kind.from_matrix(matrix, kind.weight_of(cell).shape)
-            layer.base_weight = Parameter(Tensor(np.ascontiguousarray(weight)), name="base_weight")
-        if len(deltas) > 1:
-            matrix = fold_lora(matrix, group=kind.groups_of(cell), **own)
-        layers.append(layer)
-    return layers
+def _delta_cell(cell, kind, delta, matrix):
+    """The Cell of a delta that stands beside the layer with the weight `matrix`, which has those before it merged."""
+    made = delta.cls.create(cell, kind, **delta.arguments)
+    for name, param in list(made.parameters_and_names()):
+        if name in delta.values:
+            param.set_data(Tensor(delta.values[name]), slice_shape=True)
+    if "base_weight" in made._params:
+        weight = kind.from_matrix(matrix, kind.weight_of(cell).shape)
+        made.base_weight = Parameter(Tensor(np.ascontiguousarray(weight)), name="base_weight")
+    return made
 
 
 def _run(cell, kind, x):
@@ -180,19 +178,25 @@ def _error(kind, dtype, merged):
     )
 
 
-def _size(cell, kind, deltas, merged, columns):
-    """How large the numbers are that a number of the output is summed from."""
-    weights = [kind.to_matrix(value)[:, columns] for value in (kind.weight_of(cell).asnumpy(), merged[kind.weight])]
-    size = len(columns) if kind.is_convolution else 1
-    size *= sum(np.abs(_float32(weight)).max() for weight in weights)
-    for delta in deltas:
-        for a, b in (("lora_a", "lora_b"), ("start_a", "start_b")):
-            if a in delta:
-                lora_a, lora_b = (np.abs(delta[name].reshape(len(delta[name]), -1)) for name in (a, b))
-                size += abs(delta["scaling"]) * lora_b.sum(1).max() * lora_a[:, columns].sum(1).max()
-        size += np.abs(delta["scaling"] * delta.get("bias", 0.0)).max()
+def _size(cell, kind, deltas, steps, columns):
+    """How large the numbers are that a number of the output is summed from.
+
+    What they are in a delta is found by varying its values by a small part at random: what cancels out in the sum does
+    not in this.
+    """
+    part, rng = 2.0**-8, np.random.default_rng(0)
+    size = sum(np.abs(step[:, columns]).max() for step in (steps[0], steps[-1]))
+    for delta, before, after in zip(deltas, steps, steps[1:]):
+        shifts = {}
+        for name, value in delta.values.items():
+            shifts[name] = value * (1 + part * rng.choice(np.float32([-1, 1]), size=value.shape))
+        size += SAFETY * np.abs(delta.cls.fold(before, shifts, **delta.arguments) - after)[:, columns].max() / part
     bias = kind.bias_of(cell)
-    return float(size) + (0.0 if bias is None else float(np.abs(_float32(bias)).max()))
+    shift = np.zeros(len(steps[0]), np.float32) if bias is None else np.abs(_float32(bias))
+    largest = [shift.max()]
+    for delta in deltas:
+        largest.append(np.abs(delta.cls.fold_bias(shift, delta.values, **delta.arguments)).max())
+    return (len(columns) if kind.is_convolution else 1) * float(size) + float(sum(largest))
 
 
 def _float32(value):

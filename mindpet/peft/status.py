@@ -74,14 +74,14 @@ def get_layer_status(model):
     check_model(model)
     layers = {}
     for adapter in model.adapters.values():
-        for layer in adapter.plan.targets + adapter.plan.attentions:
+        for layer in adapter.plan.targets:
             layers.setdefault(layer.path, layer.cell)
     order = {path: place for place, (path, _) in enumerate(model.network.cells_and_names())}
     return [_layer_status(model, path, layers[path]) for path in sorted(layers, key=order.__getitem__)]
 
 
 def _layer_status(model, path, cell):
-    here = {name: adapter for name, adapter in model.adapters.items() if path in adapter.frame.deltas}
+    here = {name: adapter for name, adapter in model.adapters.items() if path in adapter.slot.deltas}
     return TunerLayerStatus(
         name=path,
         module_type=type(cell).__name__,
@@ -111,10 +111,10 @@ def get_model_status(model):
     return TunerModelStatus(
         base_model_type=type(model.network).__name__,
         adapter_model_type=type(model).__name__,
-        peft_types={name: config.peft_type.value for name, config in model.peft_config.items()},
+        peft_types={name: config.peft_name for name, config in model.peft_config.items()},
         trainable_params=trainable,
         total_params=total,
-        num_adapter_layers=len({path for adapter in model.adapters.values() for path in adapter.frame.deltas}),
+        num_adapter_layers=len({path for adapter in model.adapters.values() for path in adapter.slot.deltas}),
         enabled=model.is_enabled,
         active_adapters=model.active_adapters,
         merged_adapters=model.merged_adapters,
@@ -125,4 +125,4 @@ def get_model_status(model):
 
 
 def _trains(model, name, adapter):
-    return name in model.active_adapters and any(param.requires_grad for param in adapter.frame.params.values())
+    return name in model.active_adapters and any(param.requires_grad for param in adapter.slot.params.values())

@@ -5,28 +5,17 @@ delta cannot follow it is refused: it would be right, but gather what is cut.
 """
 
 from mindpet.errors import ConfigError
-from mindpet.layers.kinds import layer_kind
+from mindpet.network.kinds import SLOTS
 from mindpet.parallel.derive import shard_axes
 from mindpet.utils.sharding import check_strategy, slot_table
 from mindpet.utils.validate import Checker, is_int
 
 # Kind of a layer -> type of the operator that takes its weight, and the axes of its inputs as `operators` have them.
 OPERATORS = {"linear": ("MatMul", "ni,oi"), "embedding": ("Gather", "vo,n"), "conv2d": ("Conv2D", "nihw,oikl")}
-CUT = "prefix_strategy"  # an attention's attribute: in how many slices the batch and the key and value heads are cut
-DELTAS = ("mindpet_", "prefix_source")  # how the names of Cells begin that are put into layers and attentions
-
-
-def find_problems(plan):
-    """What speaks against deltas where a plan wants them, because of strategies: a list of texts that name the path."""
-    places = [(layer, layer_kind(layer.cell)) for layer in plan.targets] + [(layer, None) for layer in plan.attentions]
-    problems = []
-    for layer, kind in places:
-        try:
-            if _cuts(layer.cell, kind) and getattr(plan.config, "use_dora", False):
-                problems.append(f"{layer.path}: no DoRA beside a layer with strategies")
-        except ConfigError as error:
-            problems.append(f"{layer.path}: {error}")
-    return problems
+DELTAS = (
+    "mindpet_",
+    *(kind.slot for kind in SLOTS.values()),
+)  # how the names of Cells begin that are put into layers and attentions
 
 
 def carry_strategy(cell, kind, delta):
@@ -34,24 +23,27 @@ def carry_strategy(cell, kind, delta):
 
     Args:
         cell (Cell): the layer or attention.
-        kind (LayerKind): of the layer; None for an attention.
-        delta (Cell): made for it.
+        kind (Union[LayerKind, AttentionKind]): of the Cell.
+        delta (Delta): made for it.
 
     Raises:
         ConfigError: there are strategies that the delta cannot follow.
     """
-    cuts = _cuts(cell, kind)
-    if cuts and kind is None:
+    cuts = find_cuts(cell, kind)
+    if cuts and kind.name in SLOTS:
         delta.shard(*cuts)
     elif cuts:
-        delta = getattr(delta, "delta", delta)
         if not slot_table(delta):
             raise ConfigError(f"{type(delta).__name__} has no table 'operators': it cannot follow a layer's strategies")
         shard_axes(delta, cuts)
 
 
-def _cuts(cell, kind):
-    """How the operators of a layer or attention are cut, see the functions below; None if none has a strategy."""
+def find_cuts(cell, kind):
+    """How the operators of a layer or attention are cut, see the functions below; None if none has a strategy.
+
+    Raises:
+        ConfigError: there are strategies that a delta cannot follow.
+    """
     sharded = [
         primitive
         for path, inner in cell.cells_and_names()
@@ -59,9 +51,12 @@ def _cuts(cell, kind):
         for primitive in inner._primitives.values()
         if any(getattr(primitive, name, None) is not None for name in ("in_strategy", "in_layout"))
     ]
-    if kind is None:
-        return _attention_cuts(cell, sharded) if sharded or getattr(cell, CUT, None) is not None else None
-    return _layer_cuts(kind, sharded) if sharded else None
+    if kind.name not in SLOTS:
+        return _layer_cuts(kind, sharded) if sharded else None
+    given = getattr(cell, kind.strategy, None)
+    if given is None and not sharded:
+        return None
+    return _attention_cuts(cell, sharded, given) if kind.name == "attention" else _batch_cut(given)
 
 
 def _layer_cuts(kind, sharded):
@@ -86,26 +81,35 @@ def _layer_cuts(kind, sharded):
     return {letter: count for part, layout in zip(axes.split(","), strategy) for letter, count in zip(part, layout)}
 
 
-def _attention_cuts(cell, sharded):
+def _batch_cut(given):
+    """(slices of the batch,) of a Cell that takes a prompt."""
+    if not (isinstance(given, tuple) and len(given) == 1 and is_int(given[0]) and given[0] > 0):
+        raise ConfigError(
+            "its attribute 'prompt_strategy' must say in how many slices the batch is cut, a tuple of one positive "
+            f"int, but is {given!r}"
+        )
+    return given
+
+
+def _attention_cuts(cell, sharded, cut):
     """(slices of the batch, slices of the key and value heads) of an attention.
 
     Key and value are the second inputs, `(batch, heads, ..., ...)`, of its batched matmuls.
     """
-    cut = getattr(cell, CUT, None)
     if cut is None:
         layouts = {_strategy(primitive)[-1] for primitive in sharded if primitive.name == "BatchMatMul"}
         cut = layouts.pop() if len(layouts) == 1 else ()
         if len(cut) != 4 or cut[2:] != (1, 1):
             raise ConfigError(
                 "its batched matmuls do not tell in how many slices the batch and the heads of key and value are cut; "
-                f"give it an attribute '{CUT}', a tuple of these two"
+                "give it an attribute 'prefix_strategy', a tuple of these two"
             )
         cut = cut[:2]
     pair = isinstance(cut, tuple) and len(cut) == 2 and all(is_int(count) and count > 0 for count in cut)
     if not pair or cell.kv_heads % cut[1]:
         raise ConfigError(
-            f"its '{CUT}' must be two positive ints, of which the second divides its {cell.kv_heads} key and value "
-            f"heads, but is {cut!r}"
+            f"its 'prefix_strategy' must be two positive ints, of which the second divides its {cell.kv_heads} key and "
+            f"value heads, but is {cut!r}"
         )
     return cut
 

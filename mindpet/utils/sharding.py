@@ -34,21 +34,25 @@ def apply_strategies(cell, strategies):
 
     Args:
         cell (Cell): has the table `operators`.
-        strategies (dict): slot -> strategy: what `locals()` is in a `shard()`; `self` is passed over.
+        strategies (dict): slot -> strategy: what `locals()` is in a `shard()`; `self` is passed over. A slot that is
+            missing is None.
 
     Returns:
         Cell, `cell`.
 
     Raises:
-        TypeError: a strategy is not a tuple of tuples of ints.
+        TypeError: a strategy is not a tuple of tuples of ints; there is no such slot.
         ValueError: the wrong number of inputs or of axes; a number of slices below 1; an activation whose operators
             cannot be sharded (LogSoftmax among them, which is refused in a parallel mode even without a strategy).
     """
     check = Checker(f"{type(cell).__name__}.shard")
     parallel = ms.get_auto_parallel_context("parallel_mode") in PARALLEL_MODES
+    surplus = [slot for slot in strategies if slot not in (*cell.operators, "self")]
+    rule = f"one of the slots {list(cell.operators)}"
+    check.require(not surplus, TypeError, "strategies", surplus, rule)
     plan = []
     for slot, (operator, axes) in cell.operators.items():
-        strategy = strategies[slot]
+        strategy = strategies.get(slot)
         if _is_log_softmax(operator) and (strategy is not None or parallel):
             rule = "for another activation, since LogSoftmax cannot be sharded"
             check.require(False, ValueError, slot, strategy, rule)

@@ -3,7 +3,7 @@
 import pytest
 
 from mindpet.delta.registry import METHODS, find_method
-from mindpet.graph.parameters import matches
+from mindpet.network.parameters import matches
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,9 @@ def test_unknown_mode(mode):
 
 NAMES = {
     "lora": ["fc.mindpet_delta_lora_a", "mindpet_delta_lora_B", "blocks.0.mindpet_delta_lora.weight"],
+    "ia3": ["fc.mindpet_delta_ia3"],
+    "vera": ["fc.mindpet_delta_vera_lambda_b", "mindpet_delta_vera_lambda_d"],
+    "prompt_tuning": ["model.mindpet_delta_prompt"],
     "prefixtuning": ["prefix.mindpet_delta_prefixtuning_wte.embedding_table", "mindpet_delta_prefixtuning.0.weight"],
     "adapter": ["fc.mindpet_delta_adapter.mindpet_delta_adapter_block.weight", "fc.mindpet_delta_adapter.scale"],
     "low_rank_adapter": ["fc.mindpet_delta_low_rank_adapter.bias", "fc.mindpet_delta_low_rank_adapter_up.bias"],
@@ -40,7 +43,13 @@ NAMES = {
     ],
 }
 EVERY = [name for names in NAMES.values() for name in names]
-NEVER = ["fc.weight", "fc.mindpet_lora_scaling", "fc.mindpet_lora_start_a", "mindpet_delta_ptuning2_prefix"]
+NEVER = [
+    "fc.weight",
+    "fc.mindpet_lora_scaling",
+    "fc.mindpet_lora_start_a",
+    "fc.mindpet_vera_a",
+    "mindpet_delta_ptuning2_prefix",
+]
 
 
 @pytest.mark.parametrize("method", METHODS)

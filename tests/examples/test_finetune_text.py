@@ -83,7 +83,9 @@ def test_peft_does_not_go_with_every_method(capsys):
 
 
 def test_compare_runs_every_method_and_saves_a_table_and_a_picture(data, tmp_path, capsys):
-    assert run(tmp_path, "--data", data, "--compare", "--epochs", "2") == 0
+    folder = shutil.copytree(GOLDEN, tmp_path / "model")
+    arguments = ["--data", data, "--model", str(folder), "--seq-length", "8", "--epochs", "2"]
+    assert run(tmp_path, "--compare", *arguments) == 0
     table = (tmp_path / "out/compare.md").read_text()
     assert table in capsys.readouterr().out
     rows = [line.split("|") for line in table.splitlines()[2:]]

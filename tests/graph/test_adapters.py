@@ -9,7 +9,7 @@ from mindspore.train import Model
 from sliced import LABELS, WIDTH, Sliced, ones
 
 from mindpet.graph import DeltaGuard, TrainableParamsCheckPoint, freeze_delta, freeze_modules, load_delta
-from mindpet.graph.parameters import model_parameters, trainable_parameters
+from mindpet.network.parameters import model_parameters, trainable_parameters
 from mindpet.peft import AdapterConfig, BitFitConfig, LoraConfig, get_peft_model
 
 LAYERS = ["layers.0", "layers.1", "layers.2", "more.first", "more.second"]

@@ -10,7 +10,7 @@ from mindspore.train import Model
 from mindpet.delta import LoRADense
 from mindpet.errors import NoMatchError, NotLearningError
 from mindpet.graph import DeltaGuard, TrainableParamsCheckPoint, freeze_delta, freeze_modules, load_delta
-from mindpet.graph.parameters import model_parameters, running_statistics, trainable_parameters
+from mindpet.network.parameters import model_parameters, running_statistics, trainable_parameters
 
 WIDTH = 4
 STATISTICS = ["bn.moving_mean", "bn.moving_variance"]

@@ -10,7 +10,7 @@ from models.gpt2 import Gpt2ForCausalLM
 from models.llama import LlamaForCausalLM
 from models.weights import load_weights, read_folder
 
-from mindpet.peft.names import to_torch
+from mindpet.files.names import to_torch
 
 VOCAB = 60
 SEQ = 9

@@ -8,9 +8,9 @@ import pytest
 from mindspore import Tensor, nn, ops
 
 from mindpet.errors import ConfigError
+from mindpet.files.convert import convert
+from mindpet.files.tensors import save_tensors
 from mindpet.peft import LoraConfig, PeftModel, PrefixTuningConfig, Ptuning2Config, get_peft_model
-from mindpet.peft.convert import convert
-from mindpet.utils.tensors import save_tensors
 
 pytestmark = pytest.mark.interop
 

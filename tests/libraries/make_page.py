@@ -37,7 +37,7 @@ HEADER = """# Models of other libraries
 
 What was tried with small models of random weights, on CPU, in both modes. This page is made by
 `tests/libraries/make_page.py`; run it where the libraries are installed. mindpet imports none of them: their own linear
-layers and embeddings are known by the paths of their classes (`mindpet/layers/libraries.py`), and a layer of yours
+layers and embeddings are known by the paths of their classes (`mindpet/network/libraries.py`), and a layer of yours
 by `register_layer`, see [peft.md](peft.md).
 
 The checks are:
@@ -182,7 +182,7 @@ class Case:
 
     def linear_targets(self, network):
         """The targets but for convolutions, which only LoRA takes."""
-        from mindpet.layers.kinds import layer_kind
+        from mindpet.network.kinds import layer_kind
 
         convolutions = [
             f".{name}" for name, cell in network.cells_and_names() if getattr(layer_kind(cell), "is_convolution", False)

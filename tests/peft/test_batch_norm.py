@@ -6,8 +6,8 @@ import pytest
 from mindspore import Tensor, nn
 from small import numbers, same
 
+from mindpet.files.tensors import TensorFile
 from mindpet.peft import LoraConfig, PeftModel, get_peft_model
-from mindpet.utils.tensors import TensorFile
 
 
 class Convolutional(nn.Cell):

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from mindspore import nn
 
+from mindpet.delta.lora import LoraDelta
 from mindpet.errors import AdapterError
+from mindpet.network.kinds import layer_kind
+from mindpet.network.match import list_layers, pattern_value
 from mindpet.peft import AdapterConfig, LoraConfig, TaskType, plan_targets
 from mindpet.peft.combine import COMBINATIONS, combine
-from mindpet.peft.config import pattern_value
-from mindpet.peft.match import list_layers
+from mindpet.peft.plan import Target
 
 WEIGHTS = [0.7, -0.4, 0.3]
 PRUNED = {"density": 0.4}
@@ -47,10 +49,18 @@ def part(factors, trained=(), **fields):
     for path, (scaling, lora_a, lora_b) in factors.items():
         values[f"{path}.mindpet_lora_scaling"] = np.float32(scaling)
         values[f"{path}.mindpet_delta_lora_a"], values[f"{path}.mindpet_delta_lora_b"] = lora_a, lora_b
-    targets = [layer for layer in list_layers(Colliding()) if layer.path in factors]
-    plan = SimpleNamespace(targets=targets, trained=dict.fromkeys(trained), owned=trained, residual={})
-    frame = SimpleNamespace(deltas=dict.fromkeys(factors))
-    return SimpleNamespace(config=LoraConfig(**fields), plan=plan, frame=frame, values=values)
+    targets = [
+        Target(layer.cell, layer.paths, layer_kind(layer.cell), LoraDelta, {})
+        for layer in list_layers(Colliding())
+        if layer.path in factors
+    ]
+    plan = SimpleNamespace(targets=targets, trained=dict.fromkeys(trained))
+    slot = SimpleNamespace(values_of=values_of)
+    return SimpleNamespace(config=LoraConfig(**fields), plan=plan, slot=slot, values=values)
+
+
+def values_of(path, values):
+    return {name.rpartition(".")[2]: value for name, value in values.items() if name.rpartition(".")[0] == path}
 
 
 def golden(names):
@@ -175,7 +185,7 @@ def test_a_sum_has_the_layers_and_ranks_of_its_adapters_only(kind):
     parts = [part({"fc": factors("fc", 1), "block.fc": factors("block.fc", 3)}, r=3, rank_pattern={"^fc": 1})]
     config, values = combine(parts, [1.0], "cat", density=0.5)
     plan = plan_targets(Colliding(), config)
-    sizes = {layer.path: config.sizes(layer.path)["rank"] for layer in plan.targets}
+    sizes = {layer.path: config.delta_arguments(layer.path)["rank"] for layer in plan.targets}
     assert sizes == {"fc": 1, "block.fc": 3} and config.scaling("fc") == config.scaling("block.fc") == 1
     assert {path: len(values[f"{path}.mindpet_delta_lora_a"]) for path in sizes} == sizes
 

@@ -8,13 +8,16 @@ from mindpet.errors import ConfigError
 from mindpet.peft import (
     AdapterConfig,
     BitFitConfig,
+    IA3Config,
     LoraConfig,
     LowRankAdapterConfig,
     PeftConfig,
     PeftType,
     PrefixTuningConfig,
+    PromptTuningConfig,
     Ptuning2Config,
     TaskType,
+    VeraConfig,
     get_peft_config,
 )
 
@@ -40,6 +43,9 @@ EVERY = [
     LowRankAdapterConfig(target_modules=["dense"], layers_to_transform=[0, 1], layers_pattern="layer"),
     Ptuning2Config(num_virtual_tokens=5, dropout_prob=0.1),
     BitFitConfig(modules_to_save=["classifier"]),
+    IA3Config(target_modules=["key", "dense"], feedforward_modules=["dense"]),
+    VeraConfig(r=4, target_modules=["query"], vera_dropout=0.1),
+    PromptTuningConfig(num_virtual_tokens=5),
 ]
 
 
@@ -113,7 +119,7 @@ def test_wrong_fields(change, error, match):
 
 
 def test_all_wrong_fields_are_in_one_error():
-    with pytest.raises(ValueError, match="(?s)'r' must.*'bias' must.*'rank_pattern"):
+    with pytest.raises(ValueError, match="(?s)(?=.*'r' must)(?=.*'bias' must).*'rank_pattern"):
         LoraConfig(r=0, bias="x", rank_pattern={"q": -1})
 
 

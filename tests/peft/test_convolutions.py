@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 from small import contents, move, numbers
 
 from mindpet.errors import ConfigError
-from mindpet.layers.kinds import register_layer
+from mindpet.network.kinds import register_layer
 from mindpet.peft import LoraConfig, PeftModel, get_peft_model
 
 SIZES = {1: (9,), 2: (7, 6), 3: (5, 4, 6)}

@@ -11,10 +11,10 @@ from faults import KILLED, REFUSED, faults
 from small import Tiny, ids, numbers, same
 
 from mindpet.errors import CheckpointError
+from mindpet.files.convert import convert, read_delta
+from mindpet.files.merge import merge
+from mindpet.files.tensors import TensorFile, save_tensors
 from mindpet.peft import LoraConfig, PeftModel, get_peft_model
-from mindpet.peft.convert import convert, read_delta
-from mindpet.peft.merge_files import merge
-from mindpet.utils.tensors import TensorFile, save_tensors
 
 NAMES = ("mindpet_passport.json", "adapter_config.json", "adapter_model.safetensors")
 

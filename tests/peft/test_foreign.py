@@ -7,6 +7,7 @@ from foreign import FOREIGN, LABELS, SEQ, VOCAB, Attending, Colliding, Sliced
 from mindspore import Tensor, nn
 from small import contents, move, numbers, same
 
+from mindpet.files.tensors import TensorFile
 from mindpet.graph import freeze_delta, load_delta
 from mindpet.peft import (
     AdapterConfig,
@@ -18,7 +19,6 @@ from mindpet.peft import (
     Ptuning2Config,
     get_peft_model,
 )
-from mindpet.utils.tensors import TensorFile
 
 HEAD = {"modules_to_save": ["classifier"]}
 
@@ -172,14 +172,14 @@ def test_paths_that_end_alike(target, paths, mode, rng, tmp_path):
     config = LoraConfig(r=2, target_modules=target, modules_to_save=["block.classifier"])
     plain = LoraConfig(r=3, target_modules=target, init_lora_weights=False)
     model = get_peft_model(network, config)
-    assert sorted(model.adapters["default"].frame.deltas) == sorted(paths)
+    assert sorted(model.adapters["default"].slot.deltas) == sorted(paths)
     assert list(model.adapters["default"].plan.trained) == ["block.classifier.weight", "block.classifier.bias"]
     move(model, 1)
     tuned = numbers(model, x)
     model.add_adapter("plain", plain)
     for combination in ("cat", "svd", "linear"):
         model.add_weighted_adapter(["plain"], [1.0], combination, combination)
-        assert sorted(model.adapters[combination].frame.deltas) == sorted(paths)
+        assert sorted(model.adapters[combination].slot.deltas) == sorted(paths)
     model.set_adapter("plain")
     expected = numbers(model, x)
     model.set_adapter("cat")
@@ -252,7 +252,7 @@ def test_every_method_trains_with_dropout_and_is_evaluated_without(name, rng):
 
 def _trains(model):
     adapter = model.adapters["default"]
-    return {path for path, param in adapter.frame.params.items() if param.requires_grad}
+    return {path for path, param in adapter.slot.params.items() if param.requires_grad}
 
 
 @pytest.mark.parametrize("name", DROPS)

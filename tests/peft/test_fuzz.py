@@ -27,6 +27,7 @@ from toy import Toy
 
 from mindpet.cli import main
 from mindpet.errors import AdapterError, CheckpointError, MindPetError
+from mindpet.files.merge import merge
 from mindpet.graph import TrainableParamsCheckPoint, freeze_from_config, load_delta
 from mindpet.peft import (
     AdapterConfig,
@@ -36,7 +37,6 @@ from mindpet.peft import (
     PrefixTuningConfig,
     get_peft_model,
 )
-from mindpet.peft.merge_files import merge
 from mindpet.utils.quote import LONGEST_MESSAGE
 
 LLAMA = pathlib.Path(__file__).parents[1] / "golden/llama"
@@ -108,7 +108,7 @@ def test_folders_of_adapters(rounds, tmp_path):
             with np.errstate(over="ignore"):
                 found = {key: found[key].astype(value.dtype) for key, value in tensors.items()}
             assert tensors and all(tensors[key].tobytes() == found[key].tobytes() for key in tensors)
-            sizes = adapter.config.sizes("query")
+            sizes = adapter.config.delta_arguments("query")
             if config["peft_type"] == "LORA" and not (config.get("rank_pattern") or config.get("alpha_pattern")):
                 assert (sizes["rank"], sizes["alpha"]) == (config.get("r", 8), config.get("lora_alpha", 8))
             model.delete_adapter("other")

@@ -10,8 +10,8 @@ from models.gpt2 import Gpt2ForCausalLM
 from models.llama import LlamaForCausalLM
 from models.weights import load_weights
 
+from mindpet.files.tensors import TensorFile
 from mindpet.peft import PeftModel
-from mindpet.utils.tensors import TensorFile
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 ADAPTERS = sorted(path.name for path in (GOLDEN / "peft").iterdir())

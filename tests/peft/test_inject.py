@@ -7,7 +7,7 @@ from mindspore import Tensor, mint, nn
 from small import LAYERS, Small, config, contents, ids, move, numbers, same
 
 from mindpet.errors import ConfigError, NoMatchError
-from mindpet.layers.kinds import layer_kind
+from mindpet.network.kinds import layer_kind
 from mindpet.peft import (
     AdapterConfig,
     BitFitConfig,

@@ -11,7 +11,7 @@ from mindspore import Tensor, nn, ops
 
 from mindpet.errors import AdapterError
 from mindpet.peft import LoraConfig, get_peft_model
-from mindpet.peft.overlay import construct_like
+from mindpet.peft.patch import construct_like
 from mindpet.peft.turns import Turns
 from tests.peft.small import Tiny, ids, numbers, same
 
@@ -140,7 +140,7 @@ def test_an_adapter_that_was_computed_is_freed_when_it_is_deleted(mode, rng):
     model.add_adapter("other", LoraConfig(**{**CONFIG, "r": 1}))
     model.set_adapter("other")
     model(x)
-    alive = [weakref.ref(delta) for delta in model.adapters["other"].frame.deltas.values()]
+    alive = [weakref.ref(delta) for delta in model.adapters["other"].slot.deltas.values()]
     model.delete_adapter("other")
     model(x)
     gc.collect()

@@ -10,9 +10,9 @@ from mindspore import Tensor, nn
 from small import Small, Tied, config, contents, ids, move, numbers, same
 
 from mindpet.errors import AdapterError, CheckpointError, ConfigError, MergeError, NoMatchError
+from mindpet.files.tensors import TensorFile, save_tensors
 from mindpet.graph import DeltaGuard
 from mindpet.peft import LoraConfig, PeftModel, get_peft_config, get_peft_model
-from mindpet.utils.tensors import TensorFile, save_tensors
 
 
 def saved(folder, **fields):

@@ -5,8 +5,9 @@ import pytest
 from mindspore import nn
 
 from mindpet.errors import CheckpointError
-from mindpet.peft import LoraConfig, NameMap, TaskType, plan_targets
-from mindpet.peft.names import portable, to_mindspore, to_network, to_torch
+from mindpet.files.names import to_mindspore, to_torch
+from mindpet.peft import IA3Config, LoraConfig, NameMap, PeftModel, TaskType, VeraConfig, get_peft_model, plan_targets
+from mindpet.peft.state import portable, to_network
 
 
 class Part(nn.Cell):
@@ -34,7 +35,7 @@ def file_of(plan, names):
     """The tensors of an adapter, as far as their keys and ranks count."""
     tensors, ranks = {}, {}
     for layer in plan.targets:
-        rank = ranks[layer.path] = plan.config.sizes(layer.path)["rank"]
+        rank = ranks[layer.path] = plan.config.delta_arguments(layer.path)["rank"]
         start = f"base_model.model.{names.to_torch(layer.path)}.lora_"
         tensors.update({f"{start}A.weight": np.zeros((rank, 4)), f"{start}B.weight": np.zeros((4, rank))})
     for layer in plan.modules_to_save:
@@ -67,7 +68,10 @@ def test_what_is_written_means_the_same_layers(choice, names):
     again = plan_targets(network, to_network(config, content, network, names))
     assert [layer.path for layer in again.targets] == [layer.path for layer in plan.targets]
     for path, rank in ranks.items():
-        assert again.config.sizes(path) == plan.config.sizes(path) and again.config.sizes(path)["rank"] == rank
+        assert (
+            again.config.delta_arguments(path) == plan.config.delta_arguments(path)
+            and again.config.delta_arguments(path)["rank"] == rank
+        )
     # What Hugging Face PEFT takes for a module to save is there as well.
     ends = (*(config.modules_to_save or ()), *(("classifier", "score") if config.task_type else ()))
     for path, cell in network.cells_and_names():
@@ -86,7 +90,7 @@ def test_a_layer_in_several_places_is_written_with_all_of_them():
     assert config.target_modules == ["0.attn", "0.fc", "1.attn", "1.fc"]
     again = plan_targets(network, config)
     assert [layer.paths for layer in again.targets] == [layer.paths for layer in plan.targets]
-    assert again.config.sizes("0.fc")["rank"] == again.config.sizes("1.fc")["rank"] == 3
+    assert again.config.delta_arguments("0.fc")["rank"] == again.config.delta_arguments("1.fc")["rank"] == 3
 
 
 def test_what_needs_no_change_is_left_as_it_is():
@@ -169,7 +173,7 @@ def test_a_fused_layer_beside_one_whose_path_ends_alike(rng):
     """'a.w' is fused and has rank 4; 'block.a.w' is another layer, of rank 2."""
     names = NameMap(fused={"w": {"q": 4, "k": 2}})
     tensors, config = names.fuse(fused_file(rng, "a."), LoraConfig(r=2, lora_alpha=2, target_modules=["q", "k"]))
-    assert config.sizes("a.w")["rank"] == 4 and config.sizes("block.a.w")["rank"] == 2
+    assert config.delta_arguments("a.w")["rank"] == 4 and config.delta_arguments("block.a.w")["rank"] == 2
     assert config.scaling("a.w") == config.scaling("block.a.w") == 1
     back, config = names.split(tensors, config)
     assert config.rank_pattern == {} and config.alpha_pattern == {}
@@ -190,3 +194,32 @@ def test_tasks_bring_heads():
     assert added == {f"base_model.model.my_classifier.{name}" for name in ("weight", "bias")}
     again = plan_targets(network, to_network(config, content, network, NameMap()))
     assert [layer.path for layer in again.modules_to_save] == ["classifier", "my_classifier"]
+
+
+class Fused(nn.Cell):
+    """A layer that the PyTorch model has two in place of."""
+
+    def __init__(self):
+        super().__init__()
+        self.w_qv, self.out = nn.Dense(4, 8), nn.Dense(8, 4)
+
+
+class Apart(nn.Cell):
+    """The two."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.v = nn.Dense(4, 4), nn.Dense(4, 4)
+
+
+@pytest.mark.parametrize("cls", [IA3Config, VeraConfig])
+def test_layers_are_fused_for_lora_alone(cls, tmp_path):
+    names = NameMap(fused={"w_qv": {"q": 4, "v": 4}})
+    model = get_peft_model(Fused(), cls(target_modules=["w_qv", "out"]), name_map=names)
+    method = cls.peft_type.value
+    with pytest.raises(CheckpointError, match=rf"'fused' is for LoRA; {method} has deltas of \['w_qv'\]"):
+        model.save_pretrained(tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+    get_peft_model(Apart(), cls(target_modules=["q", "v"])).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"'fused' is for LoRA; {method} has deltas of \['q', 'v'\]"):
+        PeftModel.from_pretrained(Fused(), tmp_path, name_map=names)

@@ -11,15 +11,17 @@ from small import LABELS, VOCAB, WIDTH, Compiles, Small, Tied, Tiny, graph_mode,
 
 from mindpet.errors import AdapterError, ConfigError, MergeError
 from mindpet.graph import freeze_delta
+from mindpet.network.values import forget_graphs
 from mindpet.peft import (
     AdapterConfig,
     BitFitConfig,
+    IA3Config,
     LoraConfig,
     PeftModel,
+    VeraConfig,
     get_peft_model,
     inject_adapter_in_model,
 )
-from mindpet.utils.values import forget_graphs
 
 KINDS = {
     "lora": LoraConfig(r=2, lora_alpha=3, target_modules=["query"]),
@@ -31,6 +33,8 @@ KINDS = {
     "dora of pissa": LoraConfig(r=2, target_modules=["query"], use_dora=True, init_lora_weights="pissa"),
     "bitfit": BitFitConfig(),
     "adapter": AdapterConfig(target_modules=["query"], bottleneck_size=3),
+    "ia3": IA3Config(target_modules=["query"]),
+    "vera": VeraConfig(r=2, target_modules=["query"], bias="vera_only"),
 }
 
 

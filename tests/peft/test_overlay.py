@@ -7,10 +7,10 @@ from mindspore import Parameter, Tensor, nn, ops
 from small import contents, move, numbers
 
 from mindpet.errors import AdapterError, ConfigError
-from mindpet.layers.kinds import register_layer
+from mindpet.network.kinds import register_layer
 from mindpet.parallel import dry_run
 from mindpet.peft import AdapterConfig, LoraConfig, get_peft_model
-from mindpet.peft.overlay import one_error
+from mindpet.peft.patch import one_error
 
 WIDTH = 6
 

@@ -10,14 +10,16 @@ from models.llama import CausalLoss, LlamaConfig
 
 from mindpet.errors import AdapterError, ConfigError
 from mindpet.graph import freeze_delta
-from mindpet.layers.kinds import layer_kind
+from mindpet.network.kinds import layer_kind
 from mindpet.parallel import dry_run_many
 from mindpet.peft import (
     AdapterConfig,
+    IA3Config,
     LoraConfig,
     LowRankAdapterConfig,
     PrefixTuningConfig,
     Ptuning2Config,
+    VeraConfig,
     get_peft_model,
     register_layer,
 )
@@ -152,6 +154,26 @@ def test_lora_bias_dropout_and_start_follow_too(reports):
     assert collective_bytes(start) == collective_bytes(plain) + 4 * 2 * 2 * 2 * (2 * 16 * 4)
 
 
+FACTORS = IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
+VECTORS = VeraConfig(r=4, target_modules=TARGETS)
+
+
+@pytest.mark.parametrize("ranks, data_parallel", [(8, 2), (64, 16)])
+def test_factors_and_vectors_communicate_what_they_need(ranks, data_parallel):
+    ia3, vera = dry_run_many([functools.partial(make, config, data_parallel) for config in (FACTORS, VECTORS)], ranks)
+    for report in (ia3, vera):
+        check_delta(report)
+        assert {plan.kind for plan in report.collectives} == {"AllReduce"}  # nothing is gathered
+    own = {plan.cause: plan.bytes * plan.count for plan in ia3.collectives if "mindpet" in plan.cause}
+    assert sum(own.values()) == 2 * 4 * (64 // 4 + 64 // 4 + 128 // 4)  # the factors on a rank, of two layers
+    slices = {plan.name.split("layers.1.")[1]: plan.slice for plan in ia3.parameters if "layers.1" in plan.name}
+    assert slices["self_attn.k_proj.mindpet_delta_ia3"] == (16, 1)
+    assert slices["mlp.down_proj.mindpet_delta_ia3"] == (1, 32)
+    own = [plan.bytes * plan.count for plan in vera.collectives if "gradient of model" in plan.cause]
+    columns, rows = 3 * 64 + 2 * 128, 2 * 64  # outputs of the layers that are cut along these, and of the others
+    assert sum(own) == 2 * 4 * (columns // 4 + rows + 7 * 4)
+
+
 def test_rows_of_a_batch_cannot_have_adapters_of_their_own():
     network = nn.SequentialCell(nn.Dense(8, 8))
     model = get_peft_model(network, LoraConfig(r=2, target_modules=["0"]))
@@ -232,6 +254,22 @@ def test_convolutions_and_embeddings_cut_along_their_features(ranks):
     for counts, report in zip(WORDS[ranks], reports[len(PICTURES[ranks]) :]):
         check_delta(report)
         assert delta_bytes(report) == 4 * (4 * 32 + 16 // counts.get("o", 1) * 4), counts
+
+
+@pytest.mark.parametrize("inner", [None, ["conv"]])
+def test_factors_of_a_convolution(inner):
+    config = IA3Config(target_modules=["conv"], feedforward_modules=inner)
+    for counts, report in zip(
+        PICTURES[8], dry_run_many([functools.partial(picture, config, c) for c in PICTURES[8]], 8)
+    ):
+        ours = [plan for plan in report.operators if "mindpet_" in plan.cell and plan.operator == "Mul"]
+        assert ours and all(plan.is_set for plan in ours)
+        assert not [plan for plan in report.collectives if "layout" in plan.cause]
+        (factor,) = [plan for plan in report.parameters if plan.role == "trainable"]
+        cut = counts.get("i" if inner else "o", 1)
+        assert factor.slice == (1, factor.shape[1] // cut, 1, 1)
+        summed = [plan.bytes * plan.count for plan in report.collectives if "conv.mindpet_delta_ia3" in plan.cause]
+        assert sum(summed) == 4 * factor.shape[1] // cut
 
 
 def delta_bytes(report):

@@ -11,8 +11,8 @@ from models.llama import LlamaForCausalLM
 from small import Small, contents, move, numbers, same
 
 from mindpet.errors import AdapterError, ConfigError, MergeError
+from mindpet.files.tensors import TensorFile, save_tensors
 from mindpet.peft import PeftModel, PrefixTuningConfig, Ptuning2Config, get_peft_model
-from mindpet.utils.tensors import TensorFile, save_tensors
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 CONFIGS = {
@@ -50,7 +50,8 @@ def test_save_load_disable_and_unload(name, mode, rng, tmp_path):
     same(numbers(network, x), base)
     assert contents(network) == before
     loaded = PeftModel.from_pretrained(network, tmp_path)
-    np.testing.assert_allclose(numbers(loaded, x), expected, atol=1e-6)
+    # A file has what NumPy computes of a projection, and not the network, whose tanh is less exact on a CPU.
+    np.testing.assert_allclose(numbers(loaded, x), expected, atol=1e-5)
     assert loaded.peft_config["default"].prefix_projection == CONFIGS[name].prefix_projection
     loaded.save_pretrained(tmp_path / "again")
     for file in ("adapter_model.safetensors", "adapter_config.json"):
@@ -115,7 +116,7 @@ def test_an_attention_computes_the_formula(mode, rng):
     source = network.model.layers[0].self_attn.prefix_source
     key, value = (Tensor(rng.normal(size=(2, 2, 4, 8)).astype(np.float32)) for _ in range(2))
     got_key, got_value = source(key, value)
-    table = source.delta.mindpet_delta_ptuning2_embedding.embedding_table.asnumpy().reshape(3, 2, 2, 8)
+    table = source.mindpet_delta_ptuning2_embedding.embedding_table.asnumpy().reshape(3, 2, 2, 8)
     for got, given, slot in ((got_key, key, 0), (got_value, value, 1)):
         same(got.asnumpy()[:, :, 3:], given.asnumpy())
         for row in range(2):

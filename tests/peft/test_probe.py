@@ -6,11 +6,14 @@ import pytest
 from mindspore import Parameter, Tensor, mint, nn, ops
 from small import Compiles, Tiny, contents, graph_mode, ids, numbers, same
 
+from mindpet.delta._base import Delta
+from mindpet.delta.lora import BIAS, MAGNITUDE, SCALING, A, B
+from mindpet.delta.registry import METHODS
 from mindpet.errors import MergeError
-from mindpet.layers.kinds import layer_kind, register_layer
+from mindpet.network.kinds import layer_kind, register_layer
 from mindpet.peft import LoraConfig, get_peft_model
-from mindpet.peft.merge import fold
-from mindpet.peft.overlay import Overlay, beside
+from mindpet.peft.merge import FoldedDelta, fold
+from mindpet.peft.patch import ConstructPatch
 from mindpet.peft.probe import probe_merge
 
 
@@ -107,26 +110,26 @@ def merging(cell, count=1, use_dora=False, lora_bias=False, scaling=1.5):
     weight = kind.weight_of(cell).asnumpy()
     group = kind.groups_of(cell)
     out, taps = kind.to_matrix(weight).shape[0], (1,) * (weight.ndim - 2)
-    shapes = {"lora_a": (4, kind.to_matrix(weight).shape[1]), "lora_b": (out, 4)}
+    shapes = {A: (4, kind.to_matrix(weight).shape[1]), B: (out, 4)}
     if kind.is_convolution:
         kernel = weight.shape[-1:] if kind.name == "conv1d" else weight.shape[2:]
         taps = taps[: len(kernel)]
-        shapes = {"lora_a": (4, weight.shape[1], *kernel), "lora_b": (out, 4 // group, *taps)}
+        shapes = {A: (4, weight.shape[1], *kernel), B: (out, 4 // group, *taps)}
     deltas = []
+    arguments = {"rank": 4, "alpha": 4 * scaling, "use_dora": use_dora, "lora_bias": lora_bias}
     for _ in range(count):
-        delta = {name: 0.3 * rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-        delta["scaling"] = np.float32(scaling)
+        values = {name: 0.3 * rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+        values[SCALING] = np.float32(scaling)
         if use_dora:
             norm = np.linalg.norm(kind.to_matrix(weight).astype(np.float32), axis=1)
-            delta["magnitude"] = 1.2 * norm.reshape(1, -1, *taps) if kind.is_convolution else 1.2 * norm
+            values[MAGNITUDE] = 1.2 * norm.reshape(1, -1, *taps) if kind.is_convolution else 1.2 * norm
         if lora_bias:
-            delta["bias"] = rng.normal(size=out).astype(np.float32)
-        deltas.append(delta)
-    tensors = [{name: value for name, value in delta.items() if name != "bias"} for delta in deltas]
-    merged = {kind.weight: fold(weight, kind, group, tensors)[0]}
+            values[BIAS] = rng.normal(size=out).astype(np.float32)
+        deltas.append(FoldedDelta(METHODS["lora"].deltas[kind.name], arguments, values))
+    merged = {kind.weight: fold(weight, kind, deltas)[0]}
     if lora_bias:
         bias = kind.bias_of(cell).asnumpy()
-        merged[kind.bias] = (bias + sum(scaling * delta["bias"] for delta in deltas)).astype(bias.dtype)
+        merged[kind.bias] = (bias + sum(scaling * delta.values[BIAS] for delta in deltas)).astype(bias.dtype)
     return kind, deltas, merged
 
 
@@ -194,12 +197,11 @@ def test_nothing_changes(mode, rng):
     network, x = Tiny(), ids(rng)
     network.set_train()
     output = numbers(network, x)
-    delta = nn.Dense(1, 1)
-    place = Overlay(network.query, beside, True, {"mindpet_delta": delta})
+    patch = ConstructPatch(network.query, layer_kind(network.query), [Delta(auto_prefix=False)])
     before, own = contents(network), {path: dict(vars(cell)) for path, cell in network.cells_and_names()}
-    place.put()  # a delta that would fail if it was called
+    patch.apply()  # a delta that would fail if it was called
     assert probe_merge(network.query, *merging(network.query)) == (None, None)
-    place.remove()
+    patch.revert()
     assert contents(network) == before and ms.get_context("mode") == mode
     assert {path: dict(vars(cell)) for path, cell in network.cells_and_names()} == own
     with Compiles() as compiles:

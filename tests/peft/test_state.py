@@ -15,9 +15,9 @@ from small import Small, config, contents, ids, move, numbers, same
 from test_inject import METHODS
 
 from mindpet.errors import AdapterError, CheckpointError, ConfigError
+from mindpet.files.tensors import TensorFile, save_tensors
 from mindpet.graph import load_delta
 from mindpet.peft import LoraConfig, LowRankAdapterConfig, NameMap, PeftConfig, PeftModel, get_peft_model
-from mindpet.utils.tensors import TensorFile, save_tensors
 
 EVERY = {
     **METHODS,

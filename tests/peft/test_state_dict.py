@@ -6,6 +6,7 @@ from mindspore import Tensor, nn
 from small import LAYERS, Small, Tiny, config, ids, move, numbers, same
 
 from mindpet.errors import AdapterError, CheckpointError, ConfigError
+from mindpet.files.tensors import TensorFile
 from mindpet.peft import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -19,7 +20,6 @@ from mindpet.peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from mindpet.utils.tensors import TensorFile
 
 QUERY = {"r": 2, "target_modules": ["query"]}
 

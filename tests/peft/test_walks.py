@@ -345,7 +345,7 @@ class Walk(RuleBasedStateMachine):
         live = {id(param): path for path, param in self.live().items()}
         assert {live.get(id(param), param.name) for param in self.model.trainable_params()} == self.trains()
         for name, adapter in self.model.adapters.items():
-            got = {path for path, param in adapter.frame.params.items() if param.requires_grad}
+            got = {path for path, param in adapter.slot.params.items() if param.requires_grad}
             out = self.merged is not None and self.active not in self.merged  # of the network
             assert got == set() or (name == self.active and (got == self.trains() or out)), name
         size = sum(self.current.values[path].size for path in self.trains())
@@ -353,7 +353,7 @@ class Walk(RuleBasedStateMachine):
 
     def live(self):
         """The Parameters of the active adapter."""
-        return self.model.adapters[self.active].frame.params if self.current is not None else {}
+        return self.model.adapters[self.active].slot.params if self.current is not None else {}
 
     def call_network(self, ids):
         """Not all at once: a Cell that another one has called could hide that its own graph is stale."""

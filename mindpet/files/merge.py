@@ -4,35 +4,65 @@ import collections
 import collections.abc
 import json
 import pathlib
-import re
 import shutil
 import warnings
+from dataclasses import dataclass, field, replace
+from typing import Optional
 
 import numpy as np
 from tqdm import tqdm
 
-from mindpet.delta.lora_layer import FOLD, fold_lora
+from mindpet.delta.registry import method_of
 from mindpet.errors import CheckpointError, MergeError
-from mindpet.layers.kinds import LayerKind
-from mindpet.peft.combine import start_from_weight
-from mindpet.peft.config import LoraConfig
-from mindpet.peft.convert import LORA_KEY, LORA_NAMES, in_modules_to_save, read_adapter, read_delta, write_delta
-from mindpet.peft.match import ALL_LINEAR, ends_with
-from mindpet.peft.merge import describe
-from mindpet.peft.names import PREFIX, NameMap
-from mindpet.peft.passport import check_base, fingerprint
-from mindpet.peft.plan import is_from_weight
-from mindpet.peft.state import check_finite, take_base_layers
+from mindpet.files.adapter import check_finite, take_base_layers
+from mindpet.files.convert import in_modules_to_save, read_adapter, read_delta, write_delta
+from mindpet.files.keys import parse_keys, target_paths
+from mindpet.files.names import PREFIX, NameMap
+from mindpet.files.passport import check_base, fingerprint
+from mindpet.files.tensors import TYPES, TensorFile, write_tensors
+from mindpet.network.kinds import LayerKind
+from mindpet.network.match import ALL_LINEAR, names_module
 from mindpet.utils.files import together
 from mindpet.utils.parse import read_json
 from mindpet.utils.quote import quote
-from mindpet.utils.tensors import TYPES, TensorFile, write_tensors
 from mindpet.utils.validate import is_int
 
 INDEX = "model.safetensors.index.json"
 FLOATS = {TYPES[code].name: TYPES[code] for code in ("F16", "BF16", "F32", "F64")}
 # Files of weights are not copied: what is not merged would be mistaken for what is.
 WEIGHTS = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".safetensors")
+
+
+@dataclass(frozen=True)
+class MergedLayer:
+    """What storing a merged weight costs.
+
+    Attributes:
+        path (str): of the layer.
+        dtype (str): that the weight is stored in.
+        largest_change (float): largest absolute change of the weight, in float32.
+        largest_error (float): largest absolute difference between the stored weight and the one in float32.
+        unchecked (str): why the merged layer could not be compared with the layer and its deltas; None if it was.
+    """
+
+    path: str
+    dtype: str
+    largest_change: float
+    largest_error: float
+    unchecked: Optional[str] = None
+
+    def __str__(self):
+        unchecked = f", not probed: {self.unchecked}" if self.unchecked else ""
+        return (
+            f"{self.path}: {self.dtype}, change up to {self.largest_change:.3g}, error up to {self.largest_error:.3g}"
+            f"{unchecked}"
+        )
+
+
+def describe(path, stored, before, after, kind):
+    """The MergedLayer of a merged weight."""
+    back = kind.to_matrix(stored.astype(np.float32))
+    return MergedLayer(path, stored.dtype.name, float(np.abs(after - before).max()), float(np.abs(back - after).max()))
 
 
 class Base:
@@ -113,7 +143,7 @@ class _Checkpoint:
 
 
 def merge(base, adapter, output, config=None, name_map=None, progressbar=True, force=False):
-    """Fold a LoRA adapter into the files of its base, one tensor in memory at a time (a .ckpt is read as a whole).
+    """Fold an adapter into the files of its base, one tensor in memory at a time (a .ckpt is read as a whole).
 
     What comes out is like the base: a folder with the same files, or a file of the same kind.
 
@@ -148,15 +178,15 @@ def merge(base, adapter, output, config=None, name_map=None, progressbar=True, f
             f"the base is, but got {str(output)!r}."
         )
     config, tensors, passport = read_adapter(adapter, config, names, force)
-    if not isinstance(config, LoraConfig):
-        raise MergeError(f"{adapter}: {config.peft_type.value} cannot be folded into weights.")
+    if not method_of(config).mergeable:
+        raise MergeError(f"{adapter}: {config.peft_name} cannot be folded into weights.")
     tensors, config = names.fuse(tensors, config)
-    places = Places(files, names, tensors)
+    places = Places(files, names, [f"{path}.weight" for path in target_paths(tensors, config)])
     deltas, whole = assign_places(adapter, tensors, config, files, places)
     if not force:
         check_base(adapter, passport, _BaseValues(files, places, names, passport))
         check_finite(adapter, whole, files.dtypes)
-    lacking = places.lacking(config, {entry["path"] for entry in deltas.values()})
+    lacking = places.lacking(config, {layer.path for layer, _ in deltas.values()})
     if lacking:
         warnings.warn(
             f"{adapter}: 'target_modules' means these layers of the base, too, but there is nothing for them: "
@@ -167,7 +197,7 @@ def merge(base, adapter, output, config=None, name_map=None, progressbar=True, f
 
     def merged(shard, name):
         value = whole[name].astype(shard.dtypes[name]) if name in whole else shard.read(name)
-        return _fold(name, value, config, deltas[name], report) if name in deltas else value
+        return _fold(name, value, *deltas[name], report) if name in deltas else value
 
     new = {name: value for name, value in whole.items() if name not in files.shapes}
     last = list(files.shards)[-1]
@@ -192,7 +222,7 @@ class Places:
     Args:
         files (Base): the base.
         names (NameMap): from the base's names to those of the adapter.
-        tensors (dict): key -> numpy.ndarray, of the adapter.
+        paths (list of str): of the weights that the adapter changes.
 
     Attributes:
         start (tuple): what the adapter's names begin with, and what the base's begin with in its place.
@@ -201,12 +231,10 @@ class Places:
         MergeError: the adapter fits several places.
     """
 
-    def __init__(self, files, names, tensors):
+    def __init__(self, files, names, paths):
         self.known, self._shapes = {}, files.shapes
         for name in files.shapes:
             self.known.setdefault(names.to_torch(name), []).append(name)
-        deltas = (LORA_KEY.fullmatch(key) for key in tensors)
-        paths = list(dict.fromkeys(f"{match['path'][len(PREFIX) :]}.weight" for match in deltas if match))
         self.start = ("", "")
         starts = [] if any(path in self.known for path in paths) else next(filter(None, map(self._starts, paths)), [])
         hits = {start: sum(self._name(path, start) in self.known for path in paths) for start in starts}
@@ -244,8 +272,8 @@ class Places:
         return sorted(
             path
             for path in paths
-            if _is_named(config.target_modules, path)
-            and not _is_named(config.exclude_modules, path)
+            if names_module(config.target_modules, path)
+            and not names_module(config.exclude_modules, path)
             and not in_modules_to_save(f"{path}.weight", config)
         )
 
@@ -259,13 +287,6 @@ class Places:
         if len(found) > 1:
             raise MergeError(f"several tensors of the base are {path}: {quote(found)}.")
         return found[0] if found else None
-
-
-def _is_named(entries, path):
-    """Whether `target_modules` or the like, that is not 'all-linear', means a path."""
-    if isinstance(entries, str):
-        return re.fullmatch(entries, path) is not None
-    return any(ends_with(path, entry) for entry in entries or ())
 
 
 class _BaseValues(collections.abc.Mapping):
@@ -298,55 +319,103 @@ class _BaseValues(collections.abc.Mapping):
         return len(self._prints)
 
 
+@dataclass
+class FileDelta:
+    """A delta of an adapter's file, and the layer in the base that it is for.
+
+    Attributes:
+        path (str): of the layer, as the adapter has it.
+        kinds (set): what the layer may be.
+        values (dict): name -> numpy.ndarray, float32.
+        weight (str): name of the layer's weight in the base.
+        cls (type): the Delta.
+        arguments (dict): delta arguments.
+        kind (LayerKind): of the layer.
+    """
+
+    path: str
+    kinds: set
+    values: dict = field(default_factory=dict)
+    weight: Optional[str] = None
+    cls: Optional[type] = None
+    arguments: Optional[dict] = None
+    kind: Optional[LayerKind] = None
+
+    def fits(self, stored, turned):
+        """Whether the values can be of a layer whose weight has a shape in the base, or the one the other way round."""
+        return self.cls.fits(stored[::-1] if turned else stored, self.values, **self.arguments)
+
+
 def assign_places(adapter, tensors, config, files, places):
     """Which tensor of the base each tensor of an adapter goes to.
 
     Args:
         adapter (str): for the message.
         tensors (dict): key -> numpy.ndarray, of the adapter; weights of the base itself are taken out.
-        config (LoraConfig): of the adapter.
+        config (PeftConfig): of the adapter.
         files (Base): the base.
         places (Places): of the adapter in the base.
 
     Returns:
-        tuple: dict of name in the base -> keywords of `fold_lora`, 'path', 'embedding' and 'kind'; dict of name
+        tuple: dict of name in the base -> (FileDelta, whether it is the layer's weight, and not its bias); dict of name
         -> whole value.
 
     Raises:
         CheckpointError: the adapter has other weights of the base than this one.
         MergeError: some have no place, another's, or another shape; all are listed.
     """
-    deltas, whole, problems, owners = {}, {}, [], {}
+    layers, shared, whole, problems, owners = {}, {}, {}, [], {}
     _take_base_layers(adapter, tensors, files, places)
+    keys = parse_keys(tensors, config)
     for key, value in tensors.items():
-        match = LORA_KEY.fullmatch(key)
-        argument = FOLD[LORA_NAMES[match["name"]]] if match else "whole"
-        path = match["path"][len(PREFIX) :] if match else key[len(PREFIX) :].replace(".base_layer.", ".")
-        own = path if not match else f"{path}.{'bias' if argument == 'bias' else 'weight'}"
-        name = places.find(own)
-        if name is None and not match and in_modules_to_save(own, config):
-            name = places.new(own)
+        if key in keys:
+            path, name, kinds = keys[key]
+            if path is None:
+                shared[name] = value.astype(np.float32)
+                continue
+            layer = layers.setdefault(path, FileDelta(path, set(kinds)))
+            layer.values[name] = value.astype(np.float32)
+            layer.kinds.intersection_update(kinds)
+            continue
+        path = key[len(PREFIX) :].replace(".base_layer.", ".")
+        name = places.find(path)
+        if name is None and in_modules_to_save(path, config):
+            name = places.new(path)
             if name in files.shapes:
                 problems.append(f"{key}: the base has another tensor {name}")
         elif name is None:
-            problems.append(f"{key}: no tensor of the base is called {own}")
+            problems.append(f"{key}: no tensor of the base is called {path}")
             continue
-        elif files.dtypes[name].kind in "iubc":
-            problems.append(f"{key}: {name} holds {files.dtypes[name].name} in the base, not floating-point numbers")
-        elif not match and files.shapes[name] != value.shape:
+        elif files.shapes[name] != value.shape:
             problems.append(f"{key}: {list(value.shape)}, but {name} is {list(files.shapes[name])}")
-        if owners.setdefault((name, argument), key) != key:
-            problems.append(f"{key}: {owners[name, argument]} is for {name}, too")
-        if not match:
-            whole[name] = value
-            continue
-        entry = deltas.setdefault(name, {"path": path})
-        entry[argument] = value.astype(np.float32)
-        entry["embedding"] = entry.get("embedding", False) or "embedding" in match["name"]
-    both = [name for name, entry in deltas.items() if "lora_a" in entry and name in whole]
-    problems += [f"{name}: has a delta, and is in the adapter as a whole" for name in both]
+        if owners.setdefault(name, key) != key:
+            problems.append(f"{key}: {owners[name]} is for {name}, too")
+        whole[name] = value
+    for layer in layers.values():
+        layer.values.update(shared)
+        layer.weight = places.find(f"{layer.path}.weight")
+        if layer.weight is None:
+            problems.append(f"{layer.path}: no tensor of the base is called {layer.path}.weight")
+        elif owners.setdefault(layer.weight, layer.path) != layer.path:
+            problems.append(f"{layer.path}: {owners[layer.weight]} is for {layer.weight}, too")
     if not problems:
-        problems = _orient(deltas, files, config) + _tied(deltas, files)
+        problems = _find_kinds(list(layers.values()), files, config) + _tied(layers.values(), files)
+    deltas = {}
+    for layer in layers.values() if not problems else ():
+        deltas[layer.weight] = (layer, True)
+        bias, features = places.find(f"{layer.path}.bias"), files.shapes[layer.weight][-layer.kind.transposed]
+        changes = layer.cls.folds_bias(**layer.arguments)
+        if bias is not None and changes:
+            deltas[bias] = (layer, False)
+            if bias in whole:
+                problems.append(f"{bias}: has a delta, and is in the adapter as a whole")
+        elif changes and layer.cls.fold_bias(np.zeros(features, np.float32), layer.values, **layer.arguments).any():
+            problems.append(f"{layer.path}: no tensor of the base is called {layer.path}.bias")
+    problems += [
+        f"{name}: holds {files.dtypes[name].name} in the base, not floating-point numbers"
+        for name in (*deltas, *whole)
+        if name in files.dtypes and files.dtypes[name].kind in "iubc"
+    ]
     if problems:
         raise MergeError("the adapter does not fit the base:\n  " + "\n  ".join(problems))
     return deltas, whole
@@ -363,43 +432,42 @@ def _take_base_layers(adapter, tensors, files, places):
     take_base_layers(adapter, tensors, weights)
 
 
-def _orient(deltas, files, config):
-    """Note of each delta how its weight is stored; returns what does not fit.
+def _find_kinds(layers, files, config):
+    """Find of each layer what it is and how its weight is stored; returns what does not fit.
 
     A linear weight that is not square tells by its shape whether it is `(out, in)` or `(in, out)`, and so tells it of
     the square ones.
     """
-    problems, turned = [], set()
-    linear = [
-        name
-        for name, entry in deltas.items()
-        if "lora_a" in entry and not entry["embedding"] and len(files.shapes[name]) == 2
-    ]
-    for name in linear:
-        shape = (len(deltas[name]["lora_b"]), deltas[name]["lora_a"].shape[1])
-        if shape[0] != shape[1] and sorted(shape) == sorted(files.shapes[name]):
-            turned.add(shape != files.shapes[name])
-    way = turned.pop() if len(turned) == 1 else config.fan_in_fan_out
-    for name, entry in deltas.items():
-        if "lora_a" not in entry:
+    problems, turned, deltas = [], set(), method_of(config).deltas
+    for layer in layers:
+        stored = files.shapes[layer.weight]
+        names = ("linear", "embedding") if len(stored) == 2 else (f"conv{len(stored) - 2}d",)
+        name = next((name for name in names if name in layer.kinds), None)
+        if name is None:
+            problems.append(f"{layer.weight}: {list(stored)} in the base, but the adapter is for {sorted(layer.kinds)}")
             continue
-        axes = len(files.shapes[name]) - 2
-        kind = "embedding" if entry["embedding"] else f"conv{axes}d" if axes else "linear"
-        entry["kind"] = LayerKind(kind, fan_in_fan_out=kind == "linear" and way)
-        shape = (len(entry["lora_b"]), int(np.prod(entry["lora_a"].shape[1:])))
-        stored = files.shapes[name]
-        matrix = stored[::-1] if entry["kind"].transposed else (stored[0], int(np.prod(stored[1:])))
-        if shape != tuple(matrix):
-            problems.append(f"{name}: {list(stored)} in the base, but the adapter is for {list(shape)}")
+        layer.kind, layer.cls = LayerKind(name), deltas[name]
+        layer.arguments = config.delta_arguments(layer.path)
+        layer.values.update(layer.cls.constants(**layer.arguments))
+        if name == "linear" and stored[0] != stored[1]:
+            turned.update(way for way in (False, True) if layer.fits(stored, way))
+    way = turned.pop() if len(turned) == 1 else getattr(config, "fan_in_fan_out", False)
+    for layer in (layer for layer in layers if layer.kind):
+        stored = files.shapes[layer.weight]
+        if layer.kind.name == "linear":
+            layer.kind = replace(layer.kind, fan_in_fan_out=way)
+        if not layer.fits(stored, layer.kind.transposed):
+            shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in layer.values.items() if value.ndim)
+            problems.append(f"{layer.weight}: {list(stored)} in the base, but the adapter has {shapes}")
     return problems
 
 
-def _tied(deltas, files):
+def _tied(layers, files):
     """A line for each embedding whose table is the head's weight too, which would change along.
 
     A Hugging Face model with a language model head has them tied unless its configuration says otherwise.
     """
-    embeddings = [name for name, entry in deltas.items() if entry["embedding"]]
+    embeddings = [layer.weight for layer in layers if layer.kind and layer.kind.name == "embedding"]
     path = files.path / "config.json"
     if not embeddings or not path.is_file():
         for name in embeddings:
@@ -420,22 +488,19 @@ def _tied(deltas, files):
     ]
 
 
-def _fold(name, value, config, entry, report):
+def _fold(name, value, layer, is_weight, report):
     """A merged tensor."""
-    if "bias" in entry:
-        scaling = config.scaling(entry["path"])
-        result = (value.astype(np.float32) + np.float32(scaling) * entry["bias"]).astype(value.dtype)
+    own = value.astype(np.float32)
+    if is_weight:
+        before = layer.kind.to_matrix(own)
+        values = layer.values
+        if not set(layer.cls.start_names(**layer.arguments)) <= set(values):
+            values = {**layer.cls.start(before, values, **layer.arguments), **values}
+        after = layer.cls.fold(before, values, **layer.arguments)
+        result = layer.kind.from_matrix(after, value.shape).astype(value.dtype)
+        report.append(describe(name, result, before, after, layer.kind))
     else:
-        kind, scaling = entry["kind"], config.scaling(entry["path"])
-        lora_a, lora_b = entry["lora_a"], entry["lora_b"]
-        before = kind.to_matrix(value.astype(np.float32))
-        start_a, start_b = None, None
-        if is_from_weight(config):
-            start_a, start_b = start_from_weight(before, config.init_lora_weights, len(lora_a), scaling)
-        group = len(lora_a) // lora_b.shape[1] if kind.is_convolution else 1
-        after = fold_lora(before, lora_a, lora_b, scaling, entry.get("magnitude"), group, start_a, start_b)
-        result = kind.from_matrix(after, value.shape).astype(value.dtype)
-        report.append(describe(name, result, before, after, kind))
+        result = layer.cls.fold_bias(own, layer.values, **layer.arguments).astype(value.dtype)
     if not np.isfinite(result.astype(np.float32)).all():
         raise MergeError(f"{name} would hold NaN or infinite numbers as {value.dtype.name}; nothing was written.")
     return result

@@ -1,17 +1,16 @@
 """The configurations of adapters: names, defaults and files are those of Hugging Face PEFT."""
 
+import copy
 import dataclasses
 import enum
 import json
-import math
 import pathlib
 import re
 from dataclasses import dataclass, field
-from typing import Any, Optional, Union
+from typing import Optional, Union
 
-from mindpet.delta.registry import METHODS
 from mindpet.errors import CheckpointError, ConfigError
-from mindpet.layers.activation import ACTIVATIONS
+from mindpet.network.match import chooses, exact_targets, exactly, pattern_value
 from mindpet.utils.files import atomic
 from mindpet.utils.parse import read_json
 from mindpet.utils.quote import quote
@@ -31,22 +30,8 @@ UNSUPPORTED = (
     "use_qalora",
     "velora_config",
 )
-FOREIGN_INITS = ("corda", "lora_ga", "loftq")
-APPROXIMATE_INITS = r"pissa_niter_\d+"
 # Sizes of a delta that a tensor of its file has, too.
 AXES = ("rank", "bottleneck_size", "low_rank_size", "tokens")
-LORA_INITS = rf"gaussian|pissa|{APPROXIMATE_INITS}|olora"
-
-
-class PeftType(str, enum.Enum):
-    """The methods, by the names that `adapter_config.json` uses; the last four are mindpet's own."""
-
-    LORA = "LORA"
-    PREFIX_TUNING = "PREFIX_TUNING"
-    ADAPTER = "ADAPTER"
-    LOW_RANK_ADAPTER = "LOW_RANK_ADAPTER"
-    PTUNING2 = "PTUNING2"
-    BITFIT = "BITFIT"
 
 
 class TaskType(str, enum.Enum):
@@ -60,6 +45,13 @@ class TaskType(str, enum.Enum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
+BIASES = ("*.bias", "*.beta", "bias", "beta")  # patterns of all biases; a LayerNorm calls its bias beta
+# New output layers that a task brings with it; they are trained and saved, as far as the network has them.
+TASK_HEADS = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
 CONFIGS = {}  # name of a method -> class
 
 
@@ -93,13 +85,20 @@ class PeftConfig:
     modules_to_save: Optional[list] = None
     unknown: dict = field(default_factory=dict)
 
-    peft_type = None  # of a subclass; not a field, for it cannot be chosen
+    # Of a method's class; no fields, for they cannot be chosen.
+    peft_type = None  # the method's name in a file
+    method_name = None  # its name in `mindpet.delta.registry`
+    key_start = "base_model.model."  # begins the keys of an adapter's file
+    trained_parameters = ()  # patterns (fnmatch) of the base's own parameters that train, too
+    trains_target_biases = False
+    required = ()  # fields that a configuration in a file must have, for a default would be a guess
+    told_by_tensors = ()  # further ones, which of a delta file the tensors tell
+    not_in_peft = ()  # fields that Hugging Face PEFT does not have; they are in a file only if they are set
 
-    def __init_subclass__(cls, peft_type=None, **keywords):
+    def __init_subclass__(cls, **keywords):
         super().__init_subclass__(**keywords)
-        if peft_type is not None:
-            cls.peft_type = peft_type
-            CONFIGS[str(peft_type.value)] = cls
+        if "peft_type" in vars(cls):
+            CONFIGS[cls.peft_type] = cls
 
     def __post_init__(self):
         check = Checker(type(self).__name__)
@@ -120,9 +119,38 @@ class PeftConfig:
     def check_fields(self, check):
         """Note what is wrong with the fields of a subclass."""
 
-    def sizes(self, path):
-        """The keywords with which the method's delta is made for the layer at `path`, see `delta.registry`."""
+    @property
+    def peft_name(self):
+        """The method's name in a file, as a str."""
+        return getattr(self.peft_type, "value", self.peft_type)
+
+    @property
+    def is_prompt_learning(self):
+        """Whether the method adds tokens or keys and values, rather than layers."""
+        return isinstance(self, PromptLearningConfig)
+
+    def delta_arguments(self, path):
+        """The keywords of `Delta.setup` for the layer at `path`."""
         return {}
+
+    def computed(self):
+        """The configuration of this adapter as a file has it: what was computed is there, and not what it is from."""
+        return self
+
+    def of_delta_file(self, shapes, tensors):
+        """The configuration, and the tensors, of an adapter from a delta file of mindpet.
+
+        Args:
+            shapes (dict): path of a layer -> name -> shape, of its delta.
+            tensors (dict): key -> numpy.ndarray, of the adapter.
+
+        Returns:
+            tuple: the PeftConfig with what the tensors tell, and the tensors that belong in an adapter's file.
+
+        Raises:
+            ConfigError: the configuration does not fit the tensors.
+        """
+        return copy.deepcopy(self), tensors
 
     def check_supported(self, from_file=False):
         """Refuse fields that would change what is computed, but have no place here.
@@ -153,7 +181,7 @@ class PeftConfig:
         problems = [
             f"{path}: {name} {size}, but no axis of a tensor is longer than {longest}"
             for path in paths
-            for name, size in self.sizes(path).items()
+            for name, size in self.delta_arguments(path).items()
             if name in AXES and size > longest
         ]
         if problems:
@@ -162,19 +190,15 @@ class PeftConfig:
                 + "\n  ".join(problems)
             )
 
-    @property
-    def method(self):
-        """The Method of `delta.registry`."""
-        return next(method for method in METHODS.values() if method.peft_type == self.peft_type)
-
-    @property
-    def is_prompt_learning(self):
-        """Whether the method adds tokens or keys and values, rather than layers."""
-        return self.peft_type in (PeftType.PREFIX_TUNING, PeftType.PTUNING2)
+    @classmethod
+    def of_content(cls, content):
+        """The class for the fields of a file, which may be one that shares its `peft_type` with this."""
+        return cls
 
     def to_dict(self):
         """All fields as JSON has them: sets as sorted lists, types by their names."""
         content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "unknown"}
+        content = {name: value for name, value in content.items() if not (value is None and name in self.not_in_peft)}
         content = {**self.unknown, **content, "peft_type": self.peft_type}
         return {name: _to_json(value) for name, value in content.items()}
 
@@ -246,9 +270,7 @@ def get_peft_config(config_dict):
     name = content.pop("peft_type", None)
     if not isinstance(name, str) or name not in CONFIGS:
         raise ConfigError(f"'peft_type' must be one of {sorted(CONFIGS)}, but got {quote(name)}.")
-    if name == PeftType.PREFIX_TUNING and "dropout_prob" in content:
-        name = PeftType.PTUNING2
-    cls = CONFIGS[name]
+    cls = CONFIGS[name].of_content(content)
     known = {f.name for f in dataclasses.fields(cls)} - {"unknown"}
     unknown = {key: value for key, value in content.items() if key not in known}
     return cls(**{key: value for key, value in content.items() if key in known}, unknown=unknown)
@@ -286,10 +308,37 @@ class TargetConfig(PeftConfig):
     layers_to_transform: Optional[Union[list, int]] = None
     layers_pattern: Optional[Union[list, str]] = None
 
+    choices = ()  # fields that choose some of the targets, see `mindpet.network.match.chooses`
+
+    def with_targets(self, pairs, known):
+        """A configuration that means these layers alone, by their new names.
+
+        Args:
+            pairs (list of tuple): of each layer its path before and after.
+            known (iterable of str): every path that there is after.
+        """
+        fields = {}
+        for name in ("rank_pattern", "alpha_pattern"):  # of the methods that have them
+            patterns, default = getattr(self, name, {}), object()
+            said = {new: pattern_value(patterns, old, default) for old, new in pairs}
+            if hasattr(self, name):
+                fields[name] = {exactly(path): value for path, value in said.items() if value is not default}
+        for name in self.choices:
+            chosen = [new for old, new in pairs if chooses(getattr(self, name), old)]
+            fields[name] = exact_targets(chosen) if chosen else None
+        return dataclasses.replace(
+            self,
+            target_modules=exact_targets([new for _, new in pairs], known),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            **fields,
+        )
+
     def check_fields(self, check):
-        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        for name in ("target_modules", "exclude_modules", "layers_pattern", *self.choices):
             check_names(check, name, getattr(self, name))
-        for name in ("target_modules", "exclude_modules"):
+        for name in ("target_modules", "exclude_modules", *self.choices):
             if isinstance(getattr(self, name), str):
                 rule = "a regular expression"
                 check.require(_compiles(getattr(self, name)), ValueError, name, getattr(self, name), rule)
@@ -304,105 +353,14 @@ class TargetConfig(PeftConfig):
         names = [pattern] if isinstance(pattern, str) else pattern if isinstance(pattern, (list, tuple, set)) else ()
         compile_all = all(_compiles(name) for name in names if isinstance(name, str))
         check.require(compile_all, ValueError, "layers_pattern", pattern, "of regular expressions")
-
-
-@dataclass
-class LoraConfig(TargetConfig, peft_type=PeftType.LORA):
-    """LoRA, Hu et al. 2021, arXiv:2106.09685.
-
-    Args beyond those of PeftConfig and TargetConfig:
-        r (int): rank. Default: 8.
-        lora_alpha (Union[int, float]): scale; the update is multiplied by `lora_alpha / r`. Default: 8.
-        lora_dropout (float): probability in [0, 1) of zeroing an input of the update. Default: 0.0.
-        fan_in_fan_out (bool): whether the linear layers of the PyTorch model store their weight as `(in, out)`; kept
-            for Hugging Face PEFT. Which way up a Cell's weight is, `mindpet.layers.kinds` knows. Default: False.
-        bias (str): which biases train: 'none', 'all', or 'lora_only' for those of the targets. Default: 'none'.
-        use_rslora (bool): scale by `lora_alpha / sqrt(r)`, Kalajdzievski 2023, arXiv:2312.03732. Default: False.
-        init_lora_weights (Union[bool, str]): True for Kaiming A and zero B, False for both random, 'gaussian',
-            'pissa', 'pissa_niter_N', which is computed exactly here, or 'olora'; of an adapter that is loaded,
-            whatever it says. Default: True.
-        rank_pattern (dict): layer name or regular expression -> another rank. Default: {}.
-        alpha_pattern (dict): layer name or regular expression -> another alpha. Default: {}.
-        use_dora (bool): magnitude and direction apart, Liu et al. 2024, arXiv:2402.09353. Default: False.
-        lora_bias (bool): a bias of B. Default: False.
-    """
-
-    r: int = 8
-    lora_alpha: Union[int, float] = 8
-    lora_dropout: float = 0.0
-    fan_in_fan_out: bool = False
-    bias: str = "none"
-    use_rslora: bool = False
-    init_lora_weights: Any = True
-    rank_pattern: dict = field(default_factory=dict)
-    alpha_pattern: dict = field(default_factory=dict)
-    use_dora: bool = False
-    lora_bias: bool = False
-
-    def scaling(self, path):
-        """The scale of the layer at `path`."""
-        sizes = self.sizes(path)
-        return sizes["alpha"] / self.divisor(sizes["rank"])
-
-    def divisor(self, rank):
-        """What alpha is divided by."""
-        return math.sqrt(rank) if self.use_rslora else rank
-
-    def check_supported(self, from_file=False):
-        super().check_supported(from_file)
-        init = self.init_lora_weights
-        # A fresh adapter starts from the exact decomposition; in a file it was an approximation with random numbers.
-        random = isinstance(init, str) and re.fullmatch(APPROXIMATE_INITS, init) and (from_file or self.inference_mode)
-        if random or init in FOREIGN_INITS:
-            raise ConfigError(
-                f"LoraConfig: not supported: init_lora_weights={quote(init)}, which takes a part off the base that "
-                "cannot be told from the file; save the adapter as plain LoRA, with "
-                "path_initial_model_for_weight_conversion of save_pretrained in Hugging Face PEFT."
-            )
-
-    def sizes(self, path):
-        return {
-            "rank": pattern_value(self.rank_pattern, path, self.r),
-            "alpha": pattern_value(self.alpha_pattern, path, self.lora_alpha),
-            "dropout": float(self.lora_dropout),
-            "use_rslora": self.use_rslora,
-            "use_dora": self.use_dora,
-            "lora_bias": self.lora_bias,
-            "init": self.init_lora_weights,
-        }
-
-    def check_fields(self, check):
-        super().check_fields(check)
-        check.require(not (self.use_dora and self.lora_bias), ValueError, "lora_bias", True, "False with DoRA")
-        check.positive_int(r=self.r)
-        check.nonzero_number(lora_alpha=self.lora_alpha)
-        check.probability((int, float), lora_dropout=self.lora_dropout)
-        for name in ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias"):
-            check.boolean(**{name: getattr(self, name)})
-        check.choice("bias", self.bias, ("none", "all", "lora_only"))
-        init = self.init_lora_weights
-        known = isinstance(init, bool) or (isinstance(init, str) and re.fullmatch(LORA_INITS, init))
-        rule = "a bool, 'gaussian', 'pissa', 'pissa_niter_N' or 'olora'"
-        check.require(known or self.inference_mode, ValueError, "init_lora_weights", init, rule)
-        for name in ("rank_pattern", "alpha_pattern"):
-            value = getattr(self, name)
+        for name in ("rank_pattern", "alpha_pattern"):  # of the methods that have them
+            value = getattr(self, name, {})
             if check.require(isinstance(value, dict), TypeError, name, value, "a dict"):
                 for pattern, number in value.items():
                     rule = "keyed by regular expressions"
                     check.require(isinstance(pattern, str) and _compiles(pattern), ValueError, name, pattern, rule)
                     entry = {f"{name}[{quote(pattern)}]": number}
                     (check.positive_int if name == "rank_pattern" else check.nonzero_number)(**entry)
-
-
-def pattern_value(patterns, path, default):
-    """The value for a path in `rank_pattern` or `alpha_pattern`: of the first key that is the path or its end.
-
-    A key is a regular expression.
-    """
-    for pattern, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", path):
-            return value
-    return default
 
 
 def _compiles(pattern):
@@ -413,54 +371,6 @@ def _compiles(pattern):
     except (re.error, OverflowError, RecursionError):  # the latter for numbers and levels without end
         return False
     return True
-
-
-@dataclass
-class AdapterConfig(TargetConfig, peft_type=PeftType.ADAPTER):
-    """Bottleneck adapters, Houlsby et al. 2019, arXiv:1902.00751.
-
-    Args beyond those of PeftConfig and TargetConfig:
-        bottleneck_size (int): features inside. Default: 64.
-        non_linearity (str): activation inside, see `mindpet.layers.get_activation`. Default: 'gelu'.
-    """
-
-    bottleneck_size: int = 64
-    non_linearity: str = "gelu"
-
-    def sizes(self, path):
-        return {"bottleneck_size": self.bottleneck_size, "non_linearity": self.non_linearity}
-
-    def check_fields(self, check):
-        super().check_fields(check)
-        check.positive_int(bottleneck_size=self.bottleneck_size)
-        check.choice("non_linearity", self.non_linearity, ACTIVATIONS)
-
-
-@dataclass
-class LowRankAdapterConfig(TargetConfig, peft_type=PeftType.LOW_RANK_ADAPTER):
-    """Low-rank adapters, Mahabadi et al. 2021, arXiv:2106.04647, section 3.
-
-    Args beyond those of PeftConfig and TargetConfig:
-        reduction_factor (int): by how much the inner size is smaller than the features. Default: 32.
-        low_rank_size (int): rank of both products. Default: 1.
-        non_linearity (str): activation inside, see `mindpet.layers.get_activation`. Default: 'gelu'.
-    """
-
-    reduction_factor: int = 32
-    low_rank_size: int = 1
-    non_linearity: str = "gelu"
-
-    def sizes(self, path):
-        return {
-            "reduction_factor": self.reduction_factor,
-            "low_rank_size": self.low_rank_size,
-            "non_linearity": self.non_linearity,
-        }
-
-    def check_fields(self, check):
-        super().check_fields(check)
-        check.positive_int(reduction_factor=self.reduction_factor, low_rank_size=self.low_rank_size)
-        check.choice("non_linearity", self.non_linearity, ACTIVATIONS)
 
 
 @dataclass
@@ -481,71 +391,39 @@ class PromptLearningConfig(PeftConfig):
     num_attention_heads: Optional[int] = None
     num_layers: Optional[int] = None
 
+    key_start = "base_model."  # Hugging Face PEFT does not wrap the model twice
+
+    def complete(self, kinds):
+        """Set what a network tells.
+
+        Args:
+            kinds (list): of all attentions, or of the input embedding, see `mindpet.network.kinds.SLOTS`; all alike.
+
+        Raises:
+            ConfigError: a field says otherwise; `num_virtual_tokens` is missing.
+        """
+        problems = []
+        for name, value in self.network_sizes(kinds).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+            elif getattr(self, name) != value:
+                problems.append(f"'{name}' must be {value} for this network, but is {getattr(self, name)}")
+        if self.num_virtual_tokens is None:
+            problems.append("'num_virtual_tokens' must be given")
+        if problems:
+            raise ConfigError(f"{type(self).__name__}: " + "; ".join(problems) + ".")
+
+    @staticmethod
+    def network_sizes(kinds):
+        """Name of a field -> its value, of those that a network tells; see `complete`."""
+        raise NotImplementedError
+
+    @property
+    def table_shape(self):
+        """The shape of the one tensor in a file, or None where the fields do not tell it."""
+        raise NotImplementedError
+
     def check_fields(self, check):
         names = [f.name for f in dataclasses.fields(PromptLearningConfig) if f.type == Optional[int]]
         sizes = {name: getattr(self, name) for name in names}
         check.positive_int(**{name: size for name, size in sizes.items() if size is not None})
-
-
-@dataclass
-class PrefixTuningConfig(PromptLearningConfig, peft_type=PeftType.PREFIX_TUNING):
-    """Prefix tuning, Li and Liang 2021, arXiv:2101.00190.
-
-    Args beyond those of PromptLearningConfig:
-        encoder_hidden_size (int): features between the two layers of the projection. Default: None, for `token_dim`.
-        prefix_projection (bool): whether two layers compute the prefix from an embedding. Default: False.
-    """
-
-    encoder_hidden_size: Optional[int] = None
-    prefix_projection: bool = False
-
-    def sizes(self, path):
-        inner = {"mid_dim": self.encoder_hidden_size} if self.prefix_projection else {}
-        return {"tokens": self.num_virtual_tokens, **inner}
-
-    @property
-    def method(self):
-        return METHODS["prefixtuning" if self.prefix_projection else "ptuning2"]
-
-    def check_fields(self, check):
-        super().check_fields(check)
-        if self.encoder_hidden_size is not None:
-            check.positive_int(encoder_hidden_size=self.encoder_hidden_size)
-        check.boolean(prefix_projection=self.prefix_projection)
-
-
-@dataclass
-class Ptuning2Config(PrefixTuningConfig, peft_type=PeftType.PTUNING2):
-    """P-Tuning v2, Liu et al. 2021, arXiv:2110.07602: prefix tuning, with dropout on the prefix.
-
-    A file says PREFIX_TUNING, which Hugging Face PEFT knows, and has `dropout_prob` besides.
-
-    Args beyond those of PrefixTuningConfig:
-        dropout_prob (float): probability in [0, 1) of zeroing an element of the prefix. Default: 0.0.
-    """
-
-    dropout_prob: float = 0.0
-
-    def sizes(self, path):
-        projection = {"prefix_projection": True, "projection_dim": self.encoder_hidden_size or 128}
-        return {
-            "tokens": self.num_virtual_tokens,
-            "dropout_prob": float(self.dropout_prob),
-            **(projection if self.prefix_projection else {}),
-        }
-
-    @property
-    def method(self):
-        return METHODS["ptuning2"]
-
-    def to_dict(self):
-        return {**super().to_dict(), "peft_type": PeftType.PREFIX_TUNING.value}
-
-    def check_fields(self, check):
-        super().check_fields(check)
-        check.probability((int, float), dropout_prob=self.dropout_prob)
-
-
-@dataclass
-class BitFitConfig(PeftConfig, peft_type=PeftType.BITFIT):
-    """BitFit, Ben Zaken et al. 2021, arXiv:2106.10199: every parameter that is named `bias` trains."""

@@ -42,7 +42,7 @@ def load(param, value):
 def watch(param, watcher):
     """Have `watcher()` called after each `set_data` of a Parameter, as `mindspore.load_param_into_net` does it.
 
-    The method is overlaid on the object; MindSpore 2.7 to 2.10 set what they load through it. `unwatch` undoes it.
+    The method is patched on the object; MindSpore 2.7 to 2.10 set what they load through it. `unwatch` undoes it.
 
     Args:
         param (Parameter): the Parameter; one that is watched gets another watcher.

@@ -7,7 +7,7 @@ from mindspore import Tensor
 from mindspore.train.checkpoint_pb2 import Checkpoint
 
 from mindpet.errors import CheckpointError
-from mindpet.utils.checkpoints import read_checkpoint
+from mindpet.files.checkpoints import read_checkpoint
 
 VALUES = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),

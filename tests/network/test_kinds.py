@@ -9,7 +9,7 @@ from mindspore import Parameter, Tensor, mint, nn, ops
 
 from mindpet.delta import AdapterDense, LoRADense
 from mindpet.layers import Dense
-from mindpet.layers.kinds import KINDS, layer_kind, register_layer, why_not
+from mindpet.network.kinds import KINDS, layer_kind, register_layer, why_not
 
 
 @pytest.fixture(autouse=True)

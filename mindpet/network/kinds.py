@@ -8,8 +8,8 @@ from typing import Any
 import mindspore as ms
 from mindspore import mint, nn
 
-from mindpet.layers.libraries import LIBRARIES
 from mindpet.layers.linear import Dense
+from mindpet.network.libraries import LIBRARIES
 from mindpet.utils.validate import FLOAT_TYPES, Checker, is_int
 
 # Name -> how many axes the weight can have; `nn.Conv1d` keeps an axis of length one.
@@ -77,6 +77,42 @@ class LayerKind:
         if values["compute_dtype"] is None:
             values["compute_dtype"] = getattr(cell, "compute_dtype", self.weight_of(cell).dtype)
         return replace(self, **values)
+
+
+@dataclass(frozen=True)
+class AttentionKind:
+    """An attention that calls its attribute `prefix_source`, where that is not None, on its keys and values.
+
+    Attributes:
+        kv_heads (int): key and value heads.
+        head_dim (int): features of a head.
+    """
+
+    kv_heads: int
+    head_dim: int
+
+    name = "attention"
+    slot = "prefix_source"
+    strategy = "prefix_strategy"
+
+
+@dataclass(frozen=True)
+class InputEmbeddingKind:
+    """A Cell that calls its attribute `prompt_source`, where that is not None, on the embeddings of its input.
+
+    Attributes:
+        token_dim (int): features of an embedding.
+    """
+
+    token_dim: int
+
+    name = "input_embedding"
+    slot = "prompt_source"
+    strategy = "prompt_strategy"
+
+
+# Places that are no layers, by the name of their kind: Cells with an attribute that takes a delta.
+SLOTS = {kind.name: kind for kind in (AttentionKind, InputEmbeddingKind)}
 
 
 # Class, or its path for one of a library -> LayerKind.

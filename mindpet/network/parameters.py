@@ -6,9 +6,6 @@ from typing import NamedTuple
 
 from mindspore import Parameter, ParameterTuple, nn
 
-from mindpet.delta._base import Behind, InFront
-from mindpet.delta.registry import METHODS
-
 # What BatchNorms of `mindspore.nn` and of `mindspore.mint` call their running statistics.
 STATISTICS = (("moving_mean", "moving_variance"), ("running_mean", "running_var", "num_batches_tracked"))
 TRAINED = "mindpet_trained_"  # begins the names of an adapter's copies of the base's Parameters
@@ -42,6 +39,12 @@ def model_parameters(network):
     return {key: place.param for key, place in zip(keys, places)}
 
 
+def parameter_paths(network):
+    """Every path of every Parameter; a Parameter in several places has several, of which `model_parameters` has one."""
+    outer, cells = outer_prefix(network), _cells(network, "", "", set())
+    return {outer + path + name: param for cell, path, _ in cells for name, param in cell._params.items()}
+
+
 def trainable_parameters(network):
     """`model_parameters` that have `requires_grad`."""
     return {key: param for key, param in model_parameters(network).items() if param.requires_grad}
@@ -60,18 +63,6 @@ def running_statistics(network):
             if held.keys() >= set(names[:2]):
                 found.update(id(held.get(TRAINED + name, held.get(name))) for name in names)
     return {key: param for key, param in model_parameters(network).items() if id(param) in found}
-
-
-def saved_parameters(network):
-    """What a checkpoint of what was trained holds: trainable parameters, and what varies with them; see `Method`.
-
-    Running statistics are among it: the network moves them while it trains, so the base's do not fit any more.
-    """
-    patterns = [pattern for method in METHODS.values() for pattern in method.saved]
-    saved = {
-        key: param for key, param in model_parameters(network).items() if param.requires_grad or matches(key, patterns)
-    }
-    return {**saved, **running_statistics(network)}
 
 
 def outer_prefix(network):
@@ -129,11 +120,8 @@ def _cells(cell, path, full, seen):
 
 
 def _component(cell, path, name, child):
-    """What the attribute `name` of a Cell adds to the path."""
-    if name == "mindpet_delta" or isinstance(child, InFront):  # where mindpet.peft puts deltas
-        inner = getattr(child, "delta", child)
-        return next((method.prefix for method in METHODS.values() if isinstance(inner, method.cells)), "")
-    left_out = isinstance(cell, (Behind, InFront)) or (not path and not cell._auto_prefix)
+    """What the attribute `name` of a Cell adds to the path: nothing where `mindpet.peft` puts deltas."""
+    left_out = getattr(child, "is_patched_in", False) or (not path and not cell._auto_prefix)
     return "" if left_out else f"{name}."
 
 

@@ -1,7 +1,6 @@
 """From the names of a MindSpore network to those of the PyTorch model, and back."""
 
 import copy
-import dataclasses
 import math
 import re
 from dataclasses import dataclass, field
@@ -9,12 +8,10 @@ from typing import Callable
 
 import numpy as np
 
-from mindpet.delta.lora_layer import LoraLayer
+from mindpet.delta.lora import LoraConfig, LoraDelta
 from mindpet.errors import CheckpointError
-from mindpet.peft.config import APPROXIMATE_INITS, LoraConfig, pattern_value
-from mindpet.peft.match import ALL_LINEAR, ends_with, exact_targets, exactly, list_layers, listed
-from mindpet.peft.plan import TASK_HEADS
-from mindpet.utils.values import value_of
+from mindpet.files.keys import target_paths
+from mindpet.network.match import exactly
 
 # MindSpore's names of parameters -> PyTorch's, at the end of a name.
 LEAVES = {
@@ -24,7 +21,7 @@ LEAVES = {
     "moving_mean": "running_mean",
     "moving_variance": "running_var",
 }
-A, B, BIAS, MAGNITUDE = (LoraLayer.file_names[f"mindpet_delta_lora_{name}"] for name in ("a", "b", "bias", "magnitude"))
+A, B, BIAS, MAGNITUDE = LoraDelta.file_names.values()
 
 
 EMBEDDING = re.compile(r"(?i)(^|[._])(embed\w*|wte|wpe)$")
@@ -46,11 +43,6 @@ def to_mindspore(name):
 
 
 PREFIX = "base_model.model."  # begins the keys of a file
-
-
-def key_start(plan):
-    """What the keys of an adapter's file begin with; Hugging Face PEFT does not wrap the model twice for a prefix."""
-    return "base_model." if plan.attentions else PREFIX
 
 
 @dataclass(frozen=True)
@@ -89,7 +81,7 @@ class NameMap:
                 before = start.split(PREFIX, 1)[-1]
                 for part, own in found.items():
                     if own:
-                        _check_pair(before + part, own, config.sizes(before + part)["rank"])
+                        _check_pair(before + part, own, config.delta_arguments(before + part)["rank"])
                 scales = {part: config.scaling(before + part) for part, own in found.items() if own}
                 scale = next(iter(scales.values()))
                 for part, own_scale in scales.items():
@@ -99,6 +91,7 @@ class NameMap:
                 rank, key = len(tensors[f"{start}{name}.{A}"]), exactly(before + name)
                 config.rank_pattern = {key: rank, **config.rank_pattern}
                 config.alpha_pattern = {key: scale * config.divisor(rank), **config.alpha_pattern}
+        _refuse_others(tensors, config, {part for parts in self.fused.values() for part in parts})
         return tensors, config
 
     def split(self, tensors, config):
@@ -120,112 +113,15 @@ class NameMap:
                         config.rank_pattern = {exactly(before + part): rank, **config.rank_pattern}
                     if not math.isclose(alpha, config.lora_alpha):
                         config.alpha_pattern = {exactly(before + part): alpha, **config.alpha_pattern}
+        _refuse_others(tensors, config, set(self.fused))
         return tensors, config
 
 
-def to_network(config, tensors, network, names):
-    """A configuration in a file with the names of the network.
-
-    Args:
-        config (PeftConfig): names layers as the PyTorch model does.
-        tensors (dict): key -> numpy.ndarray, what is in its file: it tells the layers.
-        network (Cell): the network, without deltas.
-        names (NameMap): between the names.
-
-    Returns:
-        PeftConfig.
-    """
-    layers, config = list_layers(network), copy.copy(config)
-    theirs = {layer.path: names.to_torch(layer.path) for layer in layers}
-    if isinstance(config, LoraConfig) and names != NameMap():
-        paths = {theirs[layer.path]: layer.paths for layer in layers}
-        pairs = [(path, own) for path in target_paths(tensors) for own in paths.get(path, ())]
-        config = _explicit(config, pairs, [path for layer in layers for path in layer.paths])
-    found = []
-    for entry in listed(config.modules_to_save):
-        # Hugging Face PEFT looks at the end of a name, also inside of a part of it.
-        own = [path for path, name in theirs.items() if name.endswith(entry) and _has_module(tensors, name)]
-        usual = [layer.path for layer in layers if any(ends_with(path, entry) for path in layer.paths)]
-        found += [entry] if not own or own == usual else own
-    config.modules_to_save = found or None
-    return config
-
-
-def portable(tensors, config, plan, network, names):
-    """What is written to a file, so that Hugging Face PEFT finds the same layers and all of their tensors.
-
-    Args:
-        tensors (dict): key -> numpy.ndarray, of the adapter.
-        config (PeftConfig): of the adapter, after `NameMap.split`.
-        plan (Plan): of the adapter.
-        network (Cell): the base network.
-        names (NameMap): to the names of the PyTorch model.
-
-    Returns:
-        tuple: dict of key -> numpy.ndarray, and PeftConfig.
-    """
-    config, layers = copy.copy(config), list_layers(network)
-    is_renamed = names != NameMap()
-    # A delta in the network is no module of the PyTorch model.
-    places = [(path, layer.cell) for layer in layers for path in layer.paths if "mindpet" not in path]
-    known = {names.to_torch(place[0]): place for place in places}
-    if isinstance(config, LoraConfig):
-        if is_renamed or config.target_modules == ALL_LINEAR or config.layers_to_transform is not None:
-            own = {
-                names.to_torch(layer.path): [(layer.path, names.to_torch(path)) for path in layer.paths]
-                for layer in plan.targets
-            }
-            pairs = [pair for path in target_paths(tensors) for pair in own.get(path, [(path, path)])]
-            config = _explicit(config, pairs, known)
-        if re.fullmatch(APPROXIMATE_INITS, str(config.init_lora_weights)):
-            config.init_lora_weights = "pissa"
-    meant = {names.to_torch(path) for layer in plan.modules_to_save for path in layer.paths}
-    entries, heads = listed(config.modules_to_save), TASK_HEADS.get(config.task_type, ())
-    if is_renamed or _at_end([*entries, *heads], known) != meant:
-        entries = sorted(meant)
-    config.modules_to_save = entries or None
-    start = key_start(plan)
-    surplus = {  # that Hugging Face PEFT takes for meant too, and needs the tensors of
-        f"{start}{names.to_torch(f'{path}.{name}')}": value_of(param)
-        for path, cell in (known[path] for path in sorted(_at_end([*entries, *heads], known) - meant))
-        for name, param in cell.parameters_and_names()
-        if "mindpet" not in name
-    }
-    tensors = {**surplus, **tensors}
-    # A BatchNorm of PyTorch counts its batches, which only an average over all of them needs.
-    norms = [key[: -len("running_var")] for key in tensors if key.endswith(".running_var")]
-    return {**{f"{norm}num_batches_tracked": np.zeros((), np.int64) for norm in norms}, **tensors}, config
-
-
-def _at_end(entries, known):
-    """The modules whose names end like one of the entries, as Hugging Face PEFT looks for them."""
-    return {path for path in known if path.endswith(tuple(entries))}
-
-
-def _has_module(tensors, name):
-    """Whether a file has tensors of a module as it is."""
-    return any(key.startswith((f"{PREFIX}{name}.", f"base_model.{name}.")) for key in tensors)
-
-
-def target_paths(tensors):
-    """The paths of the layers that have a LoRA delta in a file."""
-    found = (re.fullmatch(r"base_model\.model\.(.+)\.lora_(A\.weight|embedding_A)", key) for key in tensors)
-    return [match[1] for match in found if match]
-
-
-def _explicit(config, pairs, known):
-    """A LoRA configuration that means these targets alone, given pairs of the path before and after, and all paths."""
-    ranks = {new: pattern_value(config.rank_pattern, old, config.r) for old, new in pairs}
-    alphas = {new: pattern_value(config.alpha_pattern, old, config.lora_alpha) for old, new in pairs}
-    return dataclasses.replace(
-        config,
-        target_modules=exact_targets(ranks, known),
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
-        rank_pattern={exactly(path): rank for path, rank in ranks.items() if rank != config.r},
-        alpha_pattern={exactly(path): alpha for path, alpha in alphas.items() if alpha != config.lora_alpha},
-    )
+def _refuse_others(tensors, config, names):
+    """Refuse deltas of other methods than LoRA on layers that are fused, or are parts of one."""
+    found = [path for path in target_paths(tensors, config) if path.rpartition(".")[2] in names] if names else []
+    if found and not isinstance(config, LoraConfig):
+        raise CheckpointError(f"NameMap: 'fused' is for LoRA; {config.peft_name} has deltas of {found}.")
 
 
 def _take(tensors, start):

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 
 from mindspore import nn
 
-from mindpet.delta.registry import METHODS
 from mindpet.errors import ConfigError, NoMatchError
-from mindpet.layers.kinds import layer_kind, why_not
-from mindpet.peft.config import pattern_value
+from mindpet.network.kinds import layer_kind, why_not
 from mindpet.utils.quote import quote
 from mindpet.utils.validate import is_int
 
@@ -64,7 +62,7 @@ def list_layers(network):
     return list(layers.values())
 
 
-def find_targets(network, config, supported, unmatched=None):
+def find_targets(network, config, supported, unmatched=None, deltas=()):
     """The layers that a configuration means.
 
     A list matches a path or its end after a dot, a str is a regular expression for the whole path, 'all-linear' is
@@ -75,6 +73,7 @@ def find_targets(network, config, supported, unmatched=None):
         config (TargetConfig): says which layers.
         supported (callable): whether a Cell can carry the method.
         unmatched (list): where to note, for a file, entries that match nothing. Default: None, to refuse them.
+        deltas (tuple): classes of Cells that carry a delta already. Default: ().
 
     Returns:
         list of Layer, in the network's order.
@@ -107,12 +106,12 @@ def find_targets(network, config, supported, unmatched=None):
     if missing or torn:
         error = NoMatchError if missing else ConfigError
         raise error(f"{type(config).__name__}: " + "; ".join(missing + torn) + ".")
-    _check_supported(config, found, supported)
+    _check_supported(config, found, supported, deltas)
     return found
 
 
 def check_patterns(config, layers, unmatched=None):
-    """Refuse keys of `rank_pattern` and `alpha_pattern` that fit none of the layers.
+    """Refuse keys of `rank_pattern` and `alpha_pattern`, and entries of `choices`, that fit none of the layers.
 
     Args:
         config (PeftConfig): the configuration.
@@ -128,6 +127,14 @@ def check_patterns(config, layers, unmatched=None):
         for pattern in getattr(config, name, {})
         if not any(pattern_value({pattern: True}, path, False) for layer in layers for path in layer.paths)
     ]
+    for name in getattr(config, "choices", ()):
+        entries = getattr(config, name)
+        parts = [entries] if isinstance(entries, str) else [[entry] for entry in sorted(entries or ())]
+        problems += [
+            no_match(name, part if isinstance(part, str) else part[0], layers)
+            for part in parts
+            if not any(chooses(part, path) for layer in layers for path in layer.paths)
+        ]
     if unmatched is not None:
         unmatched += problems
     elif problems:
@@ -170,12 +177,8 @@ def _is_linear(cell):
 
 
 def ends_with(path, entry):
+    """Whether a path is an entry, or ends like it after a dot."""
     return path == entry or path.endswith(f".{entry}")
-
-
-def listed(entries):
-    """Entries that are one str, several, or None, as a list."""
-    return [entries] if isinstance(entries, str) else sorted(entries or ())
 
 
 def exactly(path):
@@ -198,6 +201,37 @@ def exact_targets(paths, known=None):
     if others is None or any(ends_with(other, path) for other in others for path in paths):
         return f"(?:{'|'.join(map(re.escape, paths))})"
     return paths
+
+
+def names_module(entries, path):
+    """Whether a list of names or a regular expression, as `target_modules` is one, means a path; None means none."""
+    if isinstance(entries, str):
+        return re.fullmatch(entries, path) is not None
+    return any(ends_with(path, entry) for entry in entries or ())
+
+
+def chooses(entries, path):
+    """Whether entries that choose some of the targets mean a path: a regular expression, or a list of ends of names.
+
+    As in Hugging Face PEFT an end may be inside of a part of the path: 'proj' chooses 'c_proj'. None chooses none.
+    """
+    return names_module(entries, path) if isinstance(entries, str) else path.endswith(tuple(entries or ()))
+
+
+def pattern_value(patterns, path, default):
+    """The value for a path in `rank_pattern` or `alpha_pattern`: of the first key that is the path or its end.
+
+    A key is a regular expression.
+    """
+    for pattern, value in patterns.items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", path):
+            return value
+    return default
+
+
+def listed(entries):
+    """Entries that are one str, several, or None, as a list."""
+    return [entries] if isinstance(entries, str) else sorted(entries or ())
 
 
 def _layer_numbers(config, layers, problems):
@@ -235,9 +269,8 @@ def no_match(name, entry, layers):
     return f"'{name}': no layer matches {quote(entry)}{hint}"
 
 
-def _check_supported(config, found, supported):
+def _check_supported(config, found, supported, deltas):
     """Refuse layers that cannot carry the method, or carry a delta already."""
-    deltas = tuple(cell for method in METHODS.values() for cell in method.cells)
     wrapped = [layer.path for layer in found if isinstance(layer.cell, deltas)]
     other = [
         f"{layer.path} ({why_not(layer.cell) or type(layer.cell).__name__})"

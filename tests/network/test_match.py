@@ -5,9 +5,8 @@ from mindspore import nn
 
 from mindpet.delta import LoRADense
 from mindpet.errors import ConfigError, NoMatchError
+from mindpet.network.match import check_patterns, exact_targets, exactly, find_targets, list_layers, pattern_value
 from mindpet.peft import LoraConfig
-from mindpet.peft.config import pattern_value
-from mindpet.peft.match import check_patterns, exact_targets, exactly, find_targets, list_layers
 
 
 class Block(nn.Cell):
@@ -217,7 +216,7 @@ def test_a_second_delta_is_refused():
     network = Network()
     network.layers[1].query = LoRADense(4, 4, 2, 4)
     with pytest.raises(ConfigError, match=r"carry a delta already: \['layers.1.query'\]"):
-        find_targets(network, LoraConfig(target_modules=["query"]), supported)
+        find_targets(network, LoraConfig(target_modules=["query"]), supported, deltas=(LoRADense,))
 
 
 def test_no_targets_are_known():

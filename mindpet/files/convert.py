@@ -1,7 +1,6 @@
 """Files of adapters without a network: reading, converting, inspecting."""
 
 import collections
-import copy
 import math
 import os
 import pathlib
@@ -11,41 +10,32 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from mindpet.delta.lora_layer import LoraEmbedding, LoraLayer
-from mindpet.delta.registry import METHODS
+from mindpet.delta._base import PROMPT, Delta
+from mindpet.delta._config import CONFIG_NAME, TASK_HEADS, PeftConfig, get_peft_config
+from mindpet.delta.lora import LoraConfig
+from mindpet.delta.registry import METHODS, method_of
 from mindpet.errors import CheckpointError, ConfigError
-from mindpet.graph.parameters import TRAINED, matches
-from mindpet.peft.config import APPROXIMATE_INITS, CONFIG_NAME, LoraConfig, PeftConfig, get_peft_config, pattern_value
-from mindpet.peft.match import Layer, check_patterns, exact_targets, exactly, listed
-from mindpet.peft.names import EMBEDDING, PREFIX, NameMap, target_paths
-from mindpet.peft.passport import WEIGHTS_NAME, check_files, read_passport
-from mindpet.peft.plan import TASK_HEADS, is_from_weight
-from mindpet.peft.state import PROMPT, check_finite, check_tensors, is_adapter, read_tensors, save_adapter
-from mindpet.utils.checkpoints import read_checkpoint
+from mindpet.files.adapter import check_finite, check_tensors, is_adapter, read_tensors, save_adapter
+from mindpet.files.checkpoints import read_checkpoint
+from mindpet.files.keys import parse_keys, shared_key, target_paths
+from mindpet.files.names import EMBEDDING, PREFIX, NameMap
+from mindpet.files.passport import WEIGHTS_NAME, check_files, read_passport
+from mindpet.files.tensors import TensorFile, save_tensors
+from mindpet.network.match import Layer, check_patterns, exact_targets, listed
+from mindpet.network.parameters import TRAINED, matches
 from mindpet.utils.files import atomic
 from mindpet.utils.parse import read_json
 from mindpet.utils.quote import printable, quote
-from mindpet.utils.tensors import TensorFile, save_tensors
 
-# Name in a file of Hugging Face PEFT -> name of the Parameter beside a layer.
-LORA_NAMES = {file: own for cls in (LoraLayer, LoraEmbedding) for own, file in cls.file_names.items()}
-LORA_KEY = re.compile(rf"(?P<path>.+)\.(?P<name>{'|'.join(map(re.escape, LORA_NAMES))})")
-DELTA_KEY = re.compile(r"(?P<path>.+)\.(?P<name>mindpet_delta_lora_(a|b|A|B|bias|magnitude))")
-TABLE = "mindpet_delta_ptuning2_embedding.embedding_table"
-# An embedding of prefixes -> the two Dense layers behind it, which P-Tuning v2 may do without.
-PROJECTIONS = {
-    TABLE: ("mindpet_delta_ptuning2_dense_in", "mindpet_delta_ptuning2_dense_out"),
-    "mindpet_delta_prefixtuning_wte.embedding_table": tuple(
-        f"mindpet_delta_prefixtuning_control_trans.{number}" for number in (0, 2)
-    ),
+SHARED = {
+    name: shared_key(file)
+    for method in METHODS.values()
+    for delta in method.deltas.values()
+    for name, file in delta.shared_names.items()
 }
+DELTA_KEY = re.compile(rf"(?P<path>.+?)\.(?P<name>mindpet_delta_.+|{'|'.join(SHARED)})")
+WHOLE_KEY = re.compile(r"((?P<path>.+?)\.)?(?P<name>mindpet_delta_.+)")
 STATISTICS = ("running_mean", "running_var")
-# What a configuration must say, for the tensors do not.
-REQUIRED = {
-    "LORA": ("lora_alpha",),
-    "ADAPTER": ("bottleneck_size",),
-    "LOW_RANK_ADAPTER": ("reduction_factor", "low_rank_size"),
-}
 CONSTANTS = [pattern for method in METHODS.values() for pattern in method.constants]
 
 
@@ -102,7 +92,7 @@ def read_adapter(path, config=None, names=None, force=False):
         config = PeftConfig.from_pretrained(path)
         config.check_supported(from_file=True)
         file = pathlib.Path(path) / CONFIG_NAME
-        _require(file, read_json(file, ConfigError), ("r",) if isinstance(config, LoraConfig) else ())
+        _require(file, read_json(file, ConfigError), config.required + config.told_by_tensors)
         tensors = read_tensors(path)
         passport = {} if force else check_files(path)
     else:
@@ -132,46 +122,39 @@ def wanted_tensors(config, tensors):
     Returns:
         dict of key -> shape.
     """
-    wanted, layers = {}, set()
+    wanted, method = {}, method_of(config)
+    keys = parse_keys(tensors, config)
+    layers = set(target_paths(tensors, config))
     if config.is_prompt_learning:
-        sizes = (config.num_virtual_tokens, config.num_layers, config.token_dim)
-        known = None not in sizes
         own = tensors[PROMPT].shape if PROMPT in tensors else ("tokens", "features")
-        wanted[PROMPT] = (sizes[0], sizes[1] * 2 * sizes[2]) if known else own
-    elif isinstance(config, LoraConfig):
-        found = (LORA_KEY.fullmatch(key) for key in tensors if key.startswith(PREFIX))
-        layers = {match["path"][len(PREFIX) :] for match in found if match}
+        wanted[PROMPT] = config.table_shape or own
+    elif any(delta.file_names for delta in method.deltas.values()):
         for path in sorted(layers) or ["*"]:
-            wanted.update(_lora_shapes(config, path, tensors))
-    start = "base_model." if config.is_prompt_learning else PREFIX
-    has_own_names = isinstance(config, LoraConfig) or config.is_prompt_learning
-    own = () if has_own_names else config.method.trainable
+            here = {key: tensors[key].shape for key in keys if keys[key].path in (path, None)}
+            for key, shape in _layer_shapes(config, path, here).items():
+                if shape != here.get(key):
+                    wanted[key] = shape  # also where it fits another of the layers that share it
+                wanted.setdefault(key, shape)
+    by_own_names = not keys and not config.is_prompt_learning
     for key, value in tensors.items():
-        path = key[len(start) :]
-        whole = in_modules_to_save(path, config) or _is_shared(path, config, layers) or matches(path, own)
-        if key.startswith(start) and whole:
+        path = key[len(config.key_start) :]
+        whole = in_modules_to_save(path, config) or _is_shared(path, config, layers)
+        whole = whole or (by_own_names and matches(path, method.trainable))
+        if key.startswith(config.key_start) and whole:
             wanted.setdefault(key, value.shape)
     return wanted
 
 
-def _lora_shapes(config, path, tensors):
-    """key -> shape of the tensors of a layer: of the rank that the configuration says, and of their own sizes."""
-    table = {own: f"{PREFIX}{path}.{name}" for own, name in LoraEmbedding.file_names.items()}
-    pair = ("mindpet_delta_lora_a", "mindpet_delta_lora_b")
-    if not any(table[name] in tensors for name in pair):
-        table = {own: f"{PREFIX}{path}.{name}" for own, name in LoraLayer.file_names.items()}
-    a, b = (tensors.get(table[name], np.zeros(())).shape for name in pair)
-    rank, rest = config.sizes(path)["rank"], a[1:] or ("in",)
-    out, inner = (b[0], b[1]) if len(b) > 1 else ("out", rank)
-    taps = (1,) * (len(rest) - 1)
-    # B of a convolution in groups has a part of the rank.
-    grouped = taps and inner and rank % inner == 0 and out != "out" and out % (rank // inner) == 0
-    shapes = {table[pair[0]]: (rank, *rest), table[pair[1]]: (out, inner if grouped else rank, *taps)}
-    if config.use_dora:
-        shapes[table["mindpet_delta_lora_magnitude"]] = (1, out, *taps) if taps else (out,)
-    if config.lora_bias and "mindpet_delta_lora_bias" in table:
-        shapes[table["mindpet_delta_lora_bias"]] = (out,)
-    return shapes
+def _layer_shapes(config, path, shapes):
+    """key -> shape of the tensors that a layer must have, from the shapes of those that it has, by key."""
+    keys = parse_keys(shapes, config)
+    kinds = [kind for kind in method_of(config).deltas if all(kind in key.kinds for key in keys.values())]
+    delta = method_of(config).deltas[(kinds or list(method_of(config).deltas))[0]]
+    own = {key.name: shapes[name] for name, key in keys.items()}
+    wanted = delta.file_shapes(own, **config.delta_arguments(path))
+    keys = {name: f"{config.key_start}{path}.{file}" for name, file in delta.file_names.items()}
+    keys.update({name: shared_key(file) for name, file in delta.shared_names.items()})
+    return {keys[name]: shape for name, shape in wanted.items()}
 
 
 def in_modules_to_save(path, config):
@@ -187,9 +170,8 @@ def _is_shared(path, config, layers):
     head, _, leaf = path.rpartition(".")
     layer, _, base = head.rpartition(".")
     layer = layer if base == "base_layer" else head
-    bias = getattr(config, "bias", "none")
     if leaf == "bias":
-        return bias == "all" or (bias == "lora_only" and layer in layers)
+        return matches(path, config.trained_parameters) or (config.trains_target_biases and layer in layers)
     return leaf in STATISTICS or (leaf == "weight" and base == "base_layer" and layer in layers)
 
 
@@ -219,46 +201,59 @@ def from_delta(tensors, config, names):
     """
     tensors = _known_names(tensors)
     if config.is_prompt_learning:
-        heads = ((f"base_model.{names.to_torch(name)}", value) for name, value in tensors.items())
+        heads = ((f"{config.key_start}{names.to_torch(name)}", value) for name, value in tensors.items())
         heads = {name: value for name, value in heads if "mindpet" not in name}
-        return config, {PROMPT: _prefixes(tensors, config), **heads}
-    if not isinstance(config, LoraConfig):
-        return config, _unique((PREFIX + names.to_torch(name), value) for name, value in tensors.items())
-    deltas = {name: DELTA_KEY.fullmatch(name) for name in tensors}
-    targets = {names.to_torch(match["path"]) for match in deltas.values() if match}
-    found, ranks = [], {}
+        return config.of_delta_file({}, {**_whole(tensors, config), **heads})
+    deltas = {name: match for name in tensors if (match := DELTA_KEY.fullmatch(name))}
+    targets = {names.to_torch(match["path"]) for match in deltas.values()}
+    found, shapes, shared = [], {}, {}
     for name, value in tensors.items():
-        match = deltas[name]
-        if match is None:
+        if name in deltas:
+            path, local = names.to_torch(deltas[name]["path"]), deltas[name]["name"]
+            if local in SHARED:
+                shared.setdefault(SHARED[local], {})[name] = value
+                continue
+            file_names = _file_names(config, path)
+            local = local if local in file_names else local.lower()  # LoRA's A and B of hand-made layers
+            found.append((f"{PREFIX}{path}.{file_names.get(local, local)}", value))
+            shapes.setdefault(path, {})[local] = value.shape
+        else:
             path, _, leaf = names.to_torch(name).rpartition(".")
             # Hugging Face PEFT keeps the layer itself inside of its own as `base_layer`.
             inner = ".".join(filter(None, (path, "base_layer" if path in targets else "", leaf)))
             found.append((PREFIX + inner, value))
-            continue
-        path = names.to_torch(match["path"])
-        cls = LoraLayer if EMBEDDING.search(path) is None else LoraEmbedding
-        own = match["name"].lower()
-        found.append((f"{PREFIX}{path}.{cls.file_names.get(own, own)}", value))
-        if own.endswith("_a"):
-            ranks[path] = value.shape[0] if value.ndim else 0
-    config = _with_ranks(config, ranks)
-    found, config = names.split(_without_start(_unique(found), config), config)
-    config.target_modules = config.target_modules or exact_targets(target_paths(found))
+    found += [(key, _only(own)) for key, own in shared.items()]
+    if shapes:
+        check_patterns(config, [Layer(None, [path], []) for path in shapes])
+    config, found = config.of_delta_file(shapes, _unique(found))
+    found, config = names.split(found, config)
+    paths = target_paths(found, config)
+    if paths:
+        config.target_modules = config.target_modules or exact_targets(paths)
     return config, found
 
 
-def _with_ranks(config, ranks):
-    """A configuration with the ranks that tensors have; what it says itself of layers must fit them."""
-    config = copy.deepcopy(config)
-    if ranks:
-        check_patterns(config, [Layer(None, [path], []) for path in ranks])
-    said = {path: pattern_value(config.rank_pattern, path, rank) for path, rank in ranks.items()}
-    wrong = [f"{path}: {said[path]} is given, but it is {rank}" for path, rank in ranks.items() if said[path] != rank]
-    if wrong:
-        raise ConfigError("the ranks are not those of the tensors:\n  " + "\n  ".join(wrong))
-    config.r = max(ranks.values(), key=list(ranks.values()).count) if ranks else config.r
-    config.rank_pattern = {exactly(path): rank for path, rank in ranks.items() if rank != config.r}
-    return config
+def _only(values):
+    """The one value of tensors that an adapter's layers share; hand-made layers may have each their own.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    first, *others = values.values()
+    if not all(np.array_equal(first, other) for other in others):
+        raise CheckpointError(
+            f"the layers of an adapter share one tensor, but these differ: {quote(list(values))}; hand-made "
+            "ones are made with those of another one."
+        )
+    return first
+
+
+def _file_names(config, path):
+    """name -> name in a file, of the delta at a path, whose name tells whether it is beside an embedding."""
+    deltas = method_of(config).deltas
+    is_embedding = EMBEDDING.search(path) and "embedding" in deltas
+    delta = deltas["embedding"] if is_embedding else next(iter(deltas.values()), None)
+    return delta.file_names or {} if delta else {}
 
 
 def _known_names(tensors):
@@ -271,77 +266,60 @@ def _known_names(tensors):
     return {**base, **_unique((name.replace(TRAINED, ""), value) for name, value in named.items() if TRAINED in name)}
 
 
-def _without_start(tensors, config):
-    """Tensors without what PiSSA and OLoRA took off the base, which the configuration must tell then."""
-    start = [name for name in tensors if "mindpet_lora_start_" in name]
-    if start and not is_from_weight(config):
-        raise ConfigError(
-            f"{start[0]} is a part of the base that the adapter starts from: 'init_lora_weights' must say how, 'pissa' "
-            f"or 'olora', but is {config.init_lora_weights!r}."
-        )
-    if re.fullmatch(APPROXIMATE_INITS, str(config.init_lora_weights)):
-        config.init_lora_weights = "pissa"  # it was computed exactly
-    return {name: value for name, value in tensors.items() if name not in start}
+def _whole_delta(method):
+    """The Delta of a method whose tensors in a file are of all places together, or None."""
+    deltas = (delta for delta in method.deltas.values() if delta.to_file.__func__ is not Delta.to_file.__func__)
+    return next(deltas, None)
 
 
-def _prefixes(tensors, config):
-    """The keys and values of all layers as one table, as in `state.prefix_table`."""
-    tables = [name for name in tensors if name.endswith(tuple(PROJECTIONS))]
-    if not tables:
-        raise CheckpointError(f"no prefix in the file; there are {sorted(tensors)}.")
-    order = sorted(tables, key=lambda name: [int(part) if part.isdigit() else part for part in name.split(".")])
-    table = np.concatenate([_prefix(tensors, name) for name in order], 1)
-    sizes = ("num_virtual_tokens", "num_layers", "token_dim", "num_attention_heads")
-    tokens, layers, width, heads = (getattr(config, name) for name in sizes)
-    if None in (tokens, layers, width, heads) or table.shape != (tokens, layers * 2 * width):
-        given = {name: getattr(config, name) for name in sizes}
-        raise ConfigError(
-            f"the prefixes are {list(table.shape)}: the configuration must say (num_virtual_tokens, num_layers * 2 * "
-            f"token_dim) of it, and num_attention_heads, but has {given}."
-        )
-    return table
+def _whole(tensors, config):
+    """The tensors of all places together, see `Delta.to_file`, from those of a delta file; others are no deltas."""
+    values = {}  # path -> name -> value
+    for key, value in tensors.items():
+        match = WHOLE_KEY.fullmatch(key)
+        if match:
+            values.setdefault(match["path"] or "", {})[match["name"]] = value
+    names = {name for own in values.values() for name in own}
+    for method in METHODS.values():
+        # Prefixes of both methods are the same in a file of Hugging Face PEFT, and so may be their configuration.
+        is_meant = isinstance(config, method.config) or issubclass(method.config, type(config))
+        if is_meant and names and all(matches(name, method.trainable) for name in names):
+            paths = sorted(values, key=lambda path: [n.zfill(9) if n.isdigit() else n for n in path.split(".")])
+            return _whole_delta(method).to_file({path: values[path] for path in paths})
+    raise CheckpointError(
+        f"the file must have a delta of {config.peft_name}, and no other; there are {sorted(tensors)}."
+    )
 
 
-def _prefix(tensors, name):
-    """What is computed from an embedding: `W_2 tanh(W_1 E + b_1) + b_2`, or itself."""
-    end = next(end for end in PROJECTIONS if name.endswith(end))
-    parts = [f"{name[: -len(end)]}{dense}.{leaf}" for dense in PROJECTIONS[end] for leaf in ("weight", "bias")]
-    lacking = [part for part in parts if part not in tensors]
-    if end == TABLE and len(lacking) == len(parts):
-        return tensors[name]
-    if lacking:
-        raise CheckpointError(f"{name} is projected, but the file lacks {lacking}.")
-    weight_in, bias_in, weight_out, bias_out = (tensors[part].astype(np.float32) for part in parts)
-    inner = np.tanh(tensors[name].astype(np.float32) @ weight_in.T + bias_in)
-    return inner @ weight_out.T + bias_out
-
-
-def to_delta(tensors, names, prefix_path="prefix_encoder"):
+def to_delta(tensors, config, names, prefix_path=None):
     """The tensors of a delta file of mindpet, from those of a file of Hugging Face PEFT.
 
     Args:
         tensors (dict): key -> numpy.ndarray.
+        config (PeftConfig): of the adapter.
         names (NameMap): between the network's names and those of the PyTorch model.
-        prefix_path (str): where the network has its PrefixEncoder. Default: 'prefix_encoder'.
+        prefix_path (str): where the network has its prefix or its prompt. Default: None, see `Delta.usual_path`.
 
     Returns:
         dict of name -> numpy.ndarray.
     """
-    result = []
+    result, keys, layers = [], parse_keys(tensors, config), target_paths(tensors, config)
     for key, value in tensors.items():
-        match = LORA_KEY.fullmatch(key)
         if key == PROMPT:
-            result.append((f"{prefix_path}.{TABLE}", value))
-        elif match is not None:
-            path = names.to_mindspore(match["path"][len(PREFIX) :])
-            result.append((f"{path}.{LORA_NAMES[match['name']]}", value))
+            delta = _whole_delta(method_of(config.computed()))
+            path = delta.usual_path if prefix_path is None else prefix_path
+            found = delta.from_file({PROMPT: value}, [path])[path]
+            result += [(".".join(filter(None, (path, name))), own) for name, own in found.items()]
+        elif key in keys:
+            path = layers[0] if keys[key].path is None else keys[key].path
+            result.append((f"{names.to_mindspore(path)}.{keys[key].name}", value))
         else:
             plain = re.sub(r"^base_model\.(model\.)?", "", key).replace(".base_layer.", ".")
             result.append((names.to_mindspore(plain), value))
     return _unique(result)
 
 
-def convert(source, target, config=None, name_map=None, prefix_path="prefix_encoder", force=False):
+def convert(source, target, config=None, name_map=None, prefix_path=None, force=False):
     """A folder of Hugging Face PEFT or mindpet into a delta file of mindpet, or a delta file into such a folder.
 
     Args:
@@ -349,7 +327,7 @@ def convert(source, target, config=None, name_map=None, prefix_path="prefix_enco
         target (str): a file that ends in .ckpt or .safetensors, or a folder.
         config (PeftConfig): of a delta file, which does not hold its own. Default: None.
         name_map (NameMap): between the network's names and those of the PyTorch model. Default: None, see `NameMap`.
-        prefix_path (str): where the network has its PrefixEncoder. Default: 'prefix_encoder'.
+        prefix_path (str): where the network has its prefix or its prompt. Default: None, see `Delta.usual_path`.
         force (bool): see `read_adapter`. Default: False.
 
     Raises:
@@ -360,7 +338,7 @@ def convert(source, target, config=None, name_map=None, prefix_path="prefix_enco
     config, tensors, _ = read_adapter(source, config, names, force)
     if pathlib.Path(target).suffix in (".ckpt", ".safetensors"):
         tensors, _ = names.fuse(tensors, config)
-        write_delta(target, to_delta(tensors, names, prefix_path))
+        write_delta(target, to_delta(tensors, config, names, prefix_path))
     else:
         config.inference_mode = True
         save_adapter(target, config, tensors, {})
@@ -378,7 +356,7 @@ def inspect(path):
     Raises:
         FileNotFoundError, CheckpointError, ConfigError: it cannot be read.
     """
-    lines, passport, file = [], {}, pathlib.Path(path)
+    lines, passport, config, file = [], {}, None, pathlib.Path(path)
     if file.is_dir():
         if not is_adapter(path):
             raise FileNotFoundError(f"{path}: no {CONFIG_NAME} in this folder.")
@@ -396,7 +374,7 @@ def inspect(path):
         )
     width = max(map(len, shapes), default=0)
     lines += [f"{name:<{width}}  {dtypes[name].name:<8}  {list(shape)}" for name, shape in shapes.items()]
-    lines += [f"method: {method}" for method in _methods(shapes)]
+    lines += [f"method: {method}" for method in _methods(shapes, config)]
     numbers = sum(map(math.prod, shapes.values()))
     lines.append(f"{len(shapes)} tensors, {numbers:,} numbers, {file.stat().st_size:,} bytes")
     return "\n".join(printable(line).replace("\n", "\\n") for line in lines)
@@ -411,19 +389,22 @@ def _header(file):
     return ({name: getattr(value, what) for name, value in tensors.items()} for what in ("shape", "dtype"))
 
 
-def _methods(shapes):
-    """The methods that names of tensors tell of, and of LoRA the ranks."""
+def _methods(shapes, config):
+    """The methods that names of tensors, or the configuration, tell of, and of LoRA the ranks."""
     first = re.compile(r".*lora_(embedding_)?[aA](\.weight)?")
     ranks = [shape[0] for name, shape in shapes.items() if shape and first.fullmatch(name)]
     found = [f"LORA, rank {', '.join(map(str, sorted(set(ranks))))}, {len(ranks)} layers"] if ranks else []
     own = (method for method in METHODS.values() if method.cells and method.name != "lora")
-    found += [method.peft_type for method in own if any(matches(name, method.trainable) for name in shapes)]
-    return found + ["PREFIX_TUNING"] * (PROMPT in shapes)
+    found += [
+        method.config.peft_type.value for method in own if any(matches(name, method.trainable) for name in shapes)
+    ]
+    whole = [config] if config else [method.config() for method in METHODS.values() if _whole_delta(method)]
+    names = sorted({one.to_dict()["peft_type"] for one in whole})
+    return found + [" or ".join(names)] * (PROMPT in shapes)
 
 
-def _require(path, content, more, problems=()):
+def _require(path, content, names, problems=()):
     """Refuse the content of a file that does not say a number that its method needs, and defaults are guesses for."""
-    names = (*REQUIRED.get(content["peft_type"], ()), *more)
     problems = [*problems, *(f"{name!r} is missing" for name in names if name not in content)]
     if problems:
         raise ConfigError(f"{path}: {'; '.join(problems)} (a configuration of {content['peft_type']}).")
@@ -444,7 +425,9 @@ def load_config(path):
         raise ConfigError(f"{path}: {error}") from error
     # Every library writes these, and nobody else has a reason to.
     is_written = {"base_model_name_or_path", "inference_mode"} <= content.keys()
-    _require(path, content, (), [f"{name!r} is not known" for name in sorted(config.unknown) if not is_written])
+    _require(
+        path, content, config.required, [f"{name!r} is not known" for name in sorted(config.unknown) if not is_written]
+    )
     if isinstance(config, LoraConfig) and "r" in content:
         config.rank_pattern = {**config.rank_pattern, ".*": config.r}  # not the default, but of every layer
     return config

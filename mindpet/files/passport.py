@@ -11,8 +11,8 @@ import numpy as np
 from mindspore import Parameter, Tensor, ops
 
 import mindpet
+from mindpet.delta._config import CONFIG_NAME
 from mindpet.errors import CheckpointError
-from mindpet.peft.config import CONFIG_NAME
 from mindpet.utils.parse import read_json
 
 WEIGHTS_NAME = "adapter_model.safetensors"

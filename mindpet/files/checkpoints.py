@@ -14,7 +14,7 @@ from mindspore import Parameter
 from mindspore.train.checkpoint_pb2 import Checkpoint
 
 from mindpet.errors import CheckpointError
-from mindpet.utils.tensors import LARGEST, TensorFile, check_names
+from mindpet.files.tensors import LARGEST, TensorFile, check_names
 
 # Types in a .ckpt file -> bytes of a number. A `str` is read by NumPy, which knows its length.
 SIZES = {"Bool": 1, "BFloat16": 2, **{f"Float{bits}": bits // 8 for bits in (16, 32, 64)}}

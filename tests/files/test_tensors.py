@@ -6,7 +6,7 @@ import struct
 import pytest
 
 from mindpet.errors import CheckpointError
-from mindpet.utils.tensors import TensorFile
+from mindpet.files.tensors import TensorFile
 
 
 def test_a_type_that_is_not_read_is_named(tmp_path):

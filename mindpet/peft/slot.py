@@ -1,9 +1,9 @@
-"""Putting the delta Cells of an adapter into a network, and taking them out again.
+"""The slot of an adapter: its deltas and trained base parameters, and putting them into a network.
 
 A layer stays the object that it is: its class, parameters, operators and place in the network do not change. Only its
-`construct` is overlaid, on the object, by one that calls the original and then the delta. So whoever holds a reference
-to the layer sees the delta, and taking it out leaves the layer as it was. A parameter of the base that an adapter
-trains stays where it is, too: the adapter has a copy, which hides it from the layer's `construct`.
+`construct` is patched, on the object, by one that calls the original and the delta. So whoever holds a reference to the
+layer sees the delta, and taking it out leaves the layer as it was. A parameter of the base that an adapter trains stays
+where it is, too: the adapter has a copy, which hides it from the layer's `construct`.
 """
 
 import inspect
@@ -12,68 +12,15 @@ import mindspore as ms
 from mindspore import Parameter, Tensor
 from mindspore.common._register_for_recompute import recompute_registry
 
-from mindpet.graph.parameters import TRAINED, matches, outer_prefix
-from mindpet.layers.kinds import layer_kind
-from mindpet.peft.match import list_layers
-from mindpet.peft.overlay import Overlay, beside
+from mindpet.network.match import list_layers
+from mindpet.network.parameters import TRAINED, matches, outer_prefix
+from mindpet.network.values import assign, digest, value_of
+from mindpet.peft.patch import AttributePatch, ConstructPatch, ParameterPatch
 from mindpet.peft.strategies import carry_strategy
-from mindpet.utils.values import assign, digest, value_of
 
 
-class Attribute:
-    """An attribute of a Cell with another value: a prefix, the offset of positions, how a BatchNorm normalises.
-
-    Args:
-        cell (Cell): the Cell.
-        name (str): the attribute; it may be one of the class.
-        value (Union[Cell, int, bool]): its value.
-    """
-
-    def __init__(self, cell, name, value):
-        self.cell, self.name, self.value = cell, name, value
-
-    def put(self):
-        """Set the value, on the object, where it hides what the class has."""
-        self.before = {self.name: vars(self.cell)[self.name]} if self.name in vars(self.cell) else {}
-        vars(self.cell)[self.name] = self.value
-        if isinstance(self.value, ms.nn.Cell):
-            self.cell._cells[self.name] = self.value
-
-    def remove(self):
-        """Set the value that was there before."""
-        del vars(self.cell)[self.name]
-        self.cell._cells.pop(self.name, None)
-        vars(self.cell).update(self.before)
-
-
-class Copy:
-    """A Parameter that takes the place of another one in a Cell.
-
-    The attribute of the object hides the Cell's own: Python looks there before it asks `Cell.__getattr__`, in PyNative
-    and in graph mode (MindSpore 2.7 to 2.10).
-
-    Args:
-        cell (Cell): the Cell.
-        name (str): the attribute.
-        param (Parameter): takes the place.
-    """
-
-    def __init__(self, cell, name, param):
-        self.cell, self.name, self.param = cell, name, param
-
-    def put(self):
-        """Hide the Cell's own Parameter."""
-        self.cell._params[TRAINED + self.name] = self.param
-        vars(self.cell)[self.name] = self.param
-
-    def remove(self):
-        """Let the Cell have its own Parameter again."""
-        del self.cell._params[TRAINED + self.name]
-        del vars(self.cell)[self.name]
-
-
-class Frame:
-    """The delta Cells and copies of an adapter, and where they go. Adapters of the same shapes may share a frame.
+class AdapterSlot:
+    """The deltas and trained base parameters of an adapter. Adapters of the same shapes may share a slot.
 
     Args:
         network (Cell): the network; `put` changes it.
@@ -82,39 +29,38 @@ class Frame:
 
     Attributes:
         plan (Plan): what it was made from.
-        deltas (dict): path of a layer -> its delta Cell.
-        names (dict): path of a layer -> paths of the delta's parameters, from the network.
-        copies (dict): path of a copy -> path of the Parameter that it is of.
-        params (dict): path -> Parameter of the deltas, and copies.
+        deltas (dict): path of a target -> its Delta.
+        names (dict): path of a target -> name of a parameter in the Delta -> its path in the network.
+        copies (dict): path of a trained base parameter -> path of the Parameter that it is a copy of.
+        params (dict): path -> Parameter of the deltas, and trained base parameters.
         holder (Adapter): whose values are in the parameters, or None.
         hidden (dict): path -> digest, of parameters that hold a neutral value instead of that of the holder.
     """
 
     def __init__(self, network, plan, suffix=""):
-        method = plan.method
         self.outer = outer_prefix(network)
-        self.network, self.plan, self.deltas, self.places = network, plan, {}, []
+        self.network, self.plan, self.deltas, self.patches = network, plan, {}, []
         self.names, self.params, self.copies = {}, {}, {}
         self.holder, self.hidden = None, {}
-        self._layers = []  # (delta, the Cell that it belongs to)
         copies = self._copy_trained(suffix)  # (id of a Cell, attribute) -> copy
-        for layer in plan.targets:
-            kind = layer_kind(layer.cell)
-            delta = method.make(layer.cell, kind, **plan.config.sizes(layer.path))
-            if getattr(delta, "use_dora", False):
-                delta.base_bias = copies.get((id(layer.cell), kind.bias), delta.base_bias)
-            carry_strategy(layer.cell, kind, delta)
-            self._add(layer, method.prefix, delta, suffix)
-            self.places.append(Overlay(layer.cell, beside, method.before_activation, {"mindpet_delta": delta}))
-        for layer in plan.attentions:
-            delta = method.make(layer.cell.kv_heads, layer.cell.head_dim, **plan.config.sizes(layer.path))
-            carry_strategy(layer.cell, None, delta)
-            self._add(layer, method.prefix, delta, suffix)
-            self.places.append(Attribute(layer.cell, "prefix_source", delta))
-        if plan.attentions:
-            cells = [layer.cell for layer in list_layers(network) if hasattr(layer.cell, "position_offset")]
-            self.places += [Attribute(cell, "position_offset", plan.config.num_virtual_tokens) for cell in cells]
-        self.places += [Attribute(cell, "use_batch_statistics", False) for cell in plan.still]
+        shared = {cls: _shared(cls, plan) for cls in {target.delta for target in plan.targets}}
+        for target in plan.targets:
+            delta = target.delta.create(target.cell, target.kind, **target.arguments, **shared[target.delta])
+            if getattr(delta, "base_bias", None) is not None:
+                delta.base_bias = copies.get((id(target.cell), target.kind.bias), delta.base_bias)
+            carry_strategy(target.cell, target.kind, delta)
+            self._add(target.path, delta, suffix)
+            if target.is_layer:
+                patch = ConstructPatch(target.cell, target.kind, [delta])
+            else:
+                patch = AttributePatch(target.cell, target.kind.slot, delta)
+            self.patches.append(patch)
+        positions = max((delta.positions for delta in self.deltas.values()), default=0)
+        if positions:
+            cells = [network, *(layer.cell for layer in list_layers(network))]
+            counting = [cell for cell in cells if hasattr(cell, "position_offset")]
+            self.patches += [AttributePatch(cell, "position_offset", positions) for cell in counting]
+        self.patches += [AttributePatch(cell, "use_batch_statistics", False) for cell in plan.still]
         self._marks = self._find_marks()
         for param in self.params.values():  # until the adapter is active
             param.requires_grad = False
@@ -129,32 +75,37 @@ class Frame:
             copy = Parameter(Tensor(value_of(base)), name=self.outer + name)
             self.params[name], self.copies[name] = copy, path
             found.update({(id(cell), key): copy for _, cell, key in places})
-            self.places += [Copy(cell, key, copy) for _, cell, key in places]
+            self.patches += [ParameterPatch(cell, key, copy) for _, cell, key in places]
         return found
 
-    def _add(self, layer, prefix, delta, suffix):
-        params = {f"{layer.path}.{prefix}{name}{suffix}": param for name, param in named_parameters(delta)}
+    def _add(self, path, delta, suffix):
+        params = {name: param for name, param in delta.parameters_and_names() if not name.startswith("base_")}
+        known = {id(param): name for name, param in self.params.items()}  # what deltas share has the first one's path
+        start = f"{path}." if path else ""  # of the network itself
+        names = {name: known.get(id(param), f"{start}{name}{suffix}") for name, param in params.items()}
+        self.deltas[path], self.names[path] = delta, names
         for name, param in params.items():
-            param.name = self.outer + name
-        self.params.update(params)
-        self.deltas[layer.path], self.names[layer.path] = delta, list(params)
-        self._layers.append((delta, layer.cell))
+            self.params[names[name]], param.name = param, self.outer + names[name]
 
     def set_types(self, values, as_layer=False):
         """Give the parameters the types of `values`, a dict by path; the others that of their layer if `as_layer`."""
-        layers = self.plan.targets if as_layer else ()
-        own = {layer.path: layer_kind(layer.cell).weight_of(layer.cell).dtype for layer in layers}
+        targets = [target for target in self.plan.targets if as_layer and target.is_layer]
+        types = {target.path: target.kind.weight_of(target.cell).dtype for target in targets}
         for path, names in self.names.items():
-            for name in names:
+            for name in names.values():
                 if name in values:
                     self.params[name].set_dtype(Tensor(values[name]).dtype)
                 elif matches(name, self.plan.method.trainable):
-                    self.params[name].set_dtype(own.get(path, ms.float32))
+                    self.params[name].set_dtype(types.get(path, ms.float32))
+
+    def values_of(self, path, values):
+        """The values of a target's Delta, name in it -> array, from those of the adapter, a dict by path."""
+        return {name: values[own] for name, own in self.names[path].items() if own in values}
 
     @property
     def signature(self):
-        """What must be equal for two adapters to share a frame."""
-        kinds = tuple((path, getattr(delta, "signature", str(delta))) for path, delta in self.deltas.items())
+        """What must be equal for two adapters to share a slot."""
+        kinds = tuple((path, delta.signature) for path, delta in self.deltas.items())
         shapes = tuple((name, param.shape, param.dtype) for name, param in self.params.items())
         places = tuple((id(cell), key) for found in self.plan.places.values() for _, cell, key in found)
         return kinds, shapes, places, tuple(map(id, self.plan.still))
@@ -171,16 +122,14 @@ class Frame:
         for name, param in self.params.items() if outer != self.outer else ():
             param.name = outer + name  # the network has come into another one
         self.outer = outer
-        for place in self.places:
-            place.put()
-        for delta, cell in self._layers:
-            delta.set_train(cell.training)
+        for patch in self.patches:
+            patch.apply()
         self.mark()
 
     def remove(self):
         """Take the deltas and copies out of the network."""
-        for place in self.places:
-            place.remove()
+        for patch in self.patches:
+            patch.revert()
         self.mark(remove=True)
 
     def fill(self, holder, values, is_new=False):
@@ -201,7 +150,7 @@ class Frame:
     @property
     def can_reset(self):
         """Whether the deltas can be made the identity."""
-        return all(hasattr(delta, "reset") for delta in self.deltas.values())
+        return all(delta.can_reset for delta in self.deltas.values())
 
     def hide(self, copies):
         """Make the deltas the identity, and with `copies` (bool) the copies what they are copies of."""
@@ -227,13 +176,19 @@ class Frame:
             cell._cell_init_args = own.replace(mark, "") if remove else own + mark
 
     def _find_marks(self):
-        """(Cell with `lazy_inline`, what tells apart what the frame puts into it)."""
+        """(Cell with `lazy_inline`, what tells apart what the slot puts into it)."""
         found = []
         for layer in (layer for layer in list_layers(self.network) if hasattr(layer.cell, "_cell_init_args")):
             start, own = f"{layer.path}.", self.params.items()
             inside = [f"{name[len(layer.path) :]} {param.shape}" for name, param in own if name.startswith(start)]
             found += [(layer.cell, f"mindpet {inside}")] if inside else []
         return found
+
+
+def _shared(cls, plan):
+    """The keyword of `Delta.setup` for the parameters that deltas of a class share."""
+    params = cls.shared([target for target in plan.targets if target.delta is cls])
+    return {"shared": params} if params else {}
 
 
 def renew_recompute(network):
@@ -249,9 +204,3 @@ def renew_recompute(network):
         elif old is not None:  # use_reentrant=False, MindSpore 2.10: a function that has its options in its closure
             options = {**inspect.getclosurevars(old).nonlocals, "block": cell.construct, "use_reentrant": False}
             cell._recompute_cell = recompute_registry.get()(**options)
-
-
-def named_parameters(delta):
-    """(name within the delta, Parameter) of those that belong to the delta, and not to its layer."""
-    pairs = getattr(delta, "delta", delta).parameters_and_names()
-    return [(name, param) for name, param in pairs if not name.startswith(("base_weight", "base_bias"))]

@@ -7,10 +7,10 @@ from mindspore import Parameter, Tensor, nn
 from sliced import Sliced, ones
 
 from mindpet.delta import AdapterDense, LoRADense
-from mindpet.delta.adapter import adapter_behind
-from mindpet.delta.ptuning2 import prefix_encoder
-from mindpet.graph.parameters import model_parameters, outer_prefix, trainable_parameters
-from mindpet.layers.kinds import layer_kind
+from mindpet.delta.adapter import AdapterDelta
+from mindpet.delta.ptuning2 import PrefixEncoderDelta
+from mindpet.network.kinds import AttentionKind, layer_kind
+from mindpet.network.parameters import model_parameters, outer_prefix, trainable_parameters
 
 SLICED = [
     *(f"layers.{i}.{name}" for i in range(3) for name in ("weight", "bias")),
@@ -159,8 +159,9 @@ def test_a_tuple_of_parameters_that_have_left_the_network():
 def test_deltas_have_the_path_of_their_layer():
     network = Around(nn.CellList([AdapterDense(4, 4, bottleneck_size=2), nn.Dense(4, 4), nn.Dense(4, 4)]))
     layer, attention = network.network[1], network.network[2]
-    layer._cells["mindpet_delta"] = adapter_behind(layer, layer_kind(layer), bottleneck_size=2)
-    attention._cells["prefix_source"] = prefix_encoder(2, 2, 3)
+    arguments = {"bottleneck_size": 2, "non_linearity": "gelu"}
+    layer._cells["mindpet_delta"] = AdapterDelta.create(layer, layer_kind(layer), **arguments)
+    attention._cells["prefix_source"] = PrefixEncoderDelta.create(attention, AttentionKind(2, 2), 3)
     keys = [key for key in model_parameters(network) if "mindpet_delta" in key]
     inner = keys[:4]
     assert inner[0] == (

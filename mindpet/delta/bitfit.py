@@ -1,0 +1,13 @@
+"""BitFit: only the biases of the network train."""
+
+from dataclasses import dataclass
+
+from mindpet.delta._config import PeftConfig
+
+
+@dataclass
+class BitFitConfig(PeftConfig):
+    """BitFit, Ben Zaken et al. 2021, arXiv:2106.10199: every parameter that is named `bias` trains."""
+
+    peft_type, method_name = "BITFIT", "bitfit"
+    trained_parameters = ("*bias",)

@@ -1,0 +1,1 @@
+"""Files of adapters and of bases, without a network."""

@@ -1,0 +1,145 @@
+"""The files of an adapter: tensors and configuration as Hugging Face PEFT has them, and a passport of the base."""
+
+import pathlib
+import re
+
+import numpy as np
+
+from mindpet.delta._config import CONFIG_NAME
+from mindpet.errors import CheckpointError
+from mindpet.files.names import PREFIX
+from mindpet.files.passport import PASSPORT_NAME, WEIGHTS_NAME, fingerprint, write_passport
+from mindpet.files.tensors import TensorFile, save_tensors
+from mindpet.network.match import listed
+from mindpet.utils.files import together
+
+FILES = (WEIGHTS_NAME, "adapter_model.bin", PASSPORT_NAME, CONFIG_NAME)  # names that a folder of 'default' has
+DOUBLES = re.compile(r"\.((modules_to_save|original_module)\.bias|num_batches_tracked)$")
+
+
+def save_adapter(folder, config, tensors, passport):
+    """Write an adapter's three files: a reader finds all of this save, or all of the one before.
+
+    Args:
+        folder (str): of the adapter.
+        config (PeftConfig): its configuration.
+        tensors (dict): key -> numpy.ndarray.
+        passport (dict): see `mindpet.files.passport`.
+    """
+    with together(folder, (PASSPORT_NAME, CONFIG_NAME, WEIGHTS_NAME)) as staged:
+        save_tensors(staged / WEIGHTS_NAME, tensors)
+        (staged / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
+        write_passport(staged, folder, passport)
+
+
+def read_tensors(folder):
+    """The tensors of an adapter's folder.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is damaged, or holds nothing.
+    """
+    folder = pathlib.Path(folder)
+    if not (folder / WEIGHTS_NAME).is_file():
+        if (folder / "adapter_model.bin").is_file():
+            raise CheckpointError(
+                f"{folder}: only adapter_model.bin, a pickle of PyTorch; save it again with safetensors, which is the "
+                "default of Hugging Face PEFT since 0.6."
+            )
+        raise FileNotFoundError(f"{folder}: no {WEIGHTS_NAME} in this folder.")
+    tensors = TensorFile(folder / WEIGHTS_NAME).read_all()
+    if not tensors:
+        raise CheckpointError(f"{folder / WEIGHTS_NAME}: holds no tensors.")
+    return without_doubles(tensors)
+
+
+def without_doubles(tensors):
+    """The tensors of a file without those that say nothing more.
+
+    With `bias="all"` Hugging Face PEFT has the biases of modules_to_save three times, two of them under names of its
+    own; PyTorch's BatchNorms count their batches.
+    """
+    return {name: value for name, value in tensors.items() if not DOUBLES.search(name)}
+
+
+def has_statistics(tensors, config):
+    """Whether a file has running statistics of BatchNorms other than those in modules that are saved as a whole."""
+    modules = listed(config.modules_to_save)
+    paths = [f".{key.rpartition('.')[0]}." for key in tensors if key.endswith((".running_mean", ".moving_mean"))]
+    return any(not any(f".{module}." in path for module in modules) for path in paths)
+
+
+def check_finite(folder, values, types):
+    """Refuse what is not finite, in the type of the file or in that of the base's own parameter.
+
+    Args:
+        folder (str): for the message.
+        values (dict): name -> numpy.ndarray.
+        types (dict): name -> NumPy type of the parameter of the base that takes the value.
+
+    Raises:
+        CheckpointError: some are not finite; all are in the message.
+    """
+    problems = []
+    for name, value in values.items():
+        with np.errstate(over="ignore"):
+            own = value.astype(types.get(name, value.dtype))
+        if not np.isfinite(own.astype(np.float32)).all():
+            problems.append(f"{name} as {own.dtype.name}")
+    if problems:
+        raise CheckpointError(
+            f"{folder}: NaN or infinite numbers (with force they are used all the same):\n  " + "\n  ".join(problems)
+        )
+
+
+def take_base_layers(folder, found, weights):
+    """Take out of `found` weights of the base, which Hugging Face PEFT saves with deltas of embeddings.
+
+    Args:
+        folder (str): for the message.
+        found (dict): key -> numpy.ndarray.
+        weights (dict): path of a layer in the PyTorch model -> its weight, a Parameter or numpy.ndarray.
+
+    Raises:
+        CheckpointError: they are not those of this base.
+    """
+    for path, weight in weights.items():
+        theirs = found.pop(f"{PREFIX}{path}.base_layer.weight", None)
+        if theirs is not None and (theirs.shape != weight.shape or fingerprint(theirs) != fingerprint(weight)):
+            raise CheckpointError(
+                f"{folder}: trained on another base: the weight {list(weight.shape)} of {path} is not the same."
+            )
+
+
+def check_tensors(folder, found, wanted, what="the network, which is unchanged"):
+    """Refuse tensors that do not fit.
+
+    Args:
+        folder (str): for the message.
+        found (dict): key -> numpy.ndarray.
+        wanted (dict): key -> shape.
+        what (str): what they must fit, for the message. Default: 'the network, which is unchanged'.
+
+    Raises:
+        CheckpointError: tensors are missing, surplus, or of the wrong shape or type; all are in the message.
+    """
+    problems = [f"missing: {key} {list(shape)}" for key, shape in wanted.items() if key not in found]
+    problems += [f"surplus: {key} {list(found[key].shape)}" for key in found if key not in wanted]
+    for key, shape in wanted.items():
+        value = found.get(key)
+        if value is not None and value.shape != tuple(shape):
+            problems.append(f"{key}: {list(shape)} is needed, but it is {list(value.shape)}")
+        elif value is not None and value.dtype.kind in "iubc":
+            problems.append(f"{key}: must hold floating-point numbers, but is {value.dtype.name}")
+    if problems:
+        raise CheckpointError(f"{folder}: the adapter does not fit {what}:\n  " + "\n  ".join(problems))
+
+
+def folder_of(directory, adapter_name):
+    """The folder of an adapter in a directory of several: 'default' is in the directory itself."""
+    return pathlib.Path(directory) / ("" if adapter_name == "default" else adapter_name)
+
+
+def is_adapter(folder):
+    """Whether a folder has the configuration of an adapter."""
+    return (pathlib.Path(folder) / CONFIG_NAME).is_file()

@@ -1,0 +1,56 @@
+"""How the tensors of a delta are called in an adapter's file."""
+
+from typing import NamedTuple, Optional
+
+from mindpet.delta.registry import method_of
+
+
+class Key(NamedTuple):
+    """What a key of an adapter's file says.
+
+    Attributes:
+        path (str): of the layer in the PyTorch model; None for a tensor that layers share.
+        name (str): of the parameter in the Delta.
+        kinds (tuple): of layers whose Delta has a parameter of this name in a file.
+    """
+
+    path: Optional[str]
+    name: str
+    kinds: tuple
+
+
+def shared_key(file):
+    """The key of a tensor that the layers share."""
+    return f"base_model.{file}"
+
+
+def parse_keys(keys, config):
+    """The keys that are of deltas, with what they say.
+
+    Args:
+        keys (iterable of str): of an adapter's file.
+        config (PeftConfig): of the adapter.
+
+    Returns:
+        dict of key -> Key.
+    """
+    kinds, shared = {}, {}  # (name in a file, name in the Delta), (key, name in the Delta) -> kinds
+    for kind, delta in method_of(config).deltas.items():
+        for name, file in (delta.file_names or {}).items():
+            kinds.setdefault((file, name), []).append(kind)
+        for name, file in delta.shared_names.items():
+            shared.setdefault((shared_key(file), name), []).append(kind)
+    found = {}
+    for key in keys:
+        for (own, name), of in shared.items():
+            if key == own:
+                found[key] = Key(None, name, tuple(of))
+        for (file, name), of in kinds.items():
+            if key.startswith(config.key_start) and key.endswith(f".{file}"):
+                found[key] = Key(key[len(config.key_start) : -len(file) - 1], name, tuple(of))
+    return found
+
+
+def target_paths(keys, config):
+    """The paths of the layers that have a delta in a file, in its order."""
+    return list(dict.fromkeys(key.path for key in parse_keys(keys, config).values() if key.path is not None))

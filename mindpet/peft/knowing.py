@@ -1,0 +1,71 @@
+"""Which adapters a PeftModel has, and how large they are."""
+
+from mindpet.errors import AdapterError
+
+
+class KnowsAdapters:
+    """The part of PeftModel that tells of its adapters."""
+
+    @property
+    def adapters(self):
+        """dict of name -> Adapter."""
+        return self._placement.adapters
+
+    @property
+    def peft_config(self):
+        """dict of name -> configuration."""
+        return {name: adapter.config for name, adapter in self.adapters.items()}
+
+    @property
+    def active_adapter(self):
+        """Name of the active adapter, or None."""
+        return self._placement.active
+
+    @property
+    def active_adapters(self):
+        """The active adapter, as a list: there is at most one."""
+        return [] if self.active_adapter is None else [self.active_adapter]
+
+    @property
+    def merged_adapters(self):
+        """Names of the adapters that are merged."""
+        return list(self._placement.merged_names)
+
+    @property
+    def is_enabled(self):
+        """Whether adapters compute: not within `disable_adapter`."""
+        return not self._placement.disabled
+
+    def get_base_model(self):
+        """The network; it computes with the active adapter."""
+        return self.network
+
+    def get_nb_trainable_parameters(self):
+        """Numbers of trainable parameters, and of all parameters with those of all adapters, as a tuple.
+
+        As in Hugging Face PEFT, a module that is trained as a whole counts twice, a bias once.
+        """
+        own = self._adapter_ids()
+        total = sum(param.size for param in self.network.get_parameters() if id(param) not in own)
+        for adapter in self.adapters.values():
+            slot, modules = adapter.slot, tuple(f"{layer.path}." for layer in adapter.plan.modules_to_save)
+            counted = set(slot.trained) - {path for path in slot.copies if not path.startswith(modules)}
+            total += sum(slot.params[path].size for path in counted)
+        trainable = sum(param.size for param in self.network.get_parameters() if param.requires_grad)
+        return trainable, total
+
+    def print_trainable_parameters(self):
+        """Print the numbers of `get_nb_trainable_parameters` and their ratio in percent."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
+
+    def _get(self, name):
+        if not isinstance(name, str) or name not in self.adapters:
+            raise AdapterError(f"there is no adapter {name!r}; there are {list(self.adapters)}.")
+        return self.adapters[name]
+
+    def _adapter_ids(self):
+        """The ids of all parameters of adapters."""
+        return {id(param) for adapter in self.adapters.values() for param in adapter.slot.params.values()}
