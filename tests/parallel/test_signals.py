@@ -178,7 +178,7 @@ def test_handlers_of_the_program_stay(folder, capsys):
 
 
 IMPORTS = """
-import sys, time
+import signal, sys, time
 
 class Slow:  # takes its time for the import, and catches what comes meanwhile
     def find_spec(self, name, path=None, target=None):
@@ -189,6 +189,7 @@ class Slow:  # takes its time for the import, and catches what comes meanwhile
             except BaseException:
                 pass
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has jobs in the background ignore it
 import mindpet.__main__
 sys.meta_path.insert(0, Slow())
 mindpet.__main__.main()
