@@ -121,20 +121,11 @@ def check_patterns(config, layers, unmatched=None):
     Raises:
         NoMatchError: a key fits no layer; the nearest names are in the message.
     """
-    problems = [
-        no_match(name, pattern, layers)
-        for name in ("rank_pattern", "alpha_pattern")
-        for pattern in getattr(config, name, {})
-        if not any(pattern_value({pattern: True}, path, False) for layer in layers for path in layer.paths)
-    ]
+    problems = []
+    for name in ("rank_pattern", "alpha_pattern"):
+        problems += _unmatched(name, list(getattr(config, name, {})), _is_in_patterns, layers)
     for name in getattr(config, "choices", ()):
-        entries = getattr(config, name)
-        parts = [entries] if isinstance(entries, str) else [[entry] for entry in sorted(entries or ())]
-        problems += [
-            no_match(name, part if isinstance(part, str) else part[0], layers)
-            for part in parts
-            if not any(chooses(part, path) for layer in layers for path in layer.paths)
-        ]
+        problems += _unmatched(name, _in_order(getattr(config, name)), chooses, layers)
     if unmatched is not None:
         unmatched += problems
     elif problems:
@@ -160,15 +151,30 @@ def _matcher(name, entries, layers, problems):
         return lambda layer, path: False
     if entries == ALL_LINEAR:
         return lambda layer, path: _is_linear(layer.cell) and path.rsplit(".", 1)[-1] not in HEADS
-    if isinstance(entries, str):
-        if not any(re.fullmatch(entries, path) for layer in layers for path in layer.paths):
-            problems.append(no_match(name, entries, layers))
-        return lambda layer, path: re.fullmatch(entries, path) is not None
-    entries = sorted(entries)
-    for entry in entries:
-        if not any(ends_with(path, entry) for layer in layers for path in layer.paths):
-            problems.append(no_match(name, entry, layers))
-    return lambda layer, path: any(ends_with(path, entry) for entry in entries)
+    problems += _unmatched(name, _in_order(entries), names_module, layers)
+    return lambda layer, path: names_module(entries, path)
+
+
+def _in_order(entries):
+    """A regular expression as it is, and a list or set of names sorted."""
+    return entries if isinstance(entries, str) else sorted(entries or ())
+
+
+def _unmatched(name, entries, means, layers):
+    """What to say of the entries of a field that mean none of the layers.
+
+    Args:
+        name (str): of the field.
+        entries (Union[str, list of str]): one that stands for itself, or several.
+        means (callable): whether entries, given as they are here, mean a path.
+        layers (list of Layer): the layers.
+
+    Returns:
+        list of str.
+    """
+    each = {entries: entries} if isinstance(entries, str) else {entry: [entry] for entry in entries}
+    paths = [path for layer in layers for path in layer.paths]
+    return [no_match(name, entry, layers) for entry, one in each.items() if not any(means(one, path) for path in paths)]
 
 
 def _is_linear(cell):
@@ -227,6 +233,11 @@ def pattern_value(patterns, path, default):
         if re.fullmatch(rf"(.*\.)?({pattern})", path):
             return value
     return default
+
+
+def _is_in_patterns(patterns, path):
+    """Whether one of the keys of `rank_pattern` or `alpha_pattern` fits a path."""
+    return pattern_value(dict.fromkeys(patterns, True), path, False)
 
 
 def listed(entries):
