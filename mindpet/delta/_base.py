@@ -7,7 +7,7 @@ from mindspore.common.initializer import initializer
 
 from mindpet.errors import CheckpointError, MergeError
 from mindpet.layers.activation import ACTIVATIONS
-from mindpet.layers.linear import Dense, from_rows, to_rows
+from mindpet.layers.linear import Dense, cast, from_rows, to_rows
 from mindpet.network.kinds import LayerKind
 from mindpet.network.values import assign
 from mindpet.utils.sharding import apply_strategies
@@ -40,6 +40,7 @@ class Delta(nn.Cell):
         usual_path (str): where a network usually has the Cell of a method whose tensors `to_file` gives; for files
             without a network. Default: ''.
         kind (LayerKind): of the layer.
+        compute_dtype (mindspore.dtype): that the layer computes in.
     """
 
     is_patched_in = True
@@ -60,7 +61,7 @@ class Delta(nn.Cell):
             arguments: of `setup`.
         """
         delta = cls(auto_prefix=False)
-        delta.kind = kind
+        delta.kind, delta.compute_dtype = kind, kind.compute_dtype
         delta.setup(cell, **arguments)
         return delta
 
@@ -110,6 +111,10 @@ class Delta(nn.Cell):
     def after(self, x, out):
         """The output with the delta, from the layer's input and output; in the type of `out`."""
         raise NotImplementedError
+
+    def to_compute(self, value):
+        """A tensor in the compute type."""
+        return cast(value, self.compute_dtype)
 
     def reset(self):
         """Make the delta the identity bit for bit, whatever its parameters hold: all of them are lost.

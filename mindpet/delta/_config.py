@@ -309,6 +309,15 @@ class TargetConfig(PeftConfig):
     layers_pattern: Optional[Union[list, str]] = None
 
     choices = ()  # fields that choose some of the targets, see `mindpet.network.match.chooses`
+    bias = "none"  # the methods with such a field know 'none', 'all', and a name of their own for the targets' biases
+
+    @property
+    def trained_parameters(self):
+        return BIASES if self.bias == "all" else ()
+
+    @property
+    def trains_target_biases(self):
+        return self.bias not in ("none", "all")
 
     def with_targets(self, pairs, known):
         """A configuration that means these layers alone, by their new names.

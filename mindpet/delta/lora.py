@@ -12,7 +12,7 @@ from mindspore import Parameter, Tensor, ops
 from mindspore.common.initializer import HeUniform, Normal, initializer
 
 from mindpet.delta._base import Delta, DeltaDense, delta_parameter, set_zeros
-from mindpet.delta._config import BIASES, TargetConfig
+from mindpet.delta._config import TargetConfig
 from mindpet.errors import ConfigError
 from mindpet.layers.convolution import AXES, convolution_like, pointwise_like
 from mindpet.layers.linear import cast, from_rows, to_rows
@@ -65,6 +65,9 @@ class LoraConfig(TargetConfig):
     use_dora: bool = False
     lora_bias: bool = False
 
+    required = ("lora_alpha",)
+    told_by_tensors = ("r",)
+
     def scaling(self, path):
         """The scale of the layer at `path`."""
         arguments = self.delta_arguments(path)
@@ -73,17 +76,6 @@ class LoraConfig(TargetConfig):
     def divisor(self, rank):
         """What alpha is divided by."""
         return math.sqrt(rank) if self.use_rslora else rank
-
-    @property
-    def trained_parameters(self):
-        return BIASES if self.bias == "all" else ()
-
-    @property
-    def trains_target_biases(self):
-        return self.bias == "lora_only"
-
-    required = ("lora_alpha",)
-    told_by_tensors = ("r",)
 
     def of_delta_file(self, shapes, tensors):
         config, tensors = super().of_delta_file(shapes, tensors)
@@ -196,7 +188,6 @@ class LoraDelta(Delta):
         dtype=ms.float32,
     ):
         weight = self.kind.weight_of(cell)
-        self.compute_dtype = self.kind.compute_dtype
         self.rank, self.use_rslora, self.use_dora, self.lora_bias = rank, use_rslora, use_dora, lora_bias
         self.starts_from_weight = starts_from_weight(init)
         self.set_scaling(float(self.constants(rank, alpha, use_rslora)[SCALING]))
@@ -242,10 +233,6 @@ class LoraDelta(Delta):
             gain = cast(self.gain(), out.dtype)
             delta = gain * delta + (gain - 1) * self.without_bias(rows)
         return from_rows(self.add(rows, delta), out)
-
-    def to_compute(self, value):
-        """A tensor in the compute type."""
-        return cast(value, self.compute_dtype)
 
     def scale(self, delta):
         """`s delta`."""

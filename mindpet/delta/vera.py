@@ -7,7 +7,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, ops
 
 from mindpet.delta._base import Delta, DeltaDense, delta_parameter
-from mindpet.delta._config import BIASES, TargetConfig
+from mindpet.delta._config import TargetConfig
 from mindpet.layers.linear import cast, from_rows, to_rows
 from mindpet.utils.validate import Checker, is_int
 from mindpet.utils.version_control import get_dropout
@@ -45,14 +45,6 @@ class VeraConfig(TargetConfig):
 
     required = ("r",)
     not_in_peft = ("exclude_modules",)
-
-    @property
-    def trains_target_biases(self):
-        return self.bias == "vera_only"
-
-    @property
-    def trained_parameters(self):
-        return BIASES if self.bias == "all" else ()
 
     def delta_arguments(self, path):
         return {
@@ -110,7 +102,6 @@ class VeraDelta(Delta):
         return _projections(max(ins), max(outs), targets[0].arguments["rank"], targets[0].arguments["seed"])
 
     def setup(self, cell, rank, dropout=0.0, d_initial=0.1, seed=0, shared=None, dtype=ms.float32):
-        self.compute_dtype = self.kind.compute_dtype
         self.rank, (self.outs, self.ins) = rank, _matrix_shape(cell, self.kind)
         shared = shared or _projections(self.ins, self.outs, rank, seed)
         self.mindpet_vera_a, self.mindpet_vera_b = shared[A], shared[B]
@@ -129,10 +120,6 @@ class VeraDelta(Delta):
         inner = self.vera_d_mul(self.vera_a_matmul(rows, a), self.to_compute(self.mindpet_delta_vera_lambda_d))
         delta = self.vera_b_mul(self.vera_b_matmul(inner, b), self.to_compute(self.mindpet_delta_vera_lambda_b))
         return from_rows(self.vera_add(to_rows(out), cast(delta, out.dtype)), out)
-
-    def to_compute(self, value):
-        """A tensor in the compute type."""
-        return cast(value, self.compute_dtype)
 
     @classmethod
     def fits(cls, shape, values, **arguments):
