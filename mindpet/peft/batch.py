@@ -1,15 +1,16 @@
 """Several adapters in one batch: every layer computes the delta of each, and every row takes its own."""
 
 import contextlib
+import re
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor
+from mindspore import Tensor, ops
 
 from mindpet.delta._base import Delta
 from mindpet.errors import AdapterError, ConfigError
 from mindpet.network.values import assign, forget_graphs, has_jit_functions
-from mindpet.peft.patch import AttributePatch, ConstructPatch, bind_construct, one_error
+from mindpet.peft.patch import AttributePatch, ConstructPatch, bind_construct
 from mindpet.peft.slot import AdapterSlot
 from mindpet.utils.sharding import PARALLEL_MODES
 
@@ -45,8 +46,7 @@ class MixedBatches:
                     assign(param, Tensor(values[path[: -len(f"@{name}")]]))
             order = {BASE: -1, **{name: index for index, name in enumerate(self.adapters)}}
             self.rows.set_data(Tensor(np.array([order[name] for name in names], np.int32)), slice_shape=True)
-            network = self.placement.network
-            root = self.roots.setdefault(network.training, Root(network))
+            root = self._root()
             with contextlib.ExitStack() as stack:
                 for patch in self.patches:
                     patch.apply()
@@ -94,6 +94,12 @@ class MixedBatches:
         except ConfigError:
             self._build({name: adapter for name, adapter in current.items() if name in used})
 
+    def _root(self):
+        network = self.placement.network
+        if network.training not in self.roots:
+            self.roots[network.training] = Root(network)
+        return self.roots[network.training]
+
     def _build(self, adapters):
         network = self.placement.network
         slots = {name: AdapterSlot(network, adapter.plan, suffix=f"@{name}") for name, adapter in adapters.items()}
@@ -108,7 +114,8 @@ class MixedBatches:
             if len(before) > 1 and getattr(target.cell, "activation_flag", False):
                 raise ConfigError(f"adapter_names: {path} has deltas before and behind its activation.")
             deltas = [slot.deltas[path] if path in slot.deltas else Unchanged() for slot in slots.values()]
-            self.patches.append(ConstructPatch(target.cell, target.kind, deltas, self.rows))
+            delta = MixedDelta.create(target.cell, target.kind, deltas=deltas, rows=self.rows)
+            self.patches.append(ConstructPatch(target.cell, target.kind, delta))
         self.roots, self.adapters, self.slots = {}, adapters, slots
 
 
@@ -126,6 +133,62 @@ class Unchanged(Delta):
 
     def after(self, x, out):
         return out
+
+
+class MixedDelta(Delta):
+    """Several deltas for a layer, of which each row of a batch has one.
+
+    Args of `setup`:
+        deltas (list of Delta): for the layer, one for each adapter.
+        rows (Parameter): of each row of the batch the index of its delta; another number for none.
+    """
+
+    def setup(self, cell, deltas, rows):
+        self.deltas, self.rows = ms.nn.CellList(deltas, auto_prefix=False), rows
+        self.before_activation = any(delta.before_activation for delta in deltas)
+        self.changes_input = any(type(delta).before is not Delta.before for delta in deltas)
+        self.batch_axis, self.weight_name = self.kind.batch_axis, self.kind.weight_of(cell).name
+
+    def before(self, x):
+        entering, index = x, 0
+        if self.changes_input:
+            for delta in self.deltas:
+                entering = self.select_rows(index, delta.before(x), entering)
+                index += 1
+        return entering
+
+    def after(self, x, out):
+        result, index = out, 0
+        for delta in self.deltas:
+            result = self.select_rows(index, delta(x, out), result)
+            index += 1
+        return result
+
+    def select_rows(self, index, chosen, others):
+        """`chosen` in the rows of the adapter with that index, else `others`."""
+        axis, count = self.batch_axis, self.rows.shape[0]
+        times = chosen.shape[axis] // count
+        # A layer may get (batch, seq) as rows, those of one sample side by side.
+        if times * count != chosen.shape[axis] or (axis > 0 and times > 1):
+            raise ValueError(
+                f"adapter_names: the layer of {self.weight_name} returns {chosen.shape[axis]} rows, which is no "
+                f"multiple of the {count} names."
+            )
+        rows = ops.repeat_interleave(self.rows, times) if times > 1 else self.rows
+        is_chosen = ops.reshape(rows == index, (1,) * axis + (-1,) + (1,) * (chosen.ndim - axis - 1))
+        return ops.select(is_chosen, chosen, others)
+
+
+@contextlib.contextmanager
+def one_error():
+    """A context that turns an error of `select_rows` into an AdapterError, without the stacks of graph mode."""
+    try:
+        yield
+    except ValueError as error:
+        message = re.match(r"'?(adapter_names: .*?)'?$", str(error), re.MULTILINE)
+        if message is None:
+            raise
+        raise AdapterError(message[1]) from None
 
 
 @contextlib.contextmanager

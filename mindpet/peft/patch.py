@@ -1,17 +1,12 @@
 """What is changed in the Cells of a network while an adapter is in it. Each change is on the object, and is undone."""
 
 import ast
-import contextlib
 import functools
 import inspect
-import re
 import types
 
 import mindspore as ms
-from mindspore import ops
 
-from mindpet.delta._base import Delta
-from mindpet.errors import AdapterError
 from mindpet.layers.linear import from_rows, to_rows
 from mindpet.network.parameters import TRAINED
 
@@ -21,8 +16,8 @@ PASSED = {
     inspect.Parameter.KEYWORD_ONLY: "{0}={0}",
     inspect.Parameter.VAR_KEYWORD: "**{0}",
 }
-# What a layer with deltas returns, see `construct_like`.
-LAYER = "{1}(self, {{first}}, self.mindpet_base_construct({0}(self, {{first}}){{rest}}))"
+# What a layer with a delta returns, see `construct_like`.
+LAYER = "leave(self, {first}, self.mindpet_base_construct(self.mindpet_delta.before({first}){rest}))"
 
 
 class AttributePatch:
@@ -79,26 +74,19 @@ class ParameterPatch:
 
 
 class ConstructPatch:
-    """Another `construct` of a layer, that calls the layer's own and one delta, or several for a mixed batch.
+    """Another `construct` of a layer, that calls the layer's own and a delta.
 
     Args:
         cell (Cell): the layer.
         kind (LayerKind): of the layer.
-        deltas (list of Delta): one, or those of which each row of a batch has one.
-        rows (Parameter): of each row of a batch the number of its delta. Default: None, for one delta.
+        delta (Delta): for the layer.
     """
 
-    def __init__(self, cell, kind, deltas, rows=None):
-        self.cell, self.kind, self.deltas = cell, kind, deltas
-        before_activation = any(delta.before_activation for delta in deltas)  # then the activation is left to us
-        self.activates = before_activation and bool(getattr(cell, "activation_flag", False))
-        names = ("enter", "leave") if rows is None else ("enter_mixed", "leave_mixed")
-        self.construct = construct_like(cell.construct, LAYER.format(*names))
-        self.cells = {"mindpet_delta": deltas[0]}
-        self.params = {}
-        if rows is not None:
-            self.cells = {"mindpet_deltas": ms.nn.CellList(deltas, auto_prefix=False)}
-            self.params = {"mindpet_rows": rows}
+    def __init__(self, cell, kind, delta):
+        self.cell, self.kind, self.delta = cell, kind, delta
+        # Whether the layer's own activation is left to us.
+        self.activates = delta.before_activation and bool(getattr(cell, "activation_flag", False))
+        self.construct = construct_like(cell.construct, LAYER)
 
     def apply(self):
         """Patch the layer."""
@@ -106,16 +94,11 @@ class ConstructPatch:
             "mindpet_base_construct": self.cell.construct,
             "construct": types.MethodType(self.construct, self.cell),
             "mindpet_activates": self.activates,
-            "mindpet_changes_input": any(type(delta).before is not Delta.before for delta in self.deltas),
             "mindpet_flattens": self.kind.flattens,
-            "mindpet_batch_axis": self.kind.batch_axis,
-            "mindpet_weight_name": self.kind.weight_of(self.cell).name,
         }
         self.cell.__dict__.update(self.attributes)
-        self.cell._cells.update(self.cells)
-        self.cell._params.update(self.params)
-        for cell in self.cells.values():
-            cell.set_train(self.cell.training)
+        self.cell._cells["mindpet_delta"] = self.delta
+        self.delta.set_train(self.cell.training)
         if self.activates:
             self.cell.activation_flag = False
 
@@ -123,18 +106,9 @@ class ConstructPatch:
         """Leave the layer as it was."""
         if self.activates:
             self.cell.activation_flag = True
-        for where, names in (
-            (self.cell.__dict__, self.attributes),
-            (self.cell._cells, self.cells),
-            (self.cell._params, self.params),
-        ):
-            for name in names:
-                del where[name]
-
-
-def enter(self, x):
-    """What a layer with a delta gets in place of its input."""
-    return self.mindpet_delta.before(x)
+        for name in self.attributes:
+            del self.cell.__dict__[name]
+        del self.cell._cells["mindpet_delta"]
 
 
 def leave(self, x, result):
@@ -142,47 +116,6 @@ def leave(self, x, result):
     if isinstance(result, tuple):  # the output, and say a bias that the caller adds
         return (activated(self, self.mindpet_delta(x, result[0])), *result[1:])
     return activated(self, self.mindpet_delta(x, result))
-
-
-def enter_mixed(self, x):
-    """As `enter`, where each row of the batch has the delta of its own adapter."""
-    entering, index = x, 0
-    if self.mindpet_changes_input:
-        for delta in self.mindpet_deltas:
-            entering = select_rows(self, index, delta.before(x), entering)
-            index += 1
-    return entering
-
-
-def leave_mixed(self, x, result):
-    """As `leave`, where each row of the batch has the delta of its own adapter."""
-    if isinstance(result, tuple):
-        return (mixed(self, x, result[0]), *result[1:])
-    return mixed(self, x, result)
-
-
-def mixed(self, x, out):
-    """The output with the delta of each row's adapter."""
-    result, index = out, 0
-    for delta in self.mindpet_deltas:
-        result = select_rows(self, index, delta(x, out), result)
-        index += 1
-    return activated(self, result)
-
-
-def select_rows(self, index, chosen, others):
-    """`chosen` in the rows of the adapter with that index, else `others`."""
-    axis, count = self.mindpet_batch_axis, self.mindpet_rows.shape[0]
-    times = chosen.shape[axis] // count
-    # A layer may get (batch, seq) as rows, those of one sample side by side.
-    if times * count != chosen.shape[axis] or (axis > 0 and times > 1):
-        raise ValueError(
-            f"adapter_names: the layer of {self.mindpet_weight_name} returns {chosen.shape[axis]} rows, which is no "
-            f"multiple of the {count} names."
-        )
-    rows = ops.repeat_interleave(self.mindpet_rows, times) if times > 1 else self.mindpet_rows
-    is_chosen = ops.reshape(rows == index, (1,) * axis + (-1,) + (1,) * (chosen.ndim - axis - 1))
-    return ops.select(is_chosen, chosen, others)
 
 
 def activated(self, out):
@@ -241,15 +174,3 @@ def _compiled(signature, returned):
     construct.__code__ = construct.__code__.replace(co_firstlineno=10**6)
     construct.source = (source.splitlines(keepends=True), line - 1)
     return construct
-
-
-@contextlib.contextmanager
-def one_error():
-    """A context that turns an error of `select_rows` into an AdapterError, without the stacks of graph mode."""
-    try:
-        yield
-    except ValueError as error:
-        message = re.match(r"'?(adapter_names: .*?)'?$", str(error), re.MULTILINE)
-        if message is None:
-            raise
-        raise AdapterError(message[1]) from None

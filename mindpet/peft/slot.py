@@ -51,7 +51,7 @@ class AdapterSlot:
             carry_strategy(target.cell, target.kind, delta)
             self._add(target.path, delta, suffix)
             if target.is_layer:
-                patch = ConstructPatch(target.cell, target.kind, [delta])
+                patch = ConstructPatch(target.cell, target.kind, delta)
             else:
                 patch = AttributePatch(target.cell, target.kind.slot, delta)
             self.patches.append(patch)

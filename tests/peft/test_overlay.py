@@ -10,7 +10,7 @@ from mindpet.errors import AdapterError, ConfigError
 from mindpet.network.kinds import register_layer
 from mindpet.parallel import dry_run
 from mindpet.peft import AdapterConfig, LoraConfig, get_peft_model
-from mindpet.peft.patch import one_error
+from mindpet.peft.batch import one_error
 
 WIDTH = 6
 

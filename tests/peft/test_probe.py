@@ -197,7 +197,7 @@ def test_nothing_changes(mode, rng):
     network, x = Tiny(), ids(rng)
     network.set_train()
     output = numbers(network, x)
-    patch = ConstructPatch(network.query, layer_kind(network.query), [Delta(auto_prefix=False)])
+    patch = ConstructPatch(network.query, layer_kind(network.query), Delta(auto_prefix=False))
     before, own = contents(network), {path: dict(vars(cell)) for path, cell in network.cells_and_names()}
     patch.apply()  # a delta that would fail if it was called
     assert probe_merge(network.query, *merging(network.query)) == (None, None)
