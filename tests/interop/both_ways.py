@@ -5,8 +5,8 @@ import warnings
 import numpy as np
 import peft
 import torch
-from mindspore import Tensor, nn, ops
-from pairs import WIDTH, inputs, make_colliding, make_pair, their_logits
+from mindspore import Tensor
+from pairs import WIDTH, disturb, inputs, make_colliding, make_pair, move, step_both, their_logits
 
 from mindpet.files.adapter import without_doubles
 from mindpet.files.convert import convert
@@ -19,18 +19,7 @@ from mindpet.peft import PeftModel, get_peft_model
 TENSORS = "adapter_model.safetensors"
 
 
-def disturb(model, rng):
-    """Add noise to what trains in a torch model."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.tensor(rng.normal(size=tuple(parameter.shape)) * 0.3, dtype=parameter.dtype))
-
-
-def move(model, rng):
-    """Add noise to what trains in a network."""
-    for param in model.trainable_params():
-        param.set_data(Tensor((param.asnumpy() + 0.3 * rng.normal(size=param.shape)).astype(np.float32)))
+SIZE = 0.3  # of the noise on trained values
 
 
 def close(got, expected):
@@ -50,7 +39,7 @@ def theirs_loads_and_merges(kind, their_config, rng, folder):
     """Forward, the base within `disable_adapter`, and every merged weight: online, and of the files."""
     theirs, ours = make_pair(kind, folder / "base")
     wrapped = peft.get_peft_model(theirs, their_config).eval()
-    disturb(wrapped, rng)
+    disturb(wrapped, rng, SIZE)
     wrapped.save_pretrained(folder / "adapter")
     torch_inputs, our_inputs = inputs(kind, rng)
     expected, base = their_logits(wrapped, torch_inputs), ours(*our_inputs).asnumpy()
@@ -75,7 +64,7 @@ def ours_loads_there(kind, our_config, rng, folder):
     """An adapter that was made here gives the same logits there, also by way of a delta file."""
     theirs, ours = make_pair(kind, folder / "base")
     model = get_peft_model(ours, our_config)
-    move(model, rng)
+    move(model, rng, SIZE)
     model.save_pretrained(folder / "adapter")
     torch_inputs, our_inputs = inputs(kind, rng)
     expected = model(*our_inputs).asnumpy()
@@ -95,26 +84,12 @@ def a_step_gives_the_same(kind, their_config, rng, folder):
     """One step of SGD from the same start."""
     theirs, ours = make_pair(kind, folder / "base")
     wrapped = peft.get_peft_model(theirs, their_config).eval()
-    disturb(wrapped, rng)
+    disturb(wrapped, rng, SIZE)
     wrapped.save_pretrained(folder / "start")
     torch_inputs, our_inputs = inputs(kind, rng)
     model = PeftModel.from_pretrained(ours, folder / "start", is_trainable=True)
-    optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.05)
-    wrapped(**torch_inputs).logits.square().mean().backward()
-    optimizer.step()
+    step_both(wrapped, model, torch_inputs, our_inputs)
     wrapped.save_pretrained(folder / "theirs")
-
-    class Loss(nn.Cell):
-        def __init__(self):
-            super().__init__(auto_prefix=False)
-            self.model = model
-
-        def construct(self, *arguments):
-            return ops.square(self.model(*arguments)).mean()
-
-    step = nn.TrainOneStepCell(Loss(), nn.SGD(model.trainable_params(), 0.05))
-    step.set_train(False)
-    step(*our_inputs)
     model.save_pretrained(folder / "ours")
     same_tensors(folder / "ours" / TENSORS, folder / "theirs" / TENSORS)
     start, end = (TensorFile(folder / name / TENSORS).read_all() for name in ("start", "ours"))
@@ -126,10 +101,10 @@ def several_adapters(their_configs, rng, folder):
     theirs, ours = make_colliding()
     one, two = their_configs
     wrapped = peft.get_peft_model(theirs, one, adapter_name="one").eval()
-    disturb(wrapped, rng)
+    disturb(wrapped, rng, SIZE)
     wrapped.add_adapter("two", two)
     wrapped.set_adapter("two")
-    disturb(wrapped, rng)
+    disturb(wrapped, rng, SIZE)
     wrapped.save_pretrained(folder / "theirs")
     x = rng.normal(size=(5, WIDTH)).astype(np.float32)
     expected = {}
@@ -155,7 +130,7 @@ def ours_loads_there_without_a_warning(our_config, rng, folder):
     """Layers are chosen by what only one of the two libraries knows; every field of the file is known there."""
     theirs, ours = make_colliding()
     model = get_peft_model(ours, our_config)
-    move(model, rng)
+    move(model, rng, SIZE)
     model.save_pretrained(folder)
     x = rng.normal(size=(5, WIDTH)).astype(np.float32)
     with warnings.catch_warnings():

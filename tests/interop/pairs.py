@@ -172,3 +172,37 @@ def their_logits(model, arguments):
     """What transformers computes."""
     with torch.no_grad():
         return model(**arguments).logits.numpy()
+
+
+def disturb(model, rng, size=0.1):
+    """Add noise to what trains in a torch model."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.tensor(rng.normal(size=tuple(parameter.shape)) * size, dtype=parameter.dtype))
+
+
+def move(model, rng, size=0.1):
+    """Add noise to what trains in a network."""
+    for param in model.trainable_params():
+        param.set_data(Tensor((param.asnumpy() + size * rng.normal(size=param.shape)).astype(np.float32)))
+
+
+def step_both(theirs, ours, torch_inputs, our_inputs, first=0):
+    """One step of SGD in each, on the mean square of the logits; of theirs, those of the tokens from `first` on."""
+    optimizer = torch.optim.SGD([p for p in theirs.parameters() if p.requires_grad], lr=0.05)
+    logits = theirs(**torch_inputs).logits
+    (logits[:, first:] if logits.ndim == 3 else logits).square().mean().backward()
+    optimizer.step()
+
+    class Loss(nn.Cell):
+        def __init__(self):
+            super().__init__(auto_prefix=False)
+            self.model = ours
+
+        def construct(self, *arguments):
+            return ops.square(self.model(*arguments)).mean()
+
+    step = nn.TrainOneStepCell(Loss(), nn.SGD(ours.trainable_params(), 0.05))
+    step.set_train(False)
+    step(*our_inputs)

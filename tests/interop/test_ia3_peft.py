@@ -85,7 +85,8 @@ CONVOLUTIONS = {
 def test_convolutions(name, rng, tmp_path):
     import peft
     import torch
-    from both_ways import close, disturb
+    from both_ways import SIZE, close
+    from pairs import disturb
 
     cls, keywords, inner = CONVOLUTIONS[name]
     torch.manual_seed(3)
@@ -97,7 +98,7 @@ def test_convolutions(name, rng, tmp_path):
         getattr(convolution, leaf).set_data(Tensor(getattr(model[0], leaf).detach().numpy()))
     x = rng.normal(size=(2, 4, *(5,) * (2 if cls == "Conv2d" else 3))).astype(np.float32)
     wrapped = peft.get_peft_model(model, peft.IA3Config(target_modules=["0"], feedforward_modules=inner)).eval()
-    disturb(wrapped, rng)
+    disturb(wrapped, rng, SIZE)
     wrapped.save_pretrained(tmp_path)
     with torch.no_grad():
         expected = wrapped(torch.tensor(x)).numpy()

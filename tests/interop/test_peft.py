@@ -5,7 +5,7 @@ import json
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, nn
 
 from mindpet.errors import ConfigError
 from mindpet.files.convert import convert
@@ -47,16 +47,6 @@ def fields(kind, method):
     return {"r": 4, "lora_alpha": 6, "task_type": TASKS[kind], "target_modules": targets, **extra}
 
 
-def disturb(parameters, rng):
-    """Add noise to torch parameters that train."""
-    import torch
-
-    with torch.no_grad():
-        for parameter in parameters:
-            if parameter.requires_grad:
-                parameter.add_(torch.tensor(rng.normal(size=tuple(parameter.shape)) * 0.1, dtype=parameter.dtype))
-
-
 BOTH_MODES = [(ms.PYNATIVE_MODE, *case) for case in LORA_CASES]
 BOTH_MODES += [(ms.GRAPH_MODE, kind, method) for kind, method in LORA_CASES if method in ("lora", "embedding_dora")]
 
@@ -64,12 +54,12 @@ BOTH_MODES += [(ms.GRAPH_MODE, kind, method) for kind, method in LORA_CASES if m
 @pytest.mark.parametrize("mode, kind, method", BOTH_MODES)
 def test_lora_of_hugging_face_loads_and_merges(mode, kind, method, rng, tmp_path):
     import peft
-    from pairs import inputs, make_pair, their_logits
+    from pairs import disturb, inputs, make_pair, their_logits
 
     ms.set_context(mode=mode)
     theirs, ours = make_pair(kind, tmp_path / "base")
     wrapped = peft.get_peft_model(theirs, peft.LoraConfig(**fields(kind, method))).eval()
-    disturb(wrapped.parameters(), rng)
+    disturb(wrapped, rng)
     wrapped.save_pretrained(tmp_path / "adapter")
     torch_inputs, our_inputs = inputs(kind, rng)
     expected = their_logits(wrapped, torch_inputs)
@@ -87,12 +77,11 @@ def test_lora_of_hugging_face_loads_and_merges(mode, kind, method, rng, tmp_path
 @pytest.mark.parametrize("kind, method", LORA_CASES)
 def test_lora_of_mindpet_loads_in_hugging_face(kind, method, rng, tmp_path):
     import peft
-    from pairs import inputs, make_pair, their_logits
+    from pairs import inputs, make_pair, move, their_logits
 
     theirs, ours = make_pair(kind, tmp_path / "base")
     model = get_peft_model(ours, LoraConfig(**fields(kind, method)))
-    for param in model.trainable_params():
-        param.set_data(Tensor((param.asnumpy() + 0.1 * rng.normal(size=param.shape)).astype(np.float32)))
+    move(model, rng)
     model.save_pretrained(tmp_path / "adapter")
     torch_inputs, our_inputs = inputs(kind, rng)
     expected = model(*our_inputs).asnumpy()
@@ -106,14 +95,13 @@ def test_lora_of_mindpet_loads_in_hugging_face(kind, method, rng, tmp_path):
 @pytest.mark.parametrize("projection", [False, True])
 def test_prefixes_go_both_ways(kind, projection, rng, tmp_path):
     import peft
-    from pairs import inputs, make_pair, their_logits
+    from pairs import inputs, make_pair, move, their_logits
 
     theirs, ours = make_pair(kind, tmp_path / "base")
     common = {"num_virtual_tokens": 3, "prefix_projection": projection, "task_type": TASKS[kind]}
     torch_inputs, our_inputs = inputs(kind, rng)
     model = get_peft_model(ours, PrefixTuningConfig(**common, encoder_hidden_size=8 if projection else None))
-    for param in model.trainable_params():
-        param.set_data(Tensor((param.asnumpy() + 0.1 * rng.normal(size=param.shape)).astype(np.float32)))
+    move(model, rng)
     expected = model(*our_inputs).asnumpy()
     model.save_pretrained(tmp_path / "ours")
     model.unload()
@@ -131,33 +119,17 @@ STEPS = [(ms.PYNATIVE_MODE, method) for method in ("lora", "dora", "rslora", "em
 @pytest.mark.parametrize("mode, method", STEPS)
 def test_a_step_of_sgd_gives_the_same_adapter(kind, mode, method, rng, tmp_path):
     import peft
-    import torch
-    from pairs import inputs, make_pair
+    from pairs import disturb, inputs, make_pair, step_both
 
     ms.set_context(mode=mode)
     theirs, ours = make_pair(kind, tmp_path / "base")
     wrapped = peft.get_peft_model(theirs, peft.LoraConfig(**fields(kind, method))).eval()
-    disturb(wrapped.parameters(), rng)
+    disturb(wrapped, rng)
     wrapped.save_pretrained(tmp_path / "start")
     torch_inputs, our_inputs = inputs(kind, rng)
     model = PeftModel.from_pretrained(ours, tmp_path / "start", is_trainable=True)
-
-    optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.05)
-    wrapped(**torch_inputs).logits.square().mean().backward()
-    optimizer.step()
+    step_both(wrapped, model, torch_inputs, our_inputs)
     wrapped.save_pretrained(tmp_path / "theirs")
-
-    class Loss(nn.Cell):
-        def __init__(self):
-            super().__init__(auto_prefix=False)
-            self.model = model
-
-        def construct(self, *arguments):
-            return ops.square(self.model(*arguments)).mean()
-
-    step = nn.TrainOneStepCell(Loss(), nn.SGD(model.trainable_params(), 0.05))
-    step.set_train(False)
-    step(*our_inputs)
     model.save_pretrained(tmp_path / "ours")
     a, b = (
         ms.load_checkpoint(str(tmp_path / who / "adapter_model.safetensors"), format="safetensors")
@@ -252,13 +224,12 @@ OURS = {
 def test_names_that_end_alike_go_to_hugging_face(choice, rng, tmp_path):
     import peft
     import torch
-    from pairs import WIDTH, make_colliding
+    from pairs import WIDTH, make_colliding, move
 
     theirs, ours = make_colliding()
     x = rng.normal(size=(5, WIDTH)).astype(np.float32)
     model = get_peft_model(ours, LoraConfig(r=4, lora_alpha=6, **{**CHOICES, **OURS}[choice]))
-    for param in model.trainable_params():
-        param.set_data(Tensor((param.asnumpy() + 0.3 * rng.normal(size=param.shape)).astype(np.float32)))
+    move(model, rng, 0.3)
     expected = model(Tensor(x)).asnumpy()
     model.save_pretrained(tmp_path)
     wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
@@ -281,13 +252,13 @@ LOOSE = {
 def test_names_that_end_alike_come_from_hugging_face(choice, rng, tmp_path):
     import peft
     import torch
-    from pairs import WIDTH, make_colliding
+    from pairs import WIDTH, disturb, make_colliding
 
     theirs, ours = make_colliding()
     x = rng.normal(size=(5, WIDTH)).astype(np.float32)
     choices = {**CHOICES, "loose": LOOSE}
     wrapped = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=6, **choices[choice])).eval()
-    disturb(wrapped.parameters(), rng)
+    disturb(wrapped, rng)
     wrapped.save_pretrained(tmp_path)
     with torch.no_grad():
         expected = wrapped(torch.tensor(x)).numpy()
@@ -298,7 +269,7 @@ def test_names_that_end_alike_come_from_hugging_face(choice, rng, tmp_path):
 def test_a_batch_norm_goes_both_ways(rng, tmp_path):
     import peft
     import torch
-    from pairs import WIDTH
+    from pairs import WIDTH, disturb
 
     fields = {"target_modules": ["0"], "modules_to_save": ["1"]}
     x = rng.normal(size=(5, WIDTH)).astype(np.float32)
@@ -313,7 +284,7 @@ def test_a_batch_norm_goes_both_ways(rng, tmp_path):
 
     theirs, ours = pair()
     wrapped = peft.get_peft_model(theirs, peft.LoraConfig(**fields)).eval()
-    disturb(wrapped.parameters(), rng)
+    disturb(wrapped, rng)
     with torch.no_grad():
         wrapped.base_model.model[1].modules_to_save["default"].running_mean.add_(0.5)
         expected = wrapped(torch.tensor(x)).numpy()
@@ -330,15 +301,14 @@ def test_a_batch_norm_goes_both_ways(rng, tmp_path):
 def test_a_delta_file_of_projected_prefixes_goes_to_hugging_face(projection, rng, tmp_path):
     """Of a PrefixLayer in each attention, and of P-Tuning v2 in each attention."""
     import peft
-    from pairs import inputs, make_pair, their_logits
+    from pairs import inputs, make_pair, move, their_logits
 
     theirs, ours = make_pair("gpt2", tmp_path / "base")
     torch_inputs, our_inputs = inputs("gpt2", rng)
     cls = PrefixTuningConfig if projection == "layers" else Ptuning2Config
     config = cls(num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=8, task_type="CAUSAL_LM")
     model = get_peft_model(ours, config)
-    for param in model.trainable_params():
-        param.set_data(Tensor((param.asnumpy() + 0.1 * rng.normal(size=param.shape)).astype(np.float32)))
+    move(model, rng)
     expected = model.set_train(False)(*our_inputs).asnumpy()
     save_tensors(tmp_path / "d.safetensors", {param.name: param.asnumpy() for param in model.trainable_params()})
     convert(tmp_path / "d.safetensors", tmp_path / "a", model.peft_config["default"])
@@ -362,14 +332,13 @@ def test_ptuning2_goes_to_hugging_face(rng, tmp_path):
 @pytest.mark.parametrize("init", ["pissa_niter_4", "pissa"])
 def test_an_approximate_start_of_hugging_face_is_refused_and_ours_is_exact(init, rng, tmp_path):
     import peft
-    from pairs import inputs, make_pair, their_logits
+    from pairs import inputs, make_pair, move, their_logits
 
     theirs, ours = make_pair("llama", tmp_path / "base")
     torch_inputs, our_inputs = inputs("llama", rng)
     config = {**fields("llama", "lora"), "init_lora_weights": init}
     model = get_peft_model(ours, LoraConfig(**config))
-    for param in model.trainable_params():
-        param.set_data(Tensor((param.asnumpy() + 0.1 * rng.normal(size=param.shape)).astype(np.float32)))
+    move(model, rng)
     expected = model(*our_inputs).asnumpy()
     model.save_pretrained(tmp_path / "ours")
     wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path / "ours").eval()
