@@ -163,7 +163,7 @@ def _find_slots(network, plan, unmatched):
         if not layers:
             raise ConfigError(
                 f"{owner}: no Cell of {type(network).__name__} has an attribute {cls.slot!r}; see docs/peft.md for how "
-                f"a network takes {'a prefix' if name == 'attention' else 'a prompt'}."
+                f"a network takes a {cls.slot.split('_')[0]}."
             )
         kinds = _slot_kinds(owner, cls, layers)
         config.complete(kinds)

@@ -77,9 +77,10 @@ def load(folder, found, slot, names, force=False):
     plan, keys = slot.plan, file_keys(slot, names)
     if plan.config.computed() != plan.config:
         raise CheckpointError(f"{folder}: holds what the adapter's projection computes, and not the projection.")
-    fresh = {path: value_of(param) for path, param in slot.params.items()}
-    whole = whole_tensors(slot, fresh)
-    wanted = {key: fresh[path].shape for path, key in keys.items()}
+    # For the shapes alone: zeros that take no memory, where a trained head may be large.
+    blank = {path: np.broadcast_to(np.float32(0), param.shape) for path, param in slot.params.items()}
+    whole = whole_tensors(slot, blank)
+    wanted = {key: blank[path].shape for path, key in keys.items()}
     wanted.update({key: value.shape for key, value in whole.items()})
     layers = [target for target in plan.targets if target.is_layer]
     weights = {names.to_torch(target.path): target.kind.weight_of(target.cell) for target in layers}

@@ -6,7 +6,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
-from small import Compiles, Small, Tied, contents, graph_mode, ids, move, numbers, same
+from small import Small, check_tied, check_turns, contents, ids, move, numbers, same
 
 from mindpet.delta import IA3Dense
 from mindpet.errors import CheckpointError, ConfigError, MergeError, NoMatchError
@@ -240,34 +240,11 @@ def test_adapters_in_one_batch(mode, rng):
 
 
 def test_adapters_of_one_shape_take_turns_without_a_new_graph(mode, rng, tmp_path):
-    x, expected = ids(rng), {}
-    ms.set_seed(2)
-    model = get_peft_model(Small(), config())
-    for seed, name in enumerate(("a", "b")):
-        move(model, seed)
-        expected[name] = numbers(model, x)
-        model.save_pretrained(tmp_path / name)
-    ms.set_seed(2)
-    model = PeftModel.from_pretrained(Small(), tmp_path / "a", "a")
-    model.load_adapter(tmp_path / "b", "b")
-    same(numbers(model, x), expected["a"])
-    with Compiles() as compiles:
-        for name in ("b", "a", "b"):
-            model.set_adapter(name)
-            same(numbers(model, x), expected[name])
-    assert compiles.count == 0 or not graph_mode()
+    check_turns(config(), config(), ids(rng), tmp_path)
 
 
 def test_a_weight_in_common_with_another_layer(mode, rng):
-    x = ids(rng)
-    network = Tied()
-    model = get_peft_model(network, IA3Config(target_modules=["head"]))
-    move(model, 1)
-    tuned = numbers(model, x)
-    with pytest.raises(MergeError, match="head has its weight in common with"):
-        model.merge_and_unload()
-    same(numbers(model, x), tuned)
-    np.testing.assert_allclose(numbers(model.merge_and_unload(untie_weights=True), x), tuned, atol=1e-5)
+    check_tied(IA3Config(target_modules=["head"]), ids(rng))
 
 
 class Beside(nn.Cell):

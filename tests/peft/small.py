@@ -2,9 +2,11 @@
 
 import mindspore as ms
 import numpy as np
+import pytest
 from mindspore import Parameter, Tensor, nn, ops
 
-from mindpet.peft import LoraConfig, register_layer
+from mindpet.errors import MergeError
+from mindpet.peft import LoraConfig, PeftModel, get_peft_model, register_layer
 
 VOCAB, WIDTH, LABELS = 10, 8, 3
 TARGETS = ["embed", "query", "mlp.0", "turned", "shared", "conv"]
@@ -154,3 +156,34 @@ class Compiles:
 def graph_mode():
     """Whether this is graph mode."""
     return ms.get_context("mode") == ms.GRAPH_MODE
+
+
+def check_turns(one, other, x, folder):
+    """Adapters of one shape take turns: each gives what it gave alone, and none needs a new graph."""
+    expected = {}
+    for seed, (name, own) in enumerate({"a": one, "b": other}.items()):
+        ms.set_seed(2)
+        model = get_peft_model(Small(), own)
+        move(model, seed)
+        expected[name] = numbers(model, x)
+        model.save_pretrained(folder / name)
+    ms.set_seed(2)
+    model = PeftModel.from_pretrained(Small(), folder / "a", "a")
+    model.load_adapter(folder / "b", "b")
+    same(numbers(model, x), expected["a"])
+    with Compiles() as compiles:
+        for name in ("b", "a", "b"):
+            model.set_adapter(name)
+            same(numbers(model, x), expected[name])
+    assert compiles.count == 0 or not graph_mode()
+
+
+def check_tied(own, x):
+    """A delta on `head` of `Tied` is merged only into a weight that is made its own."""
+    model = get_peft_model(Tied(), own)
+    move(model, 1)
+    tuned = numbers(model, x)
+    with pytest.raises(MergeError, match="head has its weight in common with"):
+        model.merge_and_unload()
+    same(numbers(model, x), tuned)
+    np.testing.assert_allclose(numbers(model.merge_and_unload(untie_weights=True), x), tuned, atol=1e-5)
