@@ -133,6 +133,20 @@ class PeftConfig:
         """The keywords of `Delta.setup` for the layer at `path`."""
         return {}
 
+    def kinds_of_targets(self, kinds):
+        """Those of the method's kinds of places, names in `mindpet.network.kinds`, that this configuration is for."""
+        return kinds
+
+    def complete(self, kinds):
+        """Set what a network tells.
+
+        Args:
+            kinds (list): of its Cells with a slot, see `mindpet.network.kinds.SLOTS`; all alike.
+
+        Raises:
+            ConfigError: a field says otherwise, or is missing.
+        """
+
     def computed(self):
         """The configuration of this adapter as a file has it: what was computed is there, and not what it is from."""
         return self
@@ -403,14 +417,6 @@ class PromptLearningConfig(PeftConfig):
     key_start = "base_model."  # Hugging Face PEFT does not wrap the model twice
 
     def complete(self, kinds):
-        """Set what a network tells.
-
-        Args:
-            kinds (list): of all attentions, or of the input embedding, see `mindpet.network.kinds.SLOTS`; all alike.
-
-        Raises:
-            ConfigError: a field says otherwise; `num_virtual_tokens` is missing.
-        """
         problems = []
         for name, value in self.network_sizes(kinds).items():
             if getattr(self, name) is None:

@@ -83,7 +83,7 @@ METHODS = {
             "adapter",
             BottleneckConfig,
             ("*mindpet_delta_adapter*",),
-            {"linear": AdapterDelta, "embedding": AdapterDelta},
+            {"linear": AdapterDelta, "embedding": AdapterDelta, "block": AdapterDelta},
             (AdapterDense, AdapterLayer),
             identity=True,
         ),

@@ -8,7 +8,7 @@ from mindspore import nn
 from mindpet.delta._config import TASK_HEADS
 from mindpet.delta.registry import METHODS, method_of
 from mindpet.errors import ConfigError, MindPetError, NoMatchError
-from mindpet.network.kinds import SLOTS, AttentionKind, layer_kind
+from mindpet.network.kinds import SLOTS, AttentionKind, place_kind, slot_of
 from mindpet.network.match import (
     Layer,
     check_patterns,
@@ -29,9 +29,9 @@ class Target:
     """A place of a network that gets a delta.
 
     Attributes:
-        cell (Cell): the layer, attention, ...
+        cell (Cell): the layer, block, attention, ...
         paths (list of str): dotted paths from the network; several if the Cell is shared.
-        kind (Union[LayerKind, AttentionKind]): of the Cell.
+        kind (object): of the Cell, see `mindpet.network.kinds`.
         delta (type): the Delta for it.
         arguments (dict): delta arguments.
     """
@@ -51,6 +51,11 @@ class Target:
     def is_layer(self):
         """Whether it is a layer with a weight."""
         return hasattr(self.kind, "weight")
+
+    @property
+    def is_slot(self):
+        """Whether the Cell has an attribute for the delta."""
+        return self.kind.name in SLOTS
 
 
 @dataclass
@@ -117,7 +122,7 @@ def plan_targets(network, config, batch_statistics=False, unmatched=None):
     config.check_supported()
     plan = Plan(copy.deepcopy(config), method_of(config))
     errors = []
-    for step in (_find_layers, _find_slots, _find_modules_to_save, _check_targets):
+    for step in (_find_targets, _find_modules_to_save, _check_targets):
         try:
             step(network, plan, unmatched)
         except MindPetError as error:
@@ -130,50 +135,49 @@ def plan_targets(network, config, batch_statistics=False, unmatched=None):
     return plan
 
 
-def _find_layers(network, plan, unmatched):
-    """The layers that `target_modules` means."""
+def _find_targets(network, plan, unmatched):
+    """The Cells that `target_modules` means; without such a field all that have a slot for the method."""
     config, deltas = plan.config, plan.method.deltas
-    if not hasattr(config, "target_modules"):
-        return
-    if config.target_modules is None:
-        config.target_modules = default_targets(list_layers(network))
-    carrying = tuple(cell for method in METHODS.values() for cell in method.cells)
-    kinds = [name for name in deltas if name not in SLOTS]
-
-    def supported(cell):
-        return getattr(layer_kind(cell), "name", None) in kinds
-
-    layers = find_targets(network, config, supported, unmatched, carrying)
-    check_patterns(config, layers, unmatched)
+    kinds = [name for name in deltas if name in config.kinds_of_targets(deltas)]
+    if hasattr(config, "target_modules"):
+        if config.target_modules is None:
+            config.target_modules = default_targets(list_layers(network))
+        carrying = tuple(cell for method in METHODS.values() for cell in method.cells)
+        layers = find_targets(network, config, lambda cell: _is_place(cell, kinds), unmatched, carrying)
+        check_patterns(config, layers, unmatched)
+    else:
+        layers = _all_slots(network, type(config).__name__, kinds)
+    with_slot = [layer for layer in layers if slot_of(layer.cell, kinds)]
+    slots = _slot_kinds(type(config).__name__, kinds, with_slot)
+    config.complete(list(slots.values()))
     for layer in layers:
-        kind = layer_kind(layer.cell)
+        kind = slots.get(layer.path) or place_kind(layer.cell, kinds)
         arguments = config.delta_arguments(layer.path)
         plan.targets.append(Target(layer.cell, layer.paths, kind, deltas[kind.name], arguments))
 
 
-def _find_slots(network, plan, unmatched):
-    """All Cells of the network with an attribute that takes a delta of the method, such as a prefix."""
-    config, owner = plan.config, type(plan.config).__name__
-    for name, delta in plan.method.deltas.items():
-        if name not in SLOTS:
-            continue
-        cls = SLOTS[name]
-        cells = [Layer(network, [""], []), *list_layers(network)]
-        layers = [layer for layer in cells if hasattr(layer.cell, cls.slot)]
-        if not layers:
-            raise ConfigError(
-                f"{owner}: no Cell of {type(network).__name__} has an attribute {cls.slot!r}; see docs/peft.md for how "
-                f"a network takes a {cls.slot.split('_')[0]}."
-            )
-        kinds = _slot_kinds(owner, cls, layers)
-        config.complete(kinds)
-        for layer, kind in zip(layers, kinds):
-            plan.targets.append(Target(layer.cell, layer.paths, kind, delta, config.delta_arguments(layer.path)))
+def _is_place(cell, kinds):
+    return slot_of(cell, kinds) is not None or place_kind(cell, kinds) is not None
 
 
-def _slot_kinds(owner, cls, layers):
-    """The kinds of Cells with a slot, which must be free, and all of the same sizes: they share one table."""
-    problems, sizes = [], {}
+def _all_slots(network, owner, kinds):
+    """All Cells of a network that have an attribute for a delta of these kinds."""
+    cells = [Layer(network, [""], []), *list_layers(network)] if kinds else []
+    layers = [layer for layer in cells if slot_of(layer.cell, kinds)]
+    if kinds and not layers:
+        cls = SLOTS[kinds[0]]
+        raise ConfigError(
+            f"{owner}: no Cell of {type(network).__name__} has an attribute {cls.slot!r}; see docs/peft.md for how a "
+            f"network takes a {cls.slot.split('_')[0]}."
+        )
+    return layers
+
+
+def _slot_kinds(owner, kinds, layers):
+    """Path -> kind of Cells with a slot, which must be free, and all of the same sizes: they share one table."""
+    if not layers:
+        return {}
+    problems, sizes, cls = [], {}, slot_of(layers[0].cell, kinds)
     names = [field.name for field in fields(cls)]
     for layer in layers:
         size = [getattr(layer.cell, name, None) for name in names]
@@ -189,7 +193,7 @@ def _slot_kinds(owner, cls, layers):
         problems.append(f"all {plural} must have the same {' and '.join(map(repr, names))}, but they are {sizes}")
     if problems:
         raise ConfigError(f"{owner}: " + "; ".join(problems) + ".")
-    return [cls(*sizes[layer.path]) for layer in layers]
+    return {path: cls(*size) for path, size in sizes.items()}
 
 
 def _check_targets(network, plan, unmatched):

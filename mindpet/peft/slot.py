@@ -50,10 +50,10 @@ class AdapterSlot:
                 delta.base_bias = copies.get((id(target.cell), target.kind.bias), delta.base_bias)
             carry_strategy(target.cell, target.kind, delta)
             self._add(target.path, delta, suffix)
-            if target.is_layer:
-                patch = ConstructPatch(target.cell, target.kind, delta)
-            else:
+            if target.is_slot:
                 patch = AttributePatch(target.cell, target.kind.slot, delta)
+            else:
+                patch = ConstructPatch(target.cell, target.kind, delta)
             self.patches.append(patch)
         positions = max((delta.positions for delta in self.deltas.values()), default=0)
         if positions:
