@@ -129,6 +129,16 @@ class PeftConfig:
         """Whether the method adds tokens or keys and values, rather than layers."""
         return isinstance(self, PromptLearningConfig)
 
+    @property
+    def parts(self):
+        """The configurations of the adapter's methods; this one alone, if it is no union of several."""
+        return [self]
+
+    def with_parts(self, parts):
+        """This configuration with others in place of its `parts`."""
+        (part,) = parts
+        return part
+
     def delta_arguments(self, path):
         """The keywords of `Delta.setup` for the layer at `path`."""
         return {}

@@ -140,7 +140,7 @@ for _method in METHODS.values():
 
 
 def method_of(config):
-    """The method of a configuration."""
+    """The method of a configuration that is no union, see `PeftConfig.parts`."""
     return METHODS[config.method_name]
 
 

@@ -34,6 +34,7 @@ class Target:
         kind (object): of the Cell, see `mindpet.network.kinds`.
         delta (type): the Delta for it.
         arguments (dict): delta arguments.
+        config (PeftConfig): of the method.
     """
 
     cell: nn.Cell
@@ -41,6 +42,7 @@ class Target:
     kind: object
     delta: type
     arguments: dict
+    config: object
 
     @property
     def path(self):
@@ -64,7 +66,6 @@ class Plan:
 
     Attributes:
         config (PeftConfig): the configuration, completed by what was found in the network.
-        method (Method): of the registry.
         targets (list of Target): what gets a delta.
         modules_to_save (list of Layer): Cells that are trained and saved as they are.
         trained (dict): path -> Parameter of the network that the adapter has a copy of, and trains.
@@ -74,7 +75,6 @@ class Plan:
     """
 
     config: object
-    method: object
     targets: list = field(default_factory=list)
     modules_to_save: list = field(default_factory=list)
     trained: dict = field(default_factory=dict)
@@ -82,9 +82,18 @@ class Plan:
     buffers: set = field(default_factory=set)
     still: list = field(default_factory=list)
 
+    @property
+    def methods(self):
+        """Of the registry, those of the configuration."""
+        return [method_of(part) for part in self.config.parts]
+
+    @property
+    def trainable(self):
+        """Patterns of the parameters that train, of the deltas."""
+        return tuple(pattern for method in self.methods for pattern in method.trainable)
+
     def __str__(self):
-        method = self.config.peft_name
-        rows = [(target.path, type(target.cell).__name__, method) for target in self.targets]
+        rows = [(target.path, type(target.cell).__name__, target.config.peft_name) for target in self.targets]
         rows += [(layer.path, type(layer.cell).__name__, "trained as a whole") for layer in self.modules_to_save]
         inside = tuple(f"{layer.path}." for layer in self.modules_to_save)
         rows += [
@@ -120,7 +129,7 @@ def plan_targets(network, config, batch_statistics=False, unmatched=None):
     if getattr(config, "peft_type", None) is None:
         raise TypeError(f"'config' must be the configuration of a method, but got {config!r}.")
     config.check_supported()
-    plan = Plan(copy.deepcopy(config), method_of(config))
+    plan = Plan(copy.deepcopy(config))
     errors = []
     for step in (_find_targets, _find_modules_to_save, _check_targets):
         try:
@@ -136,8 +145,20 @@ def plan_targets(network, config, batch_statistics=False, unmatched=None):
 
 
 def _find_targets(network, plan, unmatched):
+    """The targets of all methods."""
+    errors = []
+    for part in plan.config.parts:
+        try:
+            plan.targets += _targets_of(network, part, unmatched)
+        except MindPetError as error:
+            errors.append(error)
+    if errors:
+        raise type(errors[0])("\n".join(map(str, errors)))
+
+
+def _targets_of(network, config, unmatched):
     """The Cells that `target_modules` means; without such a field all that have a slot for the method."""
-    config, deltas = plan.config, plan.method.deltas
+    deltas = method_of(config).deltas
     kinds = [name for name in deltas if name in config.kinds_of_targets(deltas)]
     if hasattr(config, "target_modules"):
         if config.target_modules is None:
@@ -150,10 +171,12 @@ def _find_targets(network, plan, unmatched):
     with_slot = [layer for layer in layers if slot_of(layer.cell, kinds)]
     slots = _slot_kinds(type(config).__name__, kinds, with_slot)
     config.complete(list(slots.values()))
+    targets = []
     for layer in layers:
         kind = slots.get(layer.path) or place_kind(layer.cell, kinds)
         arguments = config.delta_arguments(layer.path)
-        plan.targets.append(Target(layer.cell, layer.paths, kind, deltas[kind.name], arguments))
+        targets.append(Target(layer.cell, layer.paths, kind, deltas[kind.name], arguments, config))
+    return targets
 
 
 def _is_place(cell, kinds):
@@ -198,8 +221,10 @@ def _slot_kinds(owner, kinds, layers):
 
 def _check_targets(network, plan, unmatched):
     """Refuse deltas that the method, or the strategies of a layer, speak against."""
-    problems = []
+    problems, owners = [], {}
     for target in plan.targets:
+        if owners.setdefault(target.path, target) is not target:
+            problems.append(f"{target.path} would have two deltas, of {owners[target.path].config.peft_name} too")
         try:
             is_sharded = find_cuts(target.cell, target.kind) is not None
         except ConfigError as error:
@@ -241,7 +266,7 @@ def _find_trained(network, plan, batch_statistics):
     for layer in plan.modules_to_save:
         _take(plan, parameter_places(layer.path, layer.cell))
     patterns = plan.config.trained_parameters
-    targets = plan.targets if plan.config.trains_target_biases else ()
+    targets = [target for target in plan.targets if target.config.trains_target_biases]
     biases = {id(target.kind.bias_of(target.cell)) for target in targets}
     statistics = {path: places for path, places in everywhere.items() if _is_statistic(places[0])}
     for path, places in everywhere.items():

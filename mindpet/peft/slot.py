@@ -95,7 +95,7 @@ class AdapterSlot:
             for name in names.values():
                 if name in values:
                     self.params[name].set_dtype(Tensor(values[name]).dtype)
-                elif matches(name, self.plan.method.trainable):
+                elif matches(name, self.plan.trainable):
                     self.params[name].set_dtype(types.get(path, ms.float32))
 
     def values_of(self, path, values):
@@ -114,7 +114,7 @@ class AdapterSlot:
     def trained(self):
         """Paths of the parameters that train."""
         own = {path for path, base in self.copies.items() if base not in self.plan.buffers}
-        return [path for path in self.params if path in own or matches(path, self.plan.method.trainable)]
+        return [path for path in self.params if path in own or matches(path, self.plan.trainable)]
 
     def put(self):
         """Put the deltas and copies into the network, in the mode, training or not, of their layers."""
