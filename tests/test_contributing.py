@@ -93,6 +93,8 @@ KNOWN = {
         "peft/state.py": "pissa_niter_N, which is computed exactly, is saved as pissa",
     },
     "low_rank_adapter": {"delta/adapter.py": "a historical import path"},
+    "adapter": {"delta/mam.py": "MAM is made of it and of a prefix"},
+    "prefixtuning": {"delta/mam.py": "MAM is made of it and of an adapter"},
     "ptuning2": {"delta/prefix_layer.py": "a prefix that is not computed is the same in both, and so are their files"},
 }
 METHODS_BY_FILE = [name for name, method in METHODS.items() if method.config.__module__ == f"mindpet.delta.{name}"]

@@ -1,6 +1,6 @@
 """The delta Cells, one method a file."""
 
-from mindpet.delta.adapter import AdapterDense, AdapterLayer
+from mindpet.delta.adapter import AdapterDense, AdapterLayer, MultiHeadAdapterLayer
 from mindpet.delta.ia3 import IA3Dense
 from mindpet.delta.lora import LoRADense
 from mindpet.delta.low_rank_adapter import LowRankAdapterDense, LowRankAdapterLayer
@@ -17,6 +17,7 @@ __all__ = [
     "LoRADense",
     "LowRankAdapterDense",
     "LowRankAdapterLayer",
+    "MultiHeadAdapterLayer",
     "PrefixEncoder",
     "PrefixLayer",
     "PromptEmbedding",

@@ -11,15 +11,18 @@ from mindpet.delta._base import Delta, DeltaDense, ResidualAdapter, delta_parame
 from mindpet.delta._config import TargetConfig
 from mindpet.delta.low_rank_adapter import LowRankAdapterDense, LowRankAdapterLayer
 from mindpet.layers.activation import ACTIVATIONS, get_activation
-from mindpet.layers.linear import Dense
-from mindpet.utils.sharding import apply_strategies
+from mindpet.layers.linear import Dense, to_rows
+from mindpet.network.kinds import linear_layers
+from mindpet.utils.sharding import apply_strategies, cut_axes
 from mindpet.utils.validate import Checker
 
 __all__ = ["AdapterDense", "AdapterLayer", "LowRankAdapterDense", "LowRankAdapterLayer"]
 
 
-FORMS = ("sequential", "parallel")
+# Form -> kinds of places; what an embedding takes in are no features.
+PLACES = {"sequential": ("linear", "embedding", "block"), "parallel": ("linear", "block"), "multi_head": ("context",)}
 LEARNED, SCALE = "learned", "mindpet_delta_adapter_scale"  # a scale that trains
+UP, UP_BIAS = "mindpet_delta_adapter_up", "mindpet_delta_adapter_up_bias"
 
 
 @dataclass
@@ -29,11 +32,13 @@ class BottleneckConfig(TargetConfig):
     `target_modules` names layers or, by the path of a Cell that has linear layers, blocks: with 'sequential' after each
     attention and each feed-forward block it is Houlsby's adapter, after the feed-forward block alone Pfeiffer's
     (arXiv:2005.00247); with 'parallel' and a scale beside the feed-forward block it is the scaled parallel adapter.
+    With 'multi_head' it names attentions that have a `context_source`, see docs/peft.md.
 
     Args beyond those of PeftConfig and TargetConfig:
         bottleneck_size (int): features inside. Default: 64.
         non_linearity (str): activation inside, see `mindpet.layers.get_activation`. Default: 'gelu'.
-        form (str): 'sequential': computed from what the place puts out; 'parallel': from what it takes in.
+        form (str): 'sequential': computed from what the place puts out; 'parallel': from what it takes in;
+            'multi_head': also, apart for each head of an attention, with as many features inside for each.
             Default: 'sequential'.
         scale (Union[float, str]): factor of what is added, or 'learned' for one that trains, and starts as 1.
             Default: 1.0.
@@ -56,19 +61,24 @@ class BottleneckConfig(TargetConfig):
         }
 
     def kinds_of_targets(self, kinds):
-        # What an embedding takes in are no features.
-        return [kind for kind in kinds if not (kind == "embedding" and self.form == "parallel")]
+        return PLACES[self.form]
 
     def check_fields(self, check):
         super().check_fields(check)
         check.positive_int(bottleneck_size=self.bottleneck_size)
         check.choice("non_linearity", self.non_linearity, ACTIVATIONS)
-        check_form(check, self.form, self.scale)
+        check.choice("form", self.form, PLACES)
+        check_scale(check, self.scale)
 
 
 def check_form(check, form, scale):
-    """Note what is wrong with the form and the scale of an adapter."""
-    check.choice("form", form, FORMS)
+    """Note what is wrong with the form and the scale of an adapter at a layer."""
+    check.choice("form", form, ("sequential", "parallel"))
+    check_scale(check, scale)
+
+
+def check_scale(check, scale):
+    """Note a scale that is neither a number nor 'learned'."""
     if scale != LEARNED:
         check.nonzero_number(scale=scale)
 
@@ -228,6 +238,141 @@ class AdapterDelta(Delta):
     @property
     def operators(self):
         return self.mindpet_delta_adapter.operators
+
+
+class MultiHeadAdapterLayer(nn.Cell):
+    """A bottleneck adapter for each head of an attention, added to what the heads put out.
+
+    .. math::
+        c_i \\mapsto c_i + s \\, (non\\_linearity(x W_{down}^i + b_{down}^i) W_{up}^i + b_{up}^i)
+
+    Source: He et al. 2022, "Towards a Unified View of Parameter-Efficient Transfer Learning", arXiv:2110.04366,
+    section 3.3, the multi-head parallel adapter. W_up and both biases start as zeros, so a fresh one is the identity.
+
+    Args:
+        hidden_size (int): features of x, the attention's input.
+        heads (int): query heads.
+        head_dim (int): features of a head.
+        bottleneck_size (int): features inside, for each head. Default: 64.
+        non_linearity (str): name of the activation inside, see `mindpet.layers.get_activation`. Default: 'gelu'.
+        scale (Union[float, str]): s, or 'learned' for one that trains, and starts as 1. Default: 1.0.
+        param_init_type (mindspore.dtype): type of the parameters: float16, float32 or bfloat16. Default: float32.
+        compute_dtype (mindspore.dtype): type of the computation: float16, float32 or bfloat16. Default: float16.
+
+    Parameters:
+        mindpet_delta_adapter_down: weight `(heads * bottleneck_size, hidden_size)`, bias; mindpet_delta_adapter_up
+        `(1, heads, bottleneck_size, head_dim)`; mindpet_delta_adapter_up_bias `(heads, 1, head_dim)`;
+        mindpet_delta_adapter_scale `(1,)`, if it is learned.
+
+    Inputs:
+        hidden: x, `(batch, seq, hidden_size)`.
+        query: of no effect, `(batch, heads, seq, head_dim)`.
+        context: what the heads put out, `(batch, heads, seq, head_dim)`.
+
+    Outputs:
+        `(batch, heads, seq, head_dim)`, in the type of `context`.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, see `AdapterLayer`.
+    """
+
+    def __init__(
+        self,
+        hidden_size,
+        heads,
+        head_dim,
+        bottleneck_size=64,
+        non_linearity="gelu",
+        scale=1.0,
+        param_init_type=ms.float32,
+        compute_dtype=ms.float16,
+    ):
+        check = Checker(type(self).__name__)
+        check.positive_int(hidden_size=hidden_size, heads=heads, head_dim=head_dim, bottleneck_size=bottleneck_size)
+        check.choice("non_linearity", non_linearity, ACTIVATIONS)
+        check_scale(check, scale)
+        check.float_type(param_init_type=param_init_type, compute_dtype=compute_dtype)
+        check.done()
+        super().__init__()
+        self.heads, self.bottleneck_size, self.compute_dtype = heads, bottleneck_size, compute_dtype
+        self.mindpet_delta_adapter_down = Dense(
+            hidden_size, heads * bottleneck_size, "xavier_uniform", dtype=param_init_type, compute_dtype=compute_dtype
+        )
+        self.mindpet_delta_adapter_non_linear = get_activation(non_linearity)
+        shape = (1, heads, bottleneck_size, head_dim)
+        self.mindpet_delta_adapter_up = delta_parameter("zeros", shape, param_init_type, UP)
+        self.mindpet_delta_adapter_up_bias = delta_parameter("zeros", (heads, 1, head_dim), param_init_type, UP_BIAS)
+        self.scale = scale
+        if scale == LEARNED:
+            self.mindpet_delta_adapter_scale = delta_parameter("ones", (1,), param_init_type, SCALE)
+        self.heads_first, self.tile = ops.Transpose(), ops.Tile()
+        self.up_matmul, self.bias_add, self.scale_mul = ops.BatchMatMul(), ops.Add(), ops.Mul()
+        self.residual_add = ops.Add()
+
+    def construct(self, hidden, query, context):
+        batch, seq = hidden.shape[0], hidden.shape[1]
+        inner = self.mindpet_delta_adapter_down(ops.cast(to_rows(hidden), self.compute_dtype))
+        inner = self.heads_first(ops.reshape(inner, (batch, seq, self.heads, self.bottleneck_size)), (0, 2, 1, 3))
+        up = self.tile(ops.cast(self.mindpet_delta_adapter_up, self.compute_dtype), (batch, 1, 1, 1))
+        delta = self.up_matmul(self.mindpet_delta_adapter_non_linear(inner), up)
+        delta = self.bias_add(delta, ops.cast(self.mindpet_delta_adapter_up_bias, self.compute_dtype))
+        factor = self.scale
+        if factor == LEARNED:
+            factor = ops.cast(self.mindpet_delta_adapter_scale, self.compute_dtype)
+        return self.residual_add(context, ops.cast(self.scale_mul(delta, factor), context.dtype))
+
+    def shard(self, batch, heads):
+        """Cut the result over the batch and the heads.
+
+        Args:
+            batch (int): slices of the batch.
+            heads (int): slices of the heads.
+
+        Returns:
+            MultiHeadAdapterLayer, itself.
+        """
+        return apply_strategies(self, cut_axes(self, {"n": batch, "o": heads}))
+
+    @property
+    def operators(self):
+        """The operator behind each slot, and the axes of its inputs; see `mindpet.utils.sharding`."""
+        down = self.mindpet_delta_adapter_down
+        return {
+            "strategy_matmul_down_sampler": (down.matmul, "ni,oi"),
+            "strategy_bias_down_sampler": (down.bias_add, "no,o"),
+            "strategy_heads_first": (self.heads_first, "nkor"),
+            "strategy_non_linearity": (self.mindpet_delta_adapter_non_linear, "nokr"),
+            "strategy_tile": (self.tile, "nork"),
+            "strategy_matmul_up_sampler": (self.up_matmul, "nokr,nork"),
+            "strategy_bias_up_sampler": (self.bias_add, "nokl,okl"),
+            "strategy_scale_mul": (self.scale_mul, "nokl,k" if self.scale == LEARNED else "nokl,"),
+            "strategy_residual_add": (self.residual_add, "nokl,nokl"),
+        }
+
+    def extend_repr(self):
+        return f"heads={self.heads}, bottleneck_size={self.bottleneck_size}, scale={self.scale}"
+
+
+class MultiHeadAdapterDelta(MultiHeadAdapterLayer, Delta):
+    """A `MultiHeadAdapterLayer` that an attention calls as its attribute `context_source`.
+
+    Delta arguments:
+        bottleneck_size (int), non_linearity (str), scale (Union[float, str]): see there.
+        form (str): 'multi_head'.
+    """
+
+    @classmethod
+    def create(cls, cell, kind, bottleneck_size, non_linearity, form, scale):
+        (first, layer), *_ = linear_layers(cell)
+        return cls(
+            layer.in_features(first),
+            kind.heads,
+            kind.head_dim,
+            bottleneck_size,
+            non_linearity,
+            scale,
+            compute_dtype=layer.compute_dtype,
+        )
 
 
 class AdapterDense(DeltaDense, AdapterDelta):

@@ -3,7 +3,14 @@
 import enum
 from dataclasses import dataclass, field
 
-from mindpet.delta.adapter import AdapterDelta, AdapterDense, AdapterLayer, BottleneckConfig
+from mindpet.delta.adapter import (
+    AdapterDelta,
+    AdapterDense,
+    AdapterLayer,
+    BottleneckConfig,
+    MultiHeadAdapterDelta,
+    MultiHeadAdapterLayer,
+)
 from mindpet.delta.bitfit import BitFitConfig
 from mindpet.delta.ia3 import IA3Config, IA3Delta, IA3Dense
 from mindpet.delta.lora import LoraConfig, LoraConvolution, LoraDelta, LoRADense, LoraEmbedding
@@ -83,8 +90,13 @@ METHODS = {
             "adapter",
             BottleneckConfig,
             ("*mindpet_delta_adapter*",),
-            {"linear": AdapterDelta, "embedding": AdapterDelta, "block": AdapterDelta},
-            (AdapterDense, AdapterLayer),
+            {
+                "linear": AdapterDelta,
+                "embedding": AdapterDelta,
+                "block": AdapterDelta,
+                "context": MultiHeadAdapterDelta,
+            },
+            (AdapterDense, AdapterLayer, MultiHeadAdapterLayer),
             identity=True,
         ),
         Method(

@@ -1,12 +1,9 @@
-"""Several methods in one adapter, as the MAM adapter is."""
+"""Several methods in one adapter."""
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Optional
 
 from mindpet.delta._config import PeftConfig, PromptLearningConfig, get_peft_config
-from mindpet.delta.adapter import BottleneckConfig
-from mindpet.delta.prefix_layer import PrefixTuningConfig
 
 # Fields that an adapter has once, and its methods have not.
 OF_ADAPTER = ("task_type", "auto_mapping", "base_model_name_or_path", "revision", "modules_to_save")
@@ -73,38 +70,3 @@ class UnionConfig(PeftConfig):
 
 def _is_method(config):
     return isinstance(config, PeftConfig) and config.method_name is not None
-
-
-def mam_config(
-    target_modules,
-    num_virtual_tokens: int = 30,
-    bottleneck_size: int = 512,
-    scale=4.0,
-    modules_to_save: Optional[list] = None,
-    **prefix,
-) -> UnionConfig:
-    """The configuration of a MAM adapter: prefixes in the attentions, scaled parallel adapters at feed-forward blocks.
-
-    Source: He et al. 2022, "Towards a Unified View of Parameter-Efficient Transfer Learning", arXiv:2110.04366,
-    section 4.6; the defaults are those of the paper.
-
-    Args:
-        target_modules (Union[list, str]): the feed-forward blocks, see `TargetConfig`.
-        num_virtual_tokens: tokens of the prefix. Default: 30.
-        bottleneck_size: features inside of the adapters. Default: 512.
-        scale (Union[float, str]): of the adapters, see `BottleneckConfig`. Default: 4.0.
-        modules_to_save: names of further Cells that are trained and saved as a whole. Default: None.
-        prefix: further fields of PrefixTuningConfig, such as `prefix_projection`.
-
-    Raises:
-        TypeError, ValueError: an argument is wrong.
-    """
-    beside = BottleneckConfig(
-        target_modules=target_modules,
-        bottleneck_size=bottleneck_size,
-        non_linearity="relu",
-        form="parallel",
-        scale=scale,
-    )
-    attention = PrefixTuningConfig(num_virtual_tokens=num_virtual_tokens, **prefix)
-    return UnionConfig(configs=[attention, beside], modules_to_save=modules_to_save)

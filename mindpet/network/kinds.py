@@ -147,6 +147,38 @@ class AttentionKind:
     slot = "prefix_source"
     strategy = "prefix_strategy"
 
+    @property
+    def cut_heads(self):
+        """The heads that the Cell's strategies cut."""
+        return self.kv_heads
+
+
+@dataclass(frozen=True)
+class ContextKind:
+    """An attention that calls its attribute `context_source`, where that is not None, on what its heads put out.
+
+    `context = self.context_source(hidden, query, context)`: the attention's input `(batch, seq, features)`, its queries
+    with their positions and the result, both `(batch, heads, seq, head_dim)`.
+
+    Attributes:
+        heads (int): query heads.
+        kv_heads (int): key and value heads.
+        head_dim (int): features of a head.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    name = "context"
+    slot = "context_source"
+    strategy = "context_strategy"
+
+    @property
+    def cut_heads(self):
+        """The heads that the Cell's strategies cut."""
+        return self.heads
+
 
 @dataclass(frozen=True)
 class InputEmbeddingKind:
@@ -164,7 +196,7 @@ class InputEmbeddingKind:
 
 
 # Cells with an attribute that takes a delta, by the name of their kind.
-SLOTS = {kind.name: kind for kind in (AttentionKind, InputEmbeddingKind)}
+SLOTS = {kind.name: kind for kind in (AttentionKind, ContextKind, InputEmbeddingKind)}
 
 
 # Class, or its path for one of a library -> LayerKind.

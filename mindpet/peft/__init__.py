@@ -6,11 +6,12 @@ from mindpet.delta.bitfit import BitFitConfig
 from mindpet.delta.ia3 import IA3Config
 from mindpet.delta.lora import LoraConfig
 from mindpet.delta.low_rank_adapter import LowRankAdapterConfig
+from mindpet.delta.mam import mam_config
 from mindpet.delta.prefix_layer import PrefixTuningConfig
 from mindpet.delta.prompt_tuning import PromptTuningConfig
 from mindpet.delta.ptuning2 import Ptuning2Config
 from mindpet.delta.registry import PeftType
-from mindpet.delta.union import UnionConfig, mam_config
+from mindpet.delta.union import UnionConfig
 from mindpet.delta.vera import VeraConfig
 from mindpet.files.names import NameMap
 from mindpet.network.kinds import register_layer

@@ -8,7 +8,7 @@ from mindspore import nn
 from mindpet.delta._config import TASK_HEADS
 from mindpet.delta.registry import METHODS, method_of
 from mindpet.errors import ConfigError, MindPetError, NoMatchError
-from mindpet.network.kinds import SLOTS, AttentionKind, place_kind, slot_of
+from mindpet.network.kinds import SLOTS, place_kind, slot_of
 from mindpet.network.match import (
     Layer,
     check_patterns,
@@ -212,8 +212,9 @@ def _slot_kinds(owner, kinds, layers):
         else:
             sizes[layer.path] = tuple(size)
     if len(set(sizes.values())) > 1:
-        plural = "attentions" if cls is AttentionKind else f"Cells with '{cls.slot}'"
-        problems.append(f"all {plural} must have the same {' and '.join(map(repr, names))}, but they are {sizes}")
+        problems.append(
+            f"all Cells with {cls.slot!r} must have the same {' and '.join(map(repr, names))}, but they are {sizes}"
+        )
     if problems:
         raise ConfigError(f"{owner}: " + "; ".join(problems) + ".")
     return {path: cls(*size) for path, size in sizes.items()}

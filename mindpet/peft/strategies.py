@@ -58,7 +58,7 @@ def find_cuts(cell, kind):
     given = getattr(cell, kind.strategy, None)
     if given is None and not sharded:
         return None
-    return _attention_cuts(cell, sharded, given) if kind.name == "attention" else _batch_cut(given)
+    return _attention_cuts(kind, sharded, given) if hasattr(kind, "cut_heads") else _batch_cut(given)
 
 
 def _layer_cuts(kind, sharded):
@@ -105,8 +105,8 @@ def _batch_cut(given):
     return given
 
 
-def _attention_cuts(cell, sharded, cut):
-    """(slices of the batch, slices of the key and value heads) of an attention.
+def _attention_cuts(kind, sharded, cut):
+    """(slices of the batch, slices of the heads) of an attention.
 
     Key and value are the second inputs, `(batch, heads, ..., ...)`, of its batched matmuls.
     """
@@ -116,14 +116,14 @@ def _attention_cuts(cell, sharded, cut):
         if len(cut) != 4 or cut[2:] != (1, 1):
             raise ConfigError(
                 "its batched matmuls do not tell in how many slices the batch and the heads of key and value are cut; "
-                "give it an attribute 'prefix_strategy', a tuple of these two"
+                f"give it an attribute {kind.strategy!r}, a tuple of these two"
             )
         cut = cut[:2]
     pair = isinstance(cut, tuple) and len(cut) == 2 and all(is_int(count) and count > 0 for count in cut)
-    if not pair or cell.kv_heads % cut[1]:
+    if not pair or kind.cut_heads % cut[1]:
         raise ConfigError(
-            f"its 'prefix_strategy' must be two positive ints, of which the second divides its {cell.kv_heads} key and "
-            f"value heads, but is {cut!r}"
+            f"its {kind.strategy!r} must be two positive ints, of which the second divides its {kind.cut_heads} heads, "
+            f"but is {cut!r}"
         )
     return cut
 

@@ -123,9 +123,12 @@ def test_prefixes_and_deltas_of_embeddings_communicate_their_gradients_only(rank
         check_delta(report)
 
 
+OURS = ("mindpet_", "prefix_source", "context_source")
+
+
 def check_delta(report):
     """No operator of a delta is left to MindSpore, and every trained parameter has a sum of its gradient."""
-    ours = [plan for plan in report.operators if "mindpet_" in plan.cell or "prefix_source" in plan.cell]
+    ours = [plan for plan in report.operators if any(part in plan.cell for part in OURS)]
     ours = [plan for plan in ours if plan.operator != "NeighborExchangeV2"]  # which convolutions need by themselves
     assert ours and all(plan.is_set for plan in ours), [plan for plan in ours if not plan.is_set]
     assert not [plan for plan in report.collectives if "layout" in plan.cause]
@@ -156,16 +159,21 @@ def test_lora_bias_dropout_and_start_follow_too(reports):
 
 FACTORS = IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
 VECTORS = VeraConfig(r=4, target_modules=TARGETS)
+HEADS = AdapterConfig(target_modules=["self_attn"], bottleneck_size=2, form="multi_head")
 BESIDE = AdapterConfig(target_modules=["mlp"], bottleneck_size=8, form="parallel", scale="learned")
 
 
 @pytest.mark.parametrize("ranks, data_parallel", [(8, 2), (64, 16)])
 def test_factors_and_vectors_communicate_what_they_need(ranks, data_parallel):
-    configs = (FACTORS, VECTORS, BESIDE)
-    ia3, vera, beside = dry_run_many([functools.partial(make, config, data_parallel) for config in configs], ranks)
+    configs = (FACTORS, VECTORS, BESIDE, HEADS)
+    ia3, vera, beside, heads = dry_run_many(
+        [functools.partial(make, config, data_parallel) for config in configs], ranks
+    )
     # Of a block the rows alone are cut: nothing but the gradients of what is whole on every rank.
     assert collective_bytes(beside) == BASE_BYTES + 4 * 2 * (8 * (64 + 1) + 64 * (8 + 1) + 1)
-    for report in (ia3, vera, beside):
+    # Everything of a head is where the head is.
+    assert collective_bytes(heads) == BASE_BYTES + 4 * 2 * (16 * (64 + 1) + 8 * (2 * 8 + 8)) // 4
+    for report in (ia3, vera, beside, heads):
         check_delta(report)
         assert {plan.kind for plan in report.collectives} == {"AllReduce"}  # nothing is gathered
     own = {plan.cause: plan.bytes * plan.count for plan in ia3.collectives if "mindpet" in plan.cause}
