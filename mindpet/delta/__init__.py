@@ -1,9 +1,11 @@
 """The delta Cells, one method a file."""
 
 from mindpet.delta.adapter import AdapterDense, AdapterLayer
+from mindpet.delta.hira import HiraDense
 from mindpet.delta.ia3 import IA3Dense
 from mindpet.delta.lora import LoRADense
 from mindpet.delta.low_rank_adapter import LowRankAdapterDense, LowRankAdapterLayer
+from mindpet.delta.miss import MissDense
 from mindpet.delta.prefix_layer import PrefixLayer
 from mindpet.delta.prompt_tuning import PromptEmbedding
 from mindpet.delta.ptuning2 import PrefixEncoder
@@ -13,10 +15,12 @@ from mindpet.delta.vera import VeraDense
 __all__ = [
     "AdapterDense",
     "AdapterLayer",
+    "HiraDense",
     "IA3Dense",
     "LoRADense",
     "LowRankAdapterDense",
     "LowRankAdapterLayer",
+    "MissDense",
     "PrefixEncoder",
     "PrefixLayer",
     "PromptEmbedding",
