@@ -21,7 +21,7 @@ A, B = "mindpet_delta_hira_a", "mindpet_delta_hira_b"
 
 @dataclass
 class HiraConfig(TargetConfig):
-    """HiRA, Huang et al. 2025, ICLR.
+    """HiRA, Huang et al. 2025, ICLR 2025.
 
     Args beyond those of PeftConfig and TargetConfig:
         r: rank of the matrix that multiplies the weight. Default: 32.
@@ -29,7 +29,8 @@ class HiraConfig(TargetConfig):
         fan_in_fan_out: kept for Hugging Face PEFT, see `LoraConfig`. Default: False.
         init_weights: True for Kaiming A and zero B, False for both random, 'gaussian' for a normal A of linear layers;
             None is False, but for embeddings True. Default: True.
-        rank_pattern: layer name or regular expression -> another rank. Default: {}.
+        rank_pattern: layer name or regular expression -> another rank. Hugging Face PEFT (0.21) passes over it in the
+            first adapter of a model, whose file then does not fit it. Default: {}.
     """
 
     peft_type, method_name = "HIRA", "hira"
@@ -73,7 +74,7 @@ class HiraDelta(Delta):
     which does not train. An embedding has its table's transpose as W.
 
     Source: Huang et al. 2025, "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models",
-    ICLR, equation 3.
+    ICLR 2025, section 3.
 
     Delta arguments:
         rank (int): rows of A.
@@ -244,8 +245,8 @@ class HiraDense(DeltaDense, HiraDelta):
     .. math::
         y = activation(x W^T + b + dropout(x)\\, (W \\odot B A)^T)
 
-    Source: Huang et al. 2025, ICLR, equation 3. B starts as zeros, so a fresh HiraDense computes what the Dense layer
-    computed.
+    Source: Huang et al. 2025, ICLR 2025, section 3. B starts as zeros, so a fresh HiraDense computes what the Dense
+    layer computed.
 
     Args:
         in_channels: features of the input.

@@ -98,7 +98,7 @@ class MissDelta(Delta):
         y_j = out_j + \\sum_k (W_{jk} D_j + D_j)\\, dropout(x)_k
 
     Source: Kang & Yin 2024, "MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure",
-    arXiv:2409.15371, section 3; 'bat' is Bone of its first version, section 3.3.
+    arXiv:2409.15371, section 3; 'bat' is the block affine transformation of its first versions, which call it Bone.
 
     Delta arguments:
         rank (int): features of a shard.
