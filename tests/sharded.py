@@ -115,6 +115,12 @@ class Network(nn.Cell):
         return self.sum(self.cell(x))
 
 
+def is_refused(name, counts):
+    """Whether MindSpore refuses a split: HiRA's product of elements lays out the weight in another way than a matmul
+    does that is cut along more axes than one."""
+    return name == "hira" and sum(count > 1 for count in counts.values()) > 1
+
+
 def build(name, counts, three_axes=False, **arguments):
     """A network whose Cell is cut by `shard_like`, and its input."""
     cell = shard_like(CELLS[name](**arguments), strategy(**counts))
