@@ -10,6 +10,7 @@ from mindspore.common.initializer import HeUniform, Normal
 
 from mindpet.delta._base import Delta, DeltaDense, delta_parameter, matrix_shape
 from mindpet.delta._config import TargetConfig
+from mindpet.errors import ConfigError
 from mindpet.layers.convolution import AXES, convolution_like
 from mindpet.layers.linear import cast, from_rows, to_rows
 from mindpet.network.match import pattern_value
@@ -164,6 +165,19 @@ class HiraDelta(Delta):
             "strategy_hira_matmul": (self.hira_matmul, f"ni,{weight}"),
             "strategy_hira_add": (self.hira_add, "no,no"),
         }
+
+    def shard(self, **strategies):
+        """Set the strategies of the operators, see `Delta.shard`.
+
+        Raises:
+            ConfigError: in a network more than one of rows, inputs and outputs is cut. MindSpore (2.7 to 2.10) puts the
+                slices of a weight elsewhere for a product of elements than for a matmul then, and does not compile.
+        """
+        if self.is_patched_in and "strategy_hira_ab_matmul" in strategies:  # not of an embedding
+            rows, weight = strategies["strategy_hira_matmul"]
+            if sum(count > 1 for count in (rows[0], *weight)) > 1:
+                raise ConfigError(f"no HiRA beside a layer that is cut along several axes: {(rows, weight)}")
+        return super().shard(**strategies)
 
     @property
     def signature(self):
