@@ -456,6 +456,7 @@ def test_hira_and_miss_follow_the_strategies_of_their_layers():
     builds = [functools.partial(make, config, data_parallel, 4) for config, data_parallel in configs]
     for build, (_, data_parallel) in zip(builds, configs):
         (report,) = dry_run_many([build], 4 * data_parallel)
-        assert all(plan.is_set for plan in report.operators)
+        unset = [plan.slot for plan in report.operators if not plan.is_set and "mindpet_delta" in plan.cell]
+        assert not unset
         own = [plan for plan in report.parameters if "mindpet_delta" in plan.name and plan.role == "trainable"]
         assert own and any(plan.slice != plan.shape for plan in own)
