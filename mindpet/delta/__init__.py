@@ -1,9 +1,12 @@
 """The delta Cells, one method a file."""
 
 from mindpet.delta.adapter import AdapterDense, AdapterLayer, MultiHeadAdapterLayer
+from mindpet.delta.adapter import AdapterDense, AdapterLayer
+from mindpet.delta.hira import HiraDense
 from mindpet.delta.ia3 import IA3Dense
 from mindpet.delta.lora import LoRADense
 from mindpet.delta.low_rank_adapter import LowRankAdapterDense, LowRankAdapterLayer
+from mindpet.delta.miss import MissDense
 from mindpet.delta.prefix_layer import PrefixLayer
 from mindpet.delta.prompt_tuning import PromptEmbedding
 from mindpet.delta.ptuning2 import PrefixEncoder
@@ -13,11 +16,13 @@ from mindpet.delta.vera import VeraDense
 __all__ = [
     "AdapterDense",
     "AdapterLayer",
+    "HiraDense",
     "IA3Dense",
     "LoRADense",
     "LowRankAdapterDense",
     "LowRankAdapterLayer",
     "MultiHeadAdapterLayer",
+    "MissDense",
     "PrefixEncoder",
     "PrefixLayer",
     "PromptEmbedding",

@@ -116,6 +116,14 @@ class Delta(nn.Cell):
         """A tensor in the compute type."""
         return cast(value, self.compute_dtype)
 
+    def keep_weight(self, cell):
+        """Keep the layer's weight beside the delta's parameters, for a delta that computes with it."""
+        self.base_weight = self.kind.weight_of(cell)
+
+    def kept_weight(self):
+        """The layer's weight, see `keep_weight`; it does not train."""
+        return self.base_weight
+
     def reset(self):
         """Make the delta the identity bit for bit, whatever its parameters hold: all of them are lost.
 
@@ -277,6 +285,12 @@ class DeltaDense(Dense):
             return self.activate(self.after(rows, out))
         return self.after(rows, self.activate(out))
 
+    def keep_weight(self, cell):
+        """Do nothing: the weight is the layer's own."""
+
+    def kept_weight(self):
+        return self.weight
+
     @property
     def operators(self):
         return {
@@ -423,6 +437,12 @@ class ResidualAdapter(nn.Cell):
 def out_features(cell, kind):
     """Features of a place's output."""
     return kind.out_features(cell)
+
+
+def matrix_shape(cell, kind):
+    """`(out, in)` of a linear layer, `(features, vocab)` of an embedding."""
+    shape = kind.weight_of(cell).shape
+    return shape[::-1] if kind.transposed else shape
 
 
 def set_zeros(*params):

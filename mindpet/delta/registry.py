@@ -12,6 +12,7 @@ from mindpet.delta.adapter import (
     MultiHeadAdapterLayer,
 )
 from mindpet.delta.bitfit import BitFitConfig
+from mindpet.delta.hira import HiraConfig, HiraConvolution, HiraDelta, HiraDense, HiraEmbedding
 from mindpet.delta.ia3 import IA3Config, IA3Delta, IA3Dense
 from mindpet.delta.lora import LoraConfig, LoraConvolution, LoraDelta, LoRADense, LoraEmbedding
 from mindpet.delta.low_rank_adapter import (
@@ -20,6 +21,7 @@ from mindpet.delta.low_rank_adapter import (
     LowRankAdapterDense,
     LowRankAdapterLayer,
 )
+from mindpet.delta.miss import MissConfig, MissDelta, MissDense
 from mindpet.delta.prefix_layer import PrefixLayer, PrefixLayerDelta, PrefixTuningConfig
 from mindpet.delta.prompt_tuning import PromptDelta, PromptEmbedding, PromptTuningConfig
 from mindpet.delta.ptuning2 import PrefixEncoder, PrefixEncoderDelta, Ptuning2Config
@@ -133,6 +135,21 @@ METHODS = {
             saved=("*mindpet_vera_a", "*mindpet_vera_b"),
             identity=True,
         ),
+        Method(
+            "hira",
+            HiraConfig,
+            ("*mindpet_delta_hira_*",),
+            {
+                "linear": HiraDelta,
+                "embedding": HiraEmbedding,
+                "conv1d": HiraConvolution,
+                "conv2d": HiraConvolution,
+                "conv3d": HiraConvolution,
+            },
+            (HiraDense,),
+            identity=True,
+        ),
+        Method("miss", MissConfig, ("*mindpet_delta_miss",), {"linear": MissDelta}, (MissDense,), identity=True),
         Method(
             "prompt_tuning",
             PromptTuningConfig,

@@ -3,10 +3,12 @@
 from mindpet.delta._config import PeftConfig, PromptLearningConfig, TaskType, get_peft_config
 from mindpet.delta.adapter import AdapterConfig, BottleneckConfig
 from mindpet.delta.bitfit import BitFitConfig
+from mindpet.delta.hira import HiraConfig
 from mindpet.delta.ia3 import IA3Config
 from mindpet.delta.lora import LoraConfig
 from mindpet.delta.low_rank_adapter import LowRankAdapterConfig
 from mindpet.delta.mam import mam_config
+from mindpet.delta.miss import MissConfig
 from mindpet.delta.prefix_layer import PrefixTuningConfig
 from mindpet.delta.prompt_tuning import PromptTuningConfig
 from mindpet.delta.ptuning2 import Ptuning2Config
@@ -41,9 +43,11 @@ __all__ = [
     "AutoPeftModelForTokenClassification",
     "BitFitConfig",
     "BottleneckConfig",
+    "HiraConfig",
     "IA3Config",
     "LoraConfig",
     "LowRankAdapterConfig",
+    "MissConfig",
     "NameMap",
     "PeftConfig",
     "PeftModel",

@@ -156,6 +156,8 @@ SIZES = {
     "hidden_size": 8,
     "lora_rank": 2,
     "vera_rank": 2,
+    "hira_rank": 2,
+    "miss_rank": 2,
     "lora_alpha": 4,
     "activation": "leakyrelu",
     "non_linearity": "silu",

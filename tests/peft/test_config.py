@@ -8,9 +8,11 @@ from mindpet.errors import ConfigError
 from mindpet.peft import (
     AdapterConfig,
     BitFitConfig,
+    HiraConfig,
     IA3Config,
     LoraConfig,
     LowRankAdapterConfig,
+    MissConfig,
     PeftConfig,
     PeftType,
     PrefixTuningConfig,
@@ -45,6 +47,8 @@ EVERY = [
     BitFitConfig(modules_to_save=["classifier"]),
     IA3Config(target_modules=["key", "dense"], feedforward_modules=["dense"]),
     VeraConfig(r=4, target_modules=["query"], vera_dropout=0.1),
+    HiraConfig(r=4, target_modules=["query"], rank_pattern={"query": 2}, init_weights=None),
+    MissConfig(r=4, target_modules=["query"], init_weights="mini", mini_r=2),
     PromptTuningConfig(num_virtual_tokens=5),
 ]
 

@@ -14,9 +14,11 @@ from mindpet.network.kinds import layer_kind
 from mindpet.parallel import dry_run_many
 from mindpet.peft import (
     AdapterConfig,
+    HiraConfig,
     IA3Config,
     LoraConfig,
     LowRankAdapterConfig,
+    MissConfig,
     PrefixTuningConfig,
     Ptuning2Config,
     VeraConfig,
@@ -450,3 +452,23 @@ def test_dora_beside_a_layer_with_strategies_is_refused():
     loss = CausalLoss(LlamaConfig(**SHAPE, data_parallel=2, model_parallel=4))
     with pytest.raises(ConfigError, match=r"layers.0.self_attn.q_proj: no DoRA beside a layer with strategies"):
         get_peft_model(loss.network, LoraConfig(target_modules=["q_proj"], use_dora=True))
+
+
+def test_hira_beside_a_layer_that_is_cut_along_several_axes_is_refused():
+    loss = CausalLoss(LlamaConfig(**SHAPE, data_parallel=2, model_parallel=4))
+    with pytest.raises(
+        ConfigError, match=r"no HiRA beside a layer that is cut along several axes: \(\(2, 1\), \(4, 1\)\)"
+    ):
+        get_peft_model(loss.network, HiraConfig(target_modules=["q_proj"]))
+    assert not [param.name for param in loss.get_parameters() if "mindpet" in param.name]
+
+
+def test_hira_and_miss_follow_the_strategies_of_their_layers():
+    configs = [(HiraConfig(r=4, target_modules=TARGETS), 1), (MissConfig(r=4, target_modules=TARGETS), 2)]
+    builds = [functools.partial(make, config, data_parallel, 4) for config, data_parallel in configs]
+    for build, (_, data_parallel) in zip(builds, configs):
+        (report,) = dry_run_many([build], 4 * data_parallel)
+        unset = [plan.slot for plan in report.operators if not plan.is_set and "mindpet_delta" in plan.cell]
+        assert not unset
+        own = [plan for plan in report.parameters if "mindpet_delta" in plan.name and plan.role == "trainable"]
+        assert own and any(plan.slice != plan.shape for plan in own)
