@@ -8,6 +8,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from mindpet.delta import (
+    AdaLoRADense,
     AdapterDense,
     AdapterLayer,
     IA3Dense,
@@ -35,8 +36,10 @@ CELLS = {
     "ia3": lambda **kw: IA3Dense(64, 128, **{"activation": "relu", **FLOAT, **kw}),
     "ia3_feedforward": lambda **kw: IA3Dense(64, 128, True, **{"activation": "relu", **FLOAT, **kw}),
     "vera": lambda **kw: VeraDense(64, 128, 4, **{"activation": "relu", **FLOAT, **kw}),
+    "adalora": lambda **kw: AdaLoRADense(64, 128, 4, 8, **{"activation": "relu", **FLOAT, **kw}),
 }
 DENSE = ("lora", "ia3", "ia3_feedforward", "vera", "adapter", "adapter_parallel", "low_rank_adapter")
+DENSE = ("lora", "ia3", "ia3_feedforward", "vera", "adalora", "adapter", "low_rank_adapter")
 # Of what is no method of its own, the method.
 MODES = {
     "ia3_feedforward": "ia3",
@@ -70,6 +73,12 @@ PARAMETERS = {
         "mindpet_vera_b": "fr",
         "mindpet_delta_vera_lambda_b": "o",
         "mindpet_delta_vera_lambda_d": "r",
+    },
+    "adalora": {
+        **BASE,
+        "mindpet_delta_adalora_a": "ri",
+        "mindpet_delta_adalora_b": "or",
+        "mindpet_delta_adalora_e": "rf",
     },
     "adapter": {**BASE, **ADAPTER},
     "adapter_parallel": {**BASE, **ADAPTER, "down_sampler.weight": "ri", "mindpet_delta_adapter_scale": "f"},
@@ -162,6 +171,7 @@ def expected_collectives(name, report, counts, ranks, rows=1):
     n, i, o = (counts.get(axis, 1) for axis in "nio")
     rows = rows * SIZES["n"] // n
     delta_sum = {"lora": i, "vera": i, "adapter_parallel": i, "ia3": 1, "ia3_feedforward": 1}.get(name, o)
+    delta_sum = {"lora": i, "vera": i, "adalora": i, "ia3": 1, "ia3_feedforward": 1}.get(name, o)
     inner = ("AllReduce", delta_sum, 4 * rows * SIZES["r"])
     found = [("forward", "AllReduce", i, 4 * rows * SIZES["o"] // o)] if name in DENSE and i > 1 else []
     found += [("forward", *inner)] if delta_sum > 1 else []

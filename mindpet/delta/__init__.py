@@ -1,5 +1,6 @@
 """The delta Cells, one method a file."""
 
+from mindpet.delta.adalora import AdaLoRADense, AdaLoraOptimizer, OrthogonalLoss
 from mindpet.delta.adapter import AdapterDense, AdapterLayer
 from mindpet.delta.ia3 import IA3Dense
 from mindpet.delta.lora import LoRADense
@@ -11,12 +12,15 @@ from mindpet.delta.r_drop import RDropLoss, rdrop_repeat
 from mindpet.delta.vera import VeraDense
 
 __all__ = [
+    "AdaLoRADense",
+    "AdaLoraOptimizer",
     "AdapterDense",
     "AdapterLayer",
     "IA3Dense",
     "LoRADense",
     "LowRankAdapterDense",
     "LowRankAdapterLayer",
+    "OrthogonalLoss",
     "PrefixEncoder",
     "PrefixLayer",
     "PromptEmbedding",

@@ -3,6 +3,7 @@
 import enum
 from dataclasses import dataclass, field
 
+from mindpet.delta.adalora import AdaLoraConfig, AdaLoRADelta, AdaLoRADense
 from mindpet.delta.adapter import AdapterDelta, AdapterDense, AdapterLayer, BottleneckConfig
 from mindpet.delta.bitfit import BitFitConfig
 from mindpet.delta.ia3 import IA3Config, IA3Delta, IA3Dense
@@ -119,6 +120,14 @@ METHODS = {
             {"linear": VeraDelta},
             (VeraDense,),
             saved=("*mindpet_vera_a", "*mindpet_vera_b"),
+            identity=True,
+        ),
+        Method(
+            "adalora",
+            AdaLoraConfig,
+            ("*mindpet_delta_adalora_?",),
+            {"linear": AdaLoRADelta},
+            (AdaLoRADense,),
             identity=True,
         ),
         Method(

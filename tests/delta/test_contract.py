@@ -155,6 +155,7 @@ SIZES = {
     "out_channels": 8,
     "hidden_size": 8,
     "lora_rank": 2,
+    "init_r": 2,
     "vera_rank": 2,
     "lora_alpha": 4,
     "activation": "leakyrelu",

@@ -30,6 +30,7 @@ NAMES = {
     "lora": ["fc.mindpet_delta_lora_a", "mindpet_delta_lora_B", "blocks.0.mindpet_delta_lora.weight"],
     "ia3": ["fc.mindpet_delta_ia3"],
     "vera": ["fc.mindpet_delta_vera_lambda_b", "mindpet_delta_vera_lambda_d"],
+    "adalora": [f"fc.mindpet_delta_adalora_{name}" for name in "abe"],
     "prompt_tuning": ["model.mindpet_delta_prompt"],
     "prefixtuning": ["prefix.mindpet_delta_prefixtuning_wte.embedding_table", "mindpet_delta_prefixtuning.0.weight"],
     "adapter": ["fc.mindpet_delta_adapter.mindpet_delta_adapter_block.weight", "fc.mindpet_delta_adapter.scale"],
@@ -48,6 +49,7 @@ NEVER = [
     "fc.mindpet_lora_scaling",
     "fc.mindpet_lora_start_a",
     "fc.mindpet_vera_a",
+    "mindpet_adalora_sensitivity.fc.mindpet_delta_adalora_a.x",
     "mindpet_delta_ptuning2_prefix",
 ]
 

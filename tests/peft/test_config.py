@@ -6,6 +6,7 @@ import pytest
 
 from mindpet.errors import ConfigError
 from mindpet.peft import (
+    AdaLoraConfig,
     AdapterConfig,
     BitFitConfig,
     IA3Config,
@@ -45,6 +46,7 @@ EVERY = [
     BitFitConfig(modules_to_save=["classifier"]),
     IA3Config(target_modules=["key", "dense"], feedforward_modules=["dense"]),
     VeraConfig(r=4, target_modules=["query"], vera_dropout=0.1),
+    AdaLoraConfig(init_r=4, total_step=9, target_r=2, target_modules=["query"], rank_pattern={"q.lora_E": [True] * 4}),
     PromptTuningConfig(num_virtual_tokens=5),
 ]
 

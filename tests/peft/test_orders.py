@@ -13,6 +13,7 @@ from mindpet.errors import AdapterError, ConfigError, MergeError
 from mindpet.graph import freeze_delta
 from mindpet.network.values import forget_graphs
 from mindpet.peft import (
+    AdaLoraConfig,
     AdapterConfig,
     BitFitConfig,
     IA3Config,
@@ -35,6 +36,7 @@ KINDS = {
     "adapter": AdapterConfig(target_modules=["query"], bottleneck_size=3),
     "ia3": IA3Config(target_modules=["query"]),
     "vera": VeraConfig(r=2, target_modules=["query"], bias="vera_only"),
+    "adalora": AdaLoraConfig(init_r=2, target_r=1, total_step=3, target_modules=["query"], bias="lora_only"),
 }
 
 
