@@ -8,6 +8,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from mindpet.delta import (
+    AdaLoRADense,
     AdapterDense,
     AdapterLayer,
     HiraDense,
@@ -21,6 +22,7 @@ from mindpet.delta import (
 from mindpet.graph import freeze_delta
 from mindpet.parallel import shard_like
 
+MINI = {"init_weights": "mini"}
 # n rows, i inputs, o outputs, r rank or bottleneck, f and k the axes of a factor (of as many features as o or r).
 SIZES = {"n": 128, "i": 64, "o": 128, "r": 4, "k": 2}
 FLOAT = {"compute_dtype": ms.float32}
@@ -40,25 +42,28 @@ CELLS = {
     "hira": lambda **kw: HiraDense(64, 128, 4, **{"activation": "relu", **FLOAT, **kw}),
     "miss": lambda **kw: MissDense(64, 128, 4, **{"activation": "relu", **FLOAT, **kw}),
     "miss_mini": lambda **kw: MissDense(64, 128, 4, mini_r=2, **{**MINI, "activation": "relu", **FLOAT, **kw}),
+    "adalora": lambda **kw: AdaLoRADense(64, 128, 4, 8, **{"activation": "relu", **FLOAT, **kw}),
 }
-DENSE = ("lora", "ia3", "ia3_feedforward", "vera", "adapter", "adapter_parallel", "low_rank_adapter")
-# Of what is no method of its own, the method.
-MODES = {
-    "ia3_feedforward": "ia3",
-    "adapter_parallel": "adapter",
-    "adapter_layer": "adapter",
-    "low_rank_adapter_layer": "low_rank_adapter",
-}
-MINI = {"init_weights": "mini"}
-DENSE = ("lora", "ia3", "ia3_feedforward", "vera", "hira", "miss", "miss_mini", "adapter", "low_rank_adapter")
+DENSE = tuple(name for name in CELLS if not name.endswith("_layer"))
 # Of what is no method of its own, the method.
 MODES = {
     "ia3_feedforward": "ia3",
     "miss_mini": "miss",
+    "adapter_parallel": "adapter",
     "adapter_layer": "adapter",
     "low_rank_adapter_layer": "low_rank_adapter",
 }
-SUM_OF_INPUTS = ("lora", "vera", "hira", "miss", "miss_mini")  # whose delta sums over the inputs
+# Whose delta sums over the inputs; those of adapters do over the outputs.
+SUM_OF_INPUTS = (
+    "lora",
+    "adalora",
+    "vera",
+    "hira",
+    "miss",
+    "miss_mini",
+    "adapter_parallel",
+)
+NO_SUM = ("ia3", "ia3_feedforward")
 STILL = ("vera", "miss", "miss_mini")  # where nothing in front of the delta's sum trains
 # The cut axes of every parameter, and the size of what is not a size of SIZES.
 BASE = {"weight": "oi", "bias": "o"}
@@ -90,6 +95,12 @@ PARAMETERS = {
     "hira": {**BASE, "mindpet_delta_hira_a": "ri", "mindpet_delta_hira_b": "or"},
     "miss": {**BASE, "mindpet_delta_miss": "ro"},
     "miss_mini": {**BASE, "mindpet_delta_miss": "rk"},
+    "adalora": {
+        **BASE,
+        "mindpet_delta_adalora_a": "ri",
+        "mindpet_delta_adalora_b": "or",
+        "mindpet_delta_adalora_e": "rf",
+    },
     "adapter": {**BASE, **ADAPTER},
     "adapter_parallel": {**BASE, **ADAPTER, "down_sampler.weight": "ri", "mindpet_delta_adapter_scale": "f"},
     "low_rank_adapter": {**BASE, **LOW_RANK_ADAPTER},
@@ -186,9 +197,7 @@ def expected_collectives(name, report, counts, ranks, rows=1):
     """
     n, i, o = (counts.get(axis, 1) for axis in "nio")
     rows = rows * SIZES["n"] // n
-    delta_sum = {"lora": i, "vera": i, "adapter_parallel": i, "ia3": 1, "ia3_feedforward": 1}.get(name, o)
-    inner = ("AllReduce", delta_sum, 4 * rows * SIZES["r"])
-    delta_sum = {**dict.fromkeys(SUM_OF_INPUTS, i), "ia3": 1, "ia3_feedforward": 1}.get(name, o)
+    delta_sum = {**dict.fromkeys(SUM_OF_INPUTS, i), **dict.fromkeys(NO_SUM, 1)}.get(name, o)
     # HiRA's is of the outputs, and the others' of the rank or bottleneck.
     inner = ("AllReduce", delta_sum, 4 * rows * (SIZES["o"] // o if name == "hira" else SIZES["r"]))
     found = [("forward", "AllReduce", i, 4 * rows * SIZES["o"] // o)] if name in DENSE and i > 1 else []

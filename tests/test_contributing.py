@@ -92,6 +92,7 @@ KNOWN = {
         "peft/combine.py": "sums of LoRA adapters",
         "peft/state.py": "pissa_niter_N, which is computed exactly, is saved as pissa",
     },
+    "adalora": {"delta/lora.py": "A and B have the same names in a file of Hugging Face PEFT"},
     "low_rank_adapter": {"delta/adapter.py": "a historical import path"},
     "adapter": {"delta/mam.py": "MAM is made of it and of a prefix"},
     "prefixtuning": {"delta/mam.py": "MAM is made of it and of an adapter"},

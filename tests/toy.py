@@ -5,6 +5,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from mindpet.delta import (
+    AdaLoRADense,
     AdapterDense,
     HiraDense,
     IA3Dense,
@@ -25,6 +26,7 @@ DENSE = {
     "vera": lambda **kw: VeraDense(WIDTH, WIDTH, 4, **kw),
     "hira": lambda **kw: HiraDense(WIDTH, WIDTH, 2, **kw),
     "miss": lambda **kw: MissDense(WIDTH, WIDTH, 2, **kw),
+    "adalora": lambda **kw: AdaLoRADense(WIDTH, WIDTH, 4, 8, **kw),
     "adapter": lambda **kw: AdapterDense(WIDTH, WIDTH, bottleneck_size=4, **kw),
     "low_rank_adapter": lambda **kw: LowRankAdapterDense(WIDTH, WIDTH, reduction_factor=2, **kw),
 }
@@ -39,6 +41,11 @@ DELTA_SHAPES = {
     },
     "hira": {"fc.mindpet_delta_hira_a": (2, 8), "fc.mindpet_delta_hira_b": (8, 2)},
     "miss": {"fc.mindpet_delta_miss": (2, 8)},
+    "adalora": {
+        "fc.mindpet_delta_adalora_a": (4, 8),
+        "fc.mindpet_delta_adalora_b": (8, 4),
+        "fc.mindpet_delta_adalora_e": (4, 1),
+    },
     "prompt_tuning": {"prefix.mindpet_delta_prompt": (4, 8)},
     "prefixtuning": {
         "prefix.mindpet_delta_prefixtuning_wte.embedding_table": (4, 6),

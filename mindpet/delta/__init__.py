@@ -1,7 +1,7 @@
 """The delta Cells, one method a file."""
 
+from mindpet.delta.adalora import AdaLoRADense, AdaLoraOptimizer, OrthogonalLoss
 from mindpet.delta.adapter import AdapterDense, AdapterLayer, MultiHeadAdapterLayer
-from mindpet.delta.adapter import AdapterDense, AdapterLayer
 from mindpet.delta.hira import HiraDense
 from mindpet.delta.ia3 import IA3Dense
 from mindpet.delta.lora import LoRADense
@@ -14,6 +14,8 @@ from mindpet.delta.r_drop import RDropLoss, rdrop_repeat
 from mindpet.delta.vera import VeraDense
 
 __all__ = [
+    "AdaLoRADense",
+    "AdaLoraOptimizer",
     "AdapterDense",
     "AdapterLayer",
     "HiraDense",
@@ -23,6 +25,7 @@ __all__ = [
     "LowRankAdapterLayer",
     "MultiHeadAdapterLayer",
     "MissDense",
+    "OrthogonalLoss",
     "PrefixEncoder",
     "PrefixLayer",
     "PromptEmbedding",

@@ -176,6 +176,21 @@ class PeftConfig:
         """
         return copy.deepcopy(self), tensors
 
+    def unpack(self, tensors):
+        """The inverse of `pack`: the configuration and the tensors of an adapter, from those of a file."""
+        return self, tensors
+
+    def pack(self, tensors):
+        """What a file has, where it lacks a part that can be told from the rest.
+
+        Args:
+            tensors (dict): key -> numpy.ndarray, of the adapter.
+
+        Returns:
+            tuple: PeftConfig, and dict of key -> numpy.ndarray.
+        """
+        return self, tensors
+
     def check_supported(self, from_file=False):
         """Refuse fields that would change what is computed, but have no place here.
 
@@ -333,6 +348,7 @@ class TargetConfig(PeftConfig):
     layers_pattern: Optional[Union[list, str]] = None
 
     choices = ()  # fields that choose some of the targets, see `mindpet.network.match.chooses`
+    patterns = ("rank_pattern", "alpha_pattern")  # fields with numbers of some of the targets, if the method has them
     bias = "none"  # the methods with such a field know 'none', 'all', and a name of their own for the targets' biases
 
     @property
@@ -351,7 +367,7 @@ class TargetConfig(PeftConfig):
             known (iterable of str): every path that there is after.
         """
         fields = {}
-        for name in ("rank_pattern", "alpha_pattern"):  # of the methods that have them
+        for name in self.patterns:
             patterns, default = getattr(self, name, {}), object()
             said = {new: pattern_value(patterns, old, default) for old, new in pairs}
             if hasattr(self, name):
@@ -386,7 +402,7 @@ class TargetConfig(PeftConfig):
         names = [pattern] if isinstance(pattern, str) else pattern if isinstance(pattern, (list, tuple, set)) else ()
         compile_all = all(_compiles(name) for name in names if isinstance(name, str))
         check.require(compile_all, ValueError, "layers_pattern", pattern, "of regular expressions")
-        for name in ("rank_pattern", "alpha_pattern"):  # of the methods that have them
+        for name in self.patterns:
             value = getattr(self, name, {})
             if check.require(isinstance(value, dict), TypeError, name, value, "a dict"):
                 for pattern, number in value.items():

@@ -3,6 +3,7 @@
 import enum
 from dataclasses import dataclass, field
 
+from mindpet.delta.adalora import AdaLoraConfig, AdaLoRADelta, AdaLoRADense
 from mindpet.delta.adapter import (
     AdapterDelta,
     AdapterDense,
@@ -150,6 +151,14 @@ METHODS = {
             identity=True,
         ),
         Method("miss", MissConfig, ("*mindpet_delta_miss",), {"linear": MissDelta}, (MissDense,), identity=True),
+        Method(
+            "adalora",
+            AdaLoraConfig,
+            ("*mindpet_delta_adalora_?",),
+            {"linear": AdaLoRADelta},
+            (AdaLoRADense,),
+            identity=True,
+        ),
         Method(
             "prompt_tuning",
             PromptTuningConfig,

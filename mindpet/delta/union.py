@@ -64,6 +64,19 @@ class UnionConfig(PeftConfig):
         for part in self.parts:
             part.check_supported(from_file)
 
+    def unpack(self, tensors):
+        return self._each("unpack", tensors)
+
+    def pack(self, tensors):
+        return self._each("pack", tensors)
+
+    def _each(self, change, tensors):
+        parts = []
+        for part in self.parts:
+            part, tensors = getattr(part, change)(tensors)
+            parts.append(part)
+        return self.with_parts(parts), tensors
+
     def to_dict(self):
         return {**super().to_dict(), "configs": [part.to_dict() for part in self.parts]}
 

@@ -93,7 +93,7 @@ def read_adapter(path, config=None, names=None, force=False):
         config.check_supported(from_file=True)
         file = pathlib.Path(path) / CONFIG_NAME
         _require(file, config, _lacking(config, read_json(file, ConfigError), with_told=True))
-        tensors = read_tensors(path)
+        config, tensors = config.unpack(read_tensors(path))
         passport = {} if force else check_files(path)
     else:
         tensors, passport = read_delta(path), {}
@@ -415,8 +415,9 @@ def _header(file):
 
 def _methods(shapes, config):
     """The methods that names of tensors, or the configuration, tell of, and of LoRA the ranks."""
-    first = re.compile(r".*lora_(embedding_)?[aA](\.weight)?")
-    ranks = [shape[0] for name, shape in shapes.items() if shape and first.fullmatch(name)]
+    first = re.compile(r".*(?<![a-z])lora_(embedding_)?[aA](\.weight)?")
+    may_be = config is None or any(isinstance(part, LoraConfig) for part in config.parts)
+    ranks = [shape[0] for name, shape in shapes.items() if may_be and shape and first.fullmatch(name)]
     found = [f"LORA, rank {', '.join(map(str, sorted(set(ranks))))}, {len(ranks)} layers"] if ranks else []
     own = (method for method in METHODS.values() if method.cells and method.name != "lora")
     found += [

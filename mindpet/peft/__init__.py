@@ -1,6 +1,7 @@
 """The interface of Hugging Face PEFT: configurations, networks with adapters, and their files."""
 
 from mindpet.delta._config import PeftConfig, PromptLearningConfig, TaskType, get_peft_config
+from mindpet.delta.adalora import AdaLoraConfig
 from mindpet.delta.adapter import AdapterConfig, BottleneckConfig
 from mindpet.delta.bitfit import BitFitConfig
 from mindpet.delta.hira import HiraConfig
@@ -33,6 +34,7 @@ from mindpet.peft.state_dict import get_peft_model_state_dict, set_peft_model_st
 from mindpet.peft.status import get_layer_status, get_model_status
 
 __all__ = [
+    "AdaLoraConfig",
     "AdapterConfig",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",

@@ -126,7 +126,8 @@ class SavesAdapters:
         config.check_supported(from_file=True)
         with self._placement.bare():
             # A file has the table that a projection computed, and not the projection.
-            tensors, config = self.name_map.fuse(adapter_files.read_tensors(model_id), config)
+            config, tensors = config.unpack(adapter_files.read_tensors(model_id))
+            tensors, config = self.name_map.fuse(tensors, config)
             config = state.to_network(config, tensors, self.network, self.name_map)
             moving = self.batch_statistics or adapter_files.has_statistics(tensors, config)
             unmatched = []

@@ -155,6 +155,7 @@ SIZES = {
     "out_channels": 8,
     "hidden_size": 8,
     "lora_rank": 2,
+    "init_r": 2,
     "vera_rank": 2,
     "hira_rank": 2,
     "miss_rank": 2,

@@ -32,6 +32,7 @@ NAMES = {
     "vera": ["fc.mindpet_delta_vera_lambda_b", "mindpet_delta_vera_lambda_d"],
     "hira": ["fc.mindpet_delta_hira_a", "mindpet_delta_hira_b"],
     "miss": ["fc.mindpet_delta_miss", "mindpet_delta_miss"],
+    "adalora": [f"fc.mindpet_delta_adalora_{name}" for name in "abe"],
     "prompt_tuning": ["model.mindpet_delta_prompt"],
     "prefixtuning": ["prefix.mindpet_delta_prefixtuning_wte.embedding_table", "mindpet_delta_prefixtuning.0.weight"],
     "adapter": ["fc.mindpet_delta_adapter.mindpet_delta_adapter_block.weight", "fc.mindpet_delta_adapter.scale"],
@@ -50,6 +51,7 @@ NEVER = [
     "fc.mindpet_lora_scaling",
     "fc.mindpet_lora_start_a",
     "fc.mindpet_vera_a",
+    "mindpet_adalora_sensitivity.fc.mindpet_delta_adalora_a.x",
     "mindpet_delta_ptuning2_prefix",
 ]
 

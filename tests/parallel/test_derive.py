@@ -72,6 +72,17 @@ BY_HAND = {
         "strategy_miss_add": ((2, 3), (2, 3)),
         "strategy_activation": ((2, 3),),
     },
+    "adalora": {
+        "strategy_org_dense_matmul": ((2, 4), (3, 4)),
+        "strategy_org_bias_add": ((2, 3), (3,)),
+        "strategy_adalora_dropout": ((2, 4),),
+        "strategy_adalora_a_matmul": ((2, 4), (1, 4)),
+        "strategy_adalora_e_mul": ((2, 1), (1,)),
+        "strategy_adalora_mul": ((2, 1), ()),
+        "strategy_adalora_b_matmul": ((2, 1), (3, 1)),
+        "strategy_adalora_add": ((2, 3), (2, 3)),
+        "strategy_activation": ((2, 3),),
+    },
     "adapter": {
         "strategy_matmul_org": ((2, 4), (3, 4)),
         "strategy_bias_org": ((2, 3), (3,)),

@@ -71,7 +71,7 @@ MIXED = [{"n": 4, "o": 2}, {"n": 2, "i": 4}, {"n": 2, "o": 2}, {"i": 2}]
 
 
 def test_variants_of_the_layers():
-    further = ("ia3", "ia3_feedforward", "vera", "hira", "miss", "miss_mini")
+    further = ("ia3", "ia3_feedforward", "vera", "hira", "miss", "miss_mini", "adalora")
     cases = list(itertools.product((name for name in DENSE if name not in further), MIXED, VARIANTS))
     cases += itertools.product(further, MIXED[:2], VARIANTS[:1])
     reports = dry_run_many([case(name, counts, **variant) for name, counts, variant in cases], 8)

@@ -13,6 +13,7 @@ from mindpet.errors import AdapterError, ConfigError, MergeError
 from mindpet.graph import freeze_delta
 from mindpet.network.values import forget_graphs
 from mindpet.peft import (
+    AdaLoraConfig,
     AdapterConfig,
     BitFitConfig,
     HiraConfig,
@@ -40,6 +41,7 @@ KINDS = {
     "hira": HiraConfig(r=2, target_modules=["query", "embed"]),
     "miss": MissConfig(r=2, target_modules=["query"], bias="miss_only"),
     "bat": MissConfig(r=2, target_modules=["query"], init_weights="bat"),
+    "adalora": AdaLoraConfig(init_r=2, target_r=1, total_step=3, target_modules=["query"], bias="lora_only"),
 }
 
 
