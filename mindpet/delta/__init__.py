@@ -10,7 +10,7 @@ from mindpet.delta.miss import MissDense
 from mindpet.delta.prefix_layer import PrefixLayer
 from mindpet.delta.prompt_tuning import PromptEmbedding
 from mindpet.delta.ptuning2 import PrefixEncoder
-from mindpet.delta.r_drop import RDropLoss, rdrop_repeat
+from mindpet.delta.r_drop import RDropLoss, RDropWithLossCell, rdrop_repeat
 from mindpet.delta.vera import VeraDense
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "PrefixLayer",
     "PromptEmbedding",
     "RDropLoss",
+    "RDropWithLossCell",
     "VeraDense",
     "rdrop_repeat",
 ]
