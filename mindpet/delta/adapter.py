@@ -145,7 +145,7 @@ class AdapterLayer(ResidualAdapter):
         self.bottleneck_size = bottleneck_size
         self.non_linearity = non_linearity
         self.form, self.in_channels = form, in_channels
-        self.scale, self.scale_mul = scale, None if scale == 1 else ops.Mul()
+        self.scale, self.scale_mul = scale, ops.Mul()
         if scale == LEARNED:
             self.mindpet_delta_adapter_scale = delta_parameter("ones", (1,), param_init_type, SCALE)
         self.mindpet_delta_adapter_block = nn.SequentialCell(
@@ -176,8 +176,8 @@ class AdapterLayer(ResidualAdapter):
             "strategy_non_linearity": (non_linearity, "nr"),
             "strategy_matmul_up_sampler": (up.matmul, "nr,or"),
             "strategy_bias_up_sampler": (up.bias_add, "no,o"),
-            "strategy_scale_mul": (self.scale_mul, "no,k" if self.scale == LEARNED else "no,"),
             "strategy_residual_add": (self.residual_add, "no,no"),
+            "strategy_scale_mul": (self.scale_mul, "no,k" if self.scale == LEARNED else "no,"),
         }
 
     def shard(

@@ -149,7 +149,13 @@ def test_merged_weight_gives_the_forward(method, mode, rng):
     assert np.abs(cell.merged_weight().asnumpy() - cell.weight.asnumpy()).max() > 1e-4
 
 
-SHARDED = [cell for method in METHODS.values() for cell in method.cells if hasattr(cell, "operators")]
+SHARDED = [
+    cell
+    for method in METHODS.values()
+    for cell in method.cells
+    # Those of an attention are cut by two numbers.
+    if hasattr(cell, "operators") and "heads" not in inspect.signature(cell.shard).parameters
+]
 SIZES = {
     "in_channels": 8,
     "out_channels": 8,

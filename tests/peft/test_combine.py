@@ -50,7 +50,7 @@ def part(factors, trained=(), **fields):
         values[f"{path}.mindpet_lora_scaling"] = np.float32(scaling)
         values[f"{path}.mindpet_delta_lora_a"], values[f"{path}.mindpet_delta_lora_b"] = lora_a, lora_b
     targets = [
-        Target(layer.cell, layer.paths, layer_kind(layer.cell), LoraDelta, {})
+        Target(layer.cell, layer.paths, layer_kind(layer.cell), LoraDelta, {}, None)
         for layer in list_layers(Colliding())
         if layer.path in factors
     ]
