@@ -14,6 +14,7 @@ from mindpet.delta import (
     LoRADense,
     LowRankAdapterDense,
     LowRankAdapterLayer,
+    OFTDense,
     VeraDense,
 )
 from mindpet.graph import freeze_delta
@@ -32,8 +33,10 @@ CELLS = {
     "ia3": lambda **kw: IA3Dense(64, 128, **{"activation": "relu", **FLOAT, **kw}),
     "ia3_feedforward": lambda **kw: IA3Dense(64, 128, True, **{"activation": "relu", **FLOAT, **kw}),
     "vera": lambda **kw: VeraDense(64, 128, 4, **{"activation": "relu", **FLOAT, **kw}),
+    "oft": lambda **kw: OFTDense(64, 128, 2, **{"activation": "relu", **FLOAT, **kw}),
 }
-DENSE = ("lora", "ia3", "ia3_feedforward", "vera", "adapter", "low_rank_adapter")
+DENSE = ("lora", "ia3", "ia3_feedforward", "vera", "oft", "adapter", "low_rank_adapter")
+MOST = {"oft": 32}  # slices of the inputs: a block of two is not cut
 # Of what is no method of its own, the method.
 MODES = {"ia3_feedforward": "ia3", "adapter_layer": "adapter", "low_rank_adapter_layer": "low_rank_adapter"}
 # The cut axes of every parameter, and the size of what is not a size of SIZES.
@@ -63,6 +66,7 @@ PARAMETERS = {
         "mindpet_delta_vera_lambda_b": "o",
         "mindpet_delta_vera_lambda_d": "r",
     },
+    "oft": {**BASE, "mindpet_delta_oft": "if"},
     "adapter": {**BASE, **ADAPTER},
     "low_rank_adapter": {**BASE, **LOW_RANK_ADAPTER},
     "adapter_layer": ADAPTER,
@@ -152,13 +156,13 @@ def expected_collectives(name, report, counts, ranks, rows=1):
     """
     n, i, o = (counts.get(axis, 1) for axis in "nio")
     rows = rows * SIZES["n"] // n
-    delta_sum = {"lora": i, "vera": i, "ia3": 1, "ia3_feedforward": 1}.get(name, o)
+    delta_sum = {"lora": i, "vera": i, "ia3": 1, "ia3_feedforward": 1, "oft": 1}.get(name, o)
     inner = ("AllReduce", delta_sum, 4 * rows * SIZES["r"])
     found = [("forward", "AllReduce", i, 4 * rows * SIZES["o"] // o)] if name in DENSE and i > 1 else []
     found += [("forward", *inner)] if delta_sum > 1 else []
     found += [("forward", "AllReduce", n * o, 4)] if n * o > 1 else []
     if report.train:
-        if name == "ia3_feedforward" and i > 1:  # what trains is in front of the base's sum
+        if name in ("ia3_feedforward", "oft") and i > 1:  # what trains is in front of the base's sum
             found.append(("backward", "AllReduce", i, 4 * rows * SIZES["o"] // o))
         if name != "vera" and delta_sum > 1:  # there nothing in front of the delta's sum trains
             found.append(("backward", *inner))

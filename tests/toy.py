@@ -9,6 +9,7 @@ from mindpet.delta import (
     IA3Dense,
     LoRADense,
     LowRankAdapterDense,
+    OFTDense,
     PrefixEncoder,
     PrefixLayer,
     PromptEmbedding,
@@ -21,6 +22,7 @@ DENSE = {
     "lora": lambda **kw: LoRADense(WIDTH, WIDTH, 2, 4, **kw),
     "ia3": lambda **kw: IA3Dense(WIDTH, WIDTH, **kw),
     "vera": lambda **kw: VeraDense(WIDTH, WIDTH, 4, **kw),
+    "oft": lambda **kw: OFTDense(WIDTH, WIDTH, 4, **kw),
     "adapter": lambda **kw: AdapterDense(WIDTH, WIDTH, bottleneck_size=4, **kw),
     "low_rank_adapter": lambda **kw: LowRankAdapterDense(WIDTH, WIDTH, reduction_factor=2, **kw),
 }
@@ -33,6 +35,7 @@ DELTA_SHAPES = {
         "fc.mindpet_delta_vera_lambda_b": (8,),
         "fc.mindpet_delta_vera_lambda_d": (4,),
     },
+    "oft": {"fc.mindpet_delta_oft": (2, 6)},
     "prompt_tuning": {"prefix.mindpet_delta_prompt": (4, 8)},
     "prefixtuning": {
         "prefix.mindpet_delta_prefixtuning_wte.embedding_table": (4, 6),

@@ -13,6 +13,7 @@ from mindpet.delta.low_rank_adapter import (
     LowRankAdapterDense,
     LowRankAdapterLayer,
 )
+from mindpet.delta.oft import OFTConfig, OFTDelta, OFTDense, OFTEmbedding
 from mindpet.delta.prefix_layer import PrefixLayer, PrefixLayerDelta, PrefixTuningConfig
 from mindpet.delta.prompt_tuning import PromptDelta, PromptEmbedding, PromptTuningConfig
 from mindpet.delta.ptuning2 import PrefixEncoder, PrefixEncoderDelta, Ptuning2Config
@@ -119,6 +120,14 @@ METHODS = {
             {"linear": VeraDelta},
             (VeraDense,),
             saved=("*mindpet_vera_a", "*mindpet_vera_b"),
+            identity=True,
+        ),
+        Method(
+            "oft",
+            OFTConfig,
+            ("*mindpet_delta_oft",),
+            {"linear": OFTDelta, "embedding": OFTEmbedding},
+            (OFTDense,),
             identity=True,
         ),
         Method(

@@ -156,6 +156,7 @@ SIZES = {
     "hidden_size": 8,
     "lora_rank": 2,
     "vera_rank": 2,
+    "oft_block_size": 4,
     "lora_alpha": 4,
     "activation": "leakyrelu",
     "non_linearity": "silu",

@@ -11,6 +11,7 @@ from mindpet.peft import (
     IA3Config,
     LoraConfig,
     LowRankAdapterConfig,
+    OFTConfig,
     PeftConfig,
     PeftType,
     PrefixTuningConfig,
@@ -45,6 +46,7 @@ EVERY = [
     BitFitConfig(modules_to_save=["classifier"]),
     IA3Config(target_modules=["key", "dense"], feedforward_modules=["dense"]),
     VeraConfig(r=4, target_modules=["query"], vera_dropout=0.1),
+    OFTConfig(r=4, oft_block_size=0, target_modules=["query"], coft=True),
     PromptTuningConfig(num_virtual_tokens=5),
 ]
 

@@ -17,6 +17,7 @@ from mindpet.peft import (
     BitFitConfig,
     IA3Config,
     LoraConfig,
+    OFTConfig,
     PeftModel,
     VeraConfig,
     get_peft_model,
@@ -35,6 +36,7 @@ KINDS = {
     "adapter": AdapterConfig(target_modules=["query"], bottleneck_size=3),
     "ia3": IA3Config(target_modules=["query"]),
     "vera": VeraConfig(r=2, target_modules=["query"], bias="vera_only"),
+    "oft": OFTConfig(oft_block_size=4, target_modules=["query"]),
 }
 
 
