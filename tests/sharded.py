@@ -17,6 +17,7 @@ from mindpet.delta import (
     LowRankAdapterDense,
     LowRankAdapterLayer,
     MissDense,
+    OFTDense,
     VeraDense,
 )
 from mindpet.graph import freeze_delta
@@ -43,8 +44,10 @@ CELLS = {
     "miss": lambda **kw: MissDense(64, 128, 4, **{"activation": "relu", **FLOAT, **kw}),
     "miss_mini": lambda **kw: MissDense(64, 128, 4, mini_r=2, **{**MINI, "activation": "relu", **FLOAT, **kw}),
     "adalora": lambda **kw: AdaLoRADense(64, 128, 4, 8, **{"activation": "relu", **FLOAT, **kw}),
+    "oft": lambda **kw: OFTDense(64, 128, 2, **{"activation": "relu", **FLOAT, **kw}),
 }
 DENSE = tuple(name for name in CELLS if not name.endswith("_layer"))
+MOST = {"oft": 32}  # slices of the inputs: a block of two is not cut
 # Of what is no method of its own, the method.
 MODES = {
     "ia3_feedforward": "ia3",
@@ -63,7 +66,7 @@ SUM_OF_INPUTS = (
     "miss_mini",
     "adapter_parallel",
 )
-NO_SUM = ("ia3", "ia3_feedforward")
+NO_SUM = ("ia3", "ia3_feedforward", "oft")
 STILL = ("vera", "miss", "miss_mini")  # where nothing in front of the delta's sum trains
 # The cut axes of every parameter, and the size of what is not a size of SIZES.
 BASE = {"weight": "oi", "bias": "o"}
@@ -101,6 +104,7 @@ PARAMETERS = {
         "mindpet_delta_adalora_b": "or",
         "mindpet_delta_adalora_e": "rf",
     },
+    "oft": {**BASE, "mindpet_delta_oft": "if"},
     "adapter": {**BASE, **ADAPTER},
     "adapter_parallel": {**BASE, **ADAPTER, "down_sampler.weight": "ri", "mindpet_delta_adapter_scale": "f"},
     "low_rank_adapter": {**BASE, **LOW_RANK_ADAPTER},
@@ -204,7 +208,7 @@ def expected_collectives(name, report, counts, ranks, rows=1):
     found += [("forward", *inner)] if delta_sum > 1 else []
     found += [("forward", "AllReduce", n * o, 4)] if n * o > 1 else []
     if report.train:
-        if name == "ia3_feedforward" and i > 1:  # what trains is in front of the base's sum
+        if name in ("ia3_feedforward", "oft") and i > 1:  # what trains is in front of the base's sum
             found.append(("backward", "AllReduce", i, 4 * rows * SIZES["o"] // o))
         if name not in STILL and delta_sum > 1:
             found.append(("backward", *inner))

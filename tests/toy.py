@@ -12,6 +12,7 @@ from mindpet.delta import (
     LoRADense,
     LowRankAdapterDense,
     MissDense,
+    OFTDense,
     PrefixEncoder,
     PrefixLayer,
     PromptEmbedding,
@@ -27,6 +28,7 @@ DENSE = {
     "hira": lambda **kw: HiraDense(WIDTH, WIDTH, 2, **kw),
     "miss": lambda **kw: MissDense(WIDTH, WIDTH, 2, **kw),
     "adalora": lambda **kw: AdaLoRADense(WIDTH, WIDTH, 4, 8, **kw),
+    "oft": lambda **kw: OFTDense(WIDTH, WIDTH, 4, **kw),
     "adapter": lambda **kw: AdapterDense(WIDTH, WIDTH, bottleneck_size=4, **kw),
     "low_rank_adapter": lambda **kw: LowRankAdapterDense(WIDTH, WIDTH, reduction_factor=2, **kw),
 }
@@ -46,6 +48,7 @@ DELTA_SHAPES = {
         "fc.mindpet_delta_adalora_b": (8, 4),
         "fc.mindpet_delta_adalora_e": (4, 1),
     },
+    "oft": {"fc.mindpet_delta_oft": (2, 6)},
     "prompt_tuning": {"prefix.mindpet_delta_prompt": (4, 8)},
     "prefixtuning": {
         "prefix.mindpet_delta_prefixtuning_wte.embedding_table": (4, 6),

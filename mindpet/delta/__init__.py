@@ -7,6 +7,7 @@ from mindpet.delta.ia3 import IA3Dense
 from mindpet.delta.lora import LoRADense
 from mindpet.delta.low_rank_adapter import LowRankAdapterDense, LowRankAdapterLayer
 from mindpet.delta.miss import MissDense
+from mindpet.delta.oft import OFTDense
 from mindpet.delta.prefix_layer import PrefixLayer
 from mindpet.delta.prompt_tuning import PromptEmbedding
 from mindpet.delta.ptuning2 import PrefixEncoder
@@ -26,6 +27,7 @@ __all__ = [
     "MultiHeadAdapterLayer",
     "MissDense",
     "OrthogonalLoss",
+    "OFTDense",
     "PrefixEncoder",
     "PrefixLayer",
     "PromptEmbedding",

@@ -23,6 +23,7 @@ from mindpet.delta.low_rank_adapter import (
     LowRankAdapterLayer,
 )
 from mindpet.delta.miss import MissConfig, MissDelta, MissDense
+from mindpet.delta.oft import OFTConfig, OFTDelta, OFTDense, OFTEmbedding
 from mindpet.delta.prefix_layer import PrefixLayer, PrefixLayerDelta, PrefixTuningConfig
 from mindpet.delta.prompt_tuning import PromptDelta, PromptEmbedding, PromptTuningConfig
 from mindpet.delta.ptuning2 import PrefixEncoder, PrefixEncoderDelta, Ptuning2Config
@@ -157,6 +158,14 @@ METHODS = {
             ("*mindpet_delta_adalora_?",),
             {"linear": AdaLoRADelta},
             (AdaLoRADense,),
+            identity=True,
+        ),
+        Method(
+            "oft",
+            OFTConfig,
+            ("*mindpet_delta_oft",),
+            {"linear": OFTDelta, "embedding": OFTEmbedding},
+            (OFTDense,),
             identity=True,
         ),
         Method(

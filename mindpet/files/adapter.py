@@ -1,10 +1,12 @@
 """The files of an adapter: tensors and configuration as Hugging Face PEFT has them, and a passport of the base."""
 
+import dataclasses
 import pathlib
 import re
 
 import numpy as np
 
+import mindpet
 from mindpet.delta._config import CONFIG_NAME
 from mindpet.errors import CheckpointError
 from mindpet.files.names import PREFIX
@@ -14,11 +16,14 @@ from mindpet.network.match import listed
 from mindpet.utils.files import together
 
 FILES = (WEIGHTS_NAME, "adapter_model.bin", PASSPORT_NAME, CONFIG_NAME)  # names that a folder of 'default' has
+VERSION = f"0.21.2+mindpet.{mindpet.__version__}"  # of some methods Hugging Face PEFT takes it apart, by PEP 440
 DOUBLES = re.compile(r"\.((modules_to_save|original_module)\.bias|num_batches_tracked)$")
 
 
 def save_adapter(folder, config, tensors, passport):
     """Write an adapter's three files: a reader finds all of this save, or all of the one before.
+
+    A configuration that names no version of Hugging Face PEFT gets the one whose format it has.
 
     Args:
         folder (str): of the adapter.
@@ -27,6 +32,7 @@ def save_adapter(folder, config, tensors, passport):
         passport (dict): see `mindpet.files.passport`.
     """
     config, tensors = config.pack(tensors)
+    config = dataclasses.replace(config, peft_version=config.peft_version or VERSION)
     with together(folder, (PASSPORT_NAME, CONFIG_NAME, WEIGHTS_NAME)) as staged:
         save_tensors(staged / WEIGHTS_NAME, tensors)
         (staged / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")

@@ -10,6 +10,7 @@ from mindpet.delta.lora import LoraConfig
 from mindpet.delta.low_rank_adapter import LowRankAdapterConfig
 from mindpet.delta.mam import mam_config
 from mindpet.delta.miss import MissConfig
+from mindpet.delta.oft import OFTConfig
 from mindpet.delta.prefix_layer import PrefixTuningConfig
 from mindpet.delta.prompt_tuning import PromptTuningConfig
 from mindpet.delta.ptuning2 import Ptuning2Config
@@ -51,6 +52,7 @@ __all__ = [
     "LowRankAdapterConfig",
     "MissConfig",
     "NameMap",
+    "OFTConfig",
     "PeftConfig",
     "PeftModel",
     "PeftType",

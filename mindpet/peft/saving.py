@@ -6,7 +6,6 @@ import warnings
 
 import numpy as np
 
-import mindpet
 import mindpet.files.adapter as adapter_files
 import mindpet.peft.state as state
 from mindpet.delta._config import PeftConfig
@@ -60,7 +59,6 @@ class SavesAdapters:
         for name, adapter in adapters.items():
             config = dataclasses.replace(adapter.config, inference_mode=True)
             config.auto_mapping = config.auto_mapping or state.auto_mapping(self.network)
-            config.peft_version = config.peft_version or f"mindpet {mindpet.__version__}"
             passport = make_passport(self._base_values(adapter.plan), self.network, step)
             tensors, config = self._tensors(adapter, config)
             adapter_files.save_adapter(adapter_files.folder_of(save_directory, name), config, tensors, passport)

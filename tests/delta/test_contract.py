@@ -165,6 +165,7 @@ SIZES = {
     "vera_rank": 2,
     "hira_rank": 2,
     "miss_rank": 2,
+    "oft_block_size": 4,
     "lora_alpha": 4,
     "activation": "leakyrelu",
     "non_linearity": "silu",

@@ -33,6 +33,7 @@ NAMES = {
     "hira": ["fc.mindpet_delta_hira_a", "mindpet_delta_hira_b"],
     "miss": ["fc.mindpet_delta_miss", "mindpet_delta_miss"],
     "adalora": [f"fc.mindpet_delta_adalora_{name}" for name in "abe"],
+    "oft": ["fc.mindpet_delta_oft"],
     "prompt_tuning": ["model.mindpet_delta_prompt"],
     "prefixtuning": ["prefix.mindpet_delta_prefixtuning_wte.embedding_table", "mindpet_delta_prefixtuning.0.weight"],
     "adapter": ["fc.mindpet_delta_adapter.mindpet_delta_adapter_block.weight", "fc.mindpet_delta_adapter.scale"],

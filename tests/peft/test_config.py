@@ -14,6 +14,7 @@ from mindpet.peft import (
     LoraConfig,
     LowRankAdapterConfig,
     MissConfig,
+    OFTConfig,
     PeftConfig,
     PeftType,
     PrefixTuningConfig,
@@ -51,6 +52,7 @@ EVERY = [
     HiraConfig(r=4, target_modules=["query"], rank_pattern={"query": 2}, init_weights=None),
     MissConfig(r=4, target_modules=["query"], init_weights="mini", mini_r=2),
     AdaLoraConfig(init_r=4, total_step=9, target_r=2, target_modules=["query"], rank_pattern={"q.lora_E": [True] * 4}),
+    OFTConfig(r=4, oft_block_size=0, target_modules=["query"], coft=True),
     PromptTuningConfig(num_virtual_tokens=5),
 ]
 

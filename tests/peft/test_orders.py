@@ -20,6 +20,7 @@ from mindpet.peft import (
     IA3Config,
     LoraConfig,
     MissConfig,
+    OFTConfig,
     PeftModel,
     VeraConfig,
     get_peft_model,
@@ -42,6 +43,7 @@ KINDS = {
     "miss": MissConfig(r=2, target_modules=["query"], bias="miss_only"),
     "bat": MissConfig(r=2, target_modules=["query"], init_weights="bat"),
     "adalora": AdaLoraConfig(init_r=2, target_r=1, total_step=3, target_modules=["query"], bias="lora_only"),
+    "oft": OFTConfig(oft_block_size=4, target_modules=["query"]),
 }
 
 
