@@ -11,6 +11,8 @@ from mindpet.delta import (
     AdapterDense,
     AdapterLayer,
     IA3Dense,
+    LoHaDense,
+    LoKrDense,
     LoRADense,
     LowRankAdapterDense,
     LowRankAdapterLayer,
@@ -32,8 +34,10 @@ CELLS = {
     "ia3": lambda **kw: IA3Dense(64, 128, **{"activation": "relu", **FLOAT, **kw}),
     "ia3_feedforward": lambda **kw: IA3Dense(64, 128, True, **{"activation": "relu", **FLOAT, **kw}),
     "vera": lambda **kw: VeraDense(64, 128, 4, **{"activation": "relu", **FLOAT, **kw}),
+    "loha": lambda **kw: LoHaDense(64, 128, 2, 4, **{"activation": "relu", **FLOAT, **kw}),
+    "lokr": lambda **kw: LoKrDense(64, 128, 2, 4, **{"activation": "relu", **FLOAT, **kw}),
 }
-DENSE = ("lora", "ia3", "ia3_feedforward", "vera", "adapter", "low_rank_adapter")
+DENSE = ("lora", "ia3", "ia3_feedforward", "vera", "loha", "lokr", "adapter", "low_rank_adapter")
 # Of what is no method of its own, the method.
 MODES = {"ia3_feedforward": "ia3", "adapter_layer": "adapter", "low_rank_adapter_layer": "low_rank_adapter"}
 # The cut axes of every parameter, and the size of what is not a size of SIZES.
@@ -62,6 +66,19 @@ PARAMETERS = {
         "mindpet_vera_b": "fr",
         "mindpet_delta_vera_lambda_b": "o",
         "mindpet_delta_vera_lambda_d": "r",
+    },
+    "loha": {
+        **BASE,
+        "mindpet_delta_loha_w1_a": "fr",
+        "mindpet_delta_loha_w1_b": "rf",
+        "mindpet_delta_loha_w2_a": "fr",
+        "mindpet_delta_loha_w2_b": "rf",
+    },
+    "lokr": {
+        **BASE,
+        "mindpet_delta_lokr_w1": "fk",
+        "mindpet_delta_lokr_w2_a": "fr",
+        "mindpet_delta_lokr_w2_b": "rf",
     },
     "adapter": {**BASE, **ADAPTER},
     "low_rank_adapter": {**BASE, **LOW_RANK_ADAPTER},
@@ -152,7 +169,7 @@ def expected_collectives(name, report, counts, ranks, rows=1):
     """
     n, i, o = (counts.get(axis, 1) for axis in "nio")
     rows = rows * SIZES["n"] // n
-    delta_sum = {"lora": i, "vera": i, "ia3": 1, "ia3_feedforward": 1}.get(name, o)
+    delta_sum = {"lora": i, "vera": i, "loha": i, "lokr": 1, "ia3": 1, "ia3_feedforward": 1}.get(name, o)
     inner = ("AllReduce", delta_sum, 4 * rows * SIZES["r"])
     found = [("forward", "AllReduce", i, 4 * rows * SIZES["o"] // o)] if name in DENSE and i > 1 else []
     found += [("forward", *inner)] if delta_sum > 1 else []

@@ -7,6 +7,8 @@ from mindspore import Tensor, nn, ops
 from mindpet.delta import (
     AdapterDense,
     IA3Dense,
+    LoHaDense,
+    LoKrDense,
     LoRADense,
     LowRankAdapterDense,
     PrefixEncoder,
@@ -21,6 +23,8 @@ DENSE = {
     "lora": lambda **kw: LoRADense(WIDTH, WIDTH, 2, 4, **kw),
     "ia3": lambda **kw: IA3Dense(WIDTH, WIDTH, **kw),
     "vera": lambda **kw: VeraDense(WIDTH, WIDTH, 4, **kw),
+    "loha": lambda **kw: LoHaDense(WIDTH, WIDTH, 2, 4, **kw),
+    "lokr": lambda **kw: LoKrDense(WIDTH, WIDTH, 1, 4, **kw),
     "adapter": lambda **kw: AdapterDense(WIDTH, WIDTH, bottleneck_size=4, **kw),
     "low_rank_adapter": lambda **kw: LowRankAdapterDense(WIDTH, WIDTH, reduction_factor=2, **kw),
 }
@@ -32,6 +36,17 @@ DELTA_SHAPES = {
         "fc.mindpet_vera_b": (8, 4),
         "fc.mindpet_delta_vera_lambda_b": (8,),
         "fc.mindpet_delta_vera_lambda_d": (4,),
+    },
+    "loha": {
+        "fc.mindpet_delta_loha_w1_a": (8, 2),
+        "fc.mindpet_delta_loha_w1_b": (2, 8),
+        "fc.mindpet_delta_loha_w2_a": (8, 2),
+        "fc.mindpet_delta_loha_w2_b": (2, 8),
+    },
+    "lokr": {
+        "fc.mindpet_delta_lokr_w1": (2, 2),
+        "fc.mindpet_delta_lokr_w2_a": (4, 1),
+        "fc.mindpet_delta_lokr_w2_b": (1, 4),
     },
     "prompt_tuning": {"prefix.mindpet_delta_prompt": (4, 8)},
     "prefixtuning": {

@@ -2,6 +2,8 @@
 
 from mindpet.delta.adapter import AdapterDense, AdapterLayer
 from mindpet.delta.ia3 import IA3Dense
+from mindpet.delta.loha import LoHaDense
+from mindpet.delta.lokr import LoKrDense
 from mindpet.delta.lora import LoRADense
 from mindpet.delta.low_rank_adapter import LowRankAdapterDense, LowRankAdapterLayer
 from mindpet.delta.prefix_layer import PrefixLayer
@@ -14,6 +16,8 @@ __all__ = [
     "AdapterDense",
     "AdapterLayer",
     "IA3Dense",
+    "LoHaDense",
+    "LoKrDense",
     "LoRADense",
     "LowRankAdapterDense",
     "LowRankAdapterLayer",

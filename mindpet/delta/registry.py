@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from mindpet.delta.adapter import AdapterDelta, AdapterDense, AdapterLayer, BottleneckConfig
 from mindpet.delta.bitfit import BitFitConfig
 from mindpet.delta.ia3 import IA3Config, IA3Delta, IA3Dense
+from mindpet.delta.loha import LoHaConfig, LohaConvolution, LohaDelta, LoHaDense
+from mindpet.delta.lokr import LoKrConfig, LokrConvolution, LokrDelta, LoKrDense
 from mindpet.delta.lora import LoraConfig, LoraConvolution, LoraDelta, LoRADense, LoraEmbedding
 from mindpet.delta.low_rank_adapter import (
     LowRankAdapterConfig,
@@ -119,6 +121,22 @@ METHODS = {
             {"linear": VeraDelta},
             (VeraDense,),
             saved=("*mindpet_vera_a", "*mindpet_vera_b"),
+            identity=True,
+        ),
+        Method(
+            "loha",
+            LoHaConfig,
+            ("*mindpet_delta_loha*",),
+            {"linear": LohaDelta, "conv1d": LohaConvolution, "conv2d": LohaConvolution},
+            (LoHaDense,),
+            identity=True,
+        ),
+        Method(
+            "lokr",
+            LoKrConfig,
+            ("*mindpet_delta_lokr*",),
+            {"linear": LokrDelta, "conv2d": LokrConvolution},
+            (LoKrDense,),
             identity=True,
         ),
         Method(

@@ -4,6 +4,8 @@ from mindpet.delta._config import PeftConfig, PromptLearningConfig, TaskType, ge
 from mindpet.delta.adapter import AdapterConfig, BottleneckConfig
 from mindpet.delta.bitfit import BitFitConfig
 from mindpet.delta.ia3 import IA3Config
+from mindpet.delta.loha import LoHaConfig
+from mindpet.delta.lokr import LoKrConfig
 from mindpet.delta.lora import LoraConfig
 from mindpet.delta.low_rank_adapter import LowRankAdapterConfig
 from mindpet.delta.prefix_layer import PrefixTuningConfig
@@ -40,6 +42,8 @@ __all__ = [
     "BitFitConfig",
     "BottleneckConfig",
     "IA3Config",
+    "LoHaConfig",
+    "LoKrConfig",
     "LoraConfig",
     "LowRankAdapterConfig",
     "NameMap",

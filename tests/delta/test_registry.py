@@ -30,6 +30,8 @@ NAMES = {
     "lora": ["fc.mindpet_delta_lora_a", "mindpet_delta_lora_B", "blocks.0.mindpet_delta_lora.weight"],
     "ia3": ["fc.mindpet_delta_ia3"],
     "vera": ["fc.mindpet_delta_vera_lambda_b", "mindpet_delta_vera_lambda_d"],
+    "loha": ["fc.mindpet_delta_loha_w1_a", "mindpet_delta_loha_t2"],
+    "lokr": ["fc.mindpet_delta_lokr_w1", "mindpet_delta_lokr_w2_b"],
     "prompt_tuning": ["model.mindpet_delta_prompt"],
     "prefixtuning": ["prefix.mindpet_delta_prefixtuning_wte.embedding_table", "mindpet_delta_prefixtuning.0.weight"],
     "adapter": ["fc.mindpet_delta_adapter.mindpet_delta_adapter_block.weight", "fc.mindpet_delta_adapter.scale"],

@@ -9,6 +9,8 @@ from mindpet.peft import (
     AdapterConfig,
     BitFitConfig,
     IA3Config,
+    LoHaConfig,
+    LoKrConfig,
     LoraConfig,
     LowRankAdapterConfig,
     PeftConfig,
@@ -45,6 +47,8 @@ EVERY = [
     BitFitConfig(modules_to_save=["classifier"]),
     IA3Config(target_modules=["key", "dense"], feedforward_modules=["dense"]),
     VeraConfig(r=4, target_modules=["query"], vera_dropout=0.1),
+    LoHaConfig(r=4, alpha=2, target_modules=["query"], rank_dropout=0.1, alpha_pattern={"query": 3}),
+    LoKrConfig(r=4, target_modules=["query"], decompose_factor=4, init_weights="lycoris"),
     PromptTuningConfig(num_virtual_tokens=5),
 ]
 

@@ -16,6 +16,8 @@ from mindpet.peft import (
     AdapterConfig,
     BitFitConfig,
     IA3Config,
+    LoHaConfig,
+    LoKrConfig,
     LoraConfig,
     PeftModel,
     VeraConfig,
@@ -35,6 +37,8 @@ KINDS = {
     "adapter": AdapterConfig(target_modules=["query"], bottleneck_size=3),
     "ia3": IA3Config(target_modules=["query"]),
     "vera": VeraConfig(r=2, target_modules=["query"], bias="vera_only"),
+    "loha": LoHaConfig(r=2, target_modules=["query"]),
+    "lokr": LoKrConfig(r=1, target_modules=["query"]),
 }
 
 
