@@ -13,6 +13,8 @@ from mindpet.delta import (
     AdapterLayer,
     HiraDense,
     IA3Dense,
+    LoHaDense,
+    LoKrDense,
     LoRADense,
     LowRankAdapterDense,
     LowRankAdapterLayer,
@@ -45,6 +47,8 @@ CELLS = {
     "miss_mini": lambda **kw: MissDense(64, 128, 4, mini_r=2, **{**MINI, "activation": "relu", **FLOAT, **kw}),
     "adalora": lambda **kw: AdaLoRADense(64, 128, 4, 8, **{"activation": "relu", **FLOAT, **kw}),
     "oft": lambda **kw: OFTDense(64, 128, 2, **{"activation": "relu", **FLOAT, **kw}),
+    "loha": lambda **kw: LoHaDense(64, 128, 2, 4, **{"activation": "relu", **FLOAT, **kw}),
+    "lokr": lambda **kw: LoKrDense(64, 128, 2, 4, **{"activation": "relu", **FLOAT, **kw}),
 }
 DENSE = tuple(name for name in CELLS if not name.endswith("_layer"))
 MOST = {"oft": 32}  # slices of the inputs: a block of two is not cut
@@ -61,12 +65,13 @@ SUM_OF_INPUTS = (
     "lora",
     "adalora",
     "vera",
+    "loha",
     "hira",
     "miss",
     "miss_mini",
     "adapter_parallel",
 )
-NO_SUM = ("ia3", "ia3_feedforward", "oft")
+NO_SUM = ("ia3", "ia3_feedforward", "oft", "lokr")
 STILL = ("vera", "miss", "miss_mini")  # where nothing in front of the delta's sum trains
 # The cut axes of every parameter, and the size of what is not a size of SIZES.
 BASE = {"weight": "oi", "bias": "o"}
@@ -105,6 +110,19 @@ PARAMETERS = {
         "mindpet_delta_adalora_e": "rf",
     },
     "oft": {**BASE, "mindpet_delta_oft": "if"},
+    "loha": {
+        **BASE,
+        "mindpet_delta_loha_w1_a": "fr",
+        "mindpet_delta_loha_w1_b": "rf",
+        "mindpet_delta_loha_w2_a": "fr",
+        "mindpet_delta_loha_w2_b": "rf",
+    },
+    "lokr": {
+        **BASE,
+        "mindpet_delta_lokr_w1": "fk",
+        "mindpet_delta_lokr_w2_a": "fr",
+        "mindpet_delta_lokr_w2_b": "rf",
+    },
     "adapter": {**BASE, **ADAPTER},
     "adapter_parallel": {**BASE, **ADAPTER, "down_sampler.weight": "ri", "mindpet_delta_adapter_scale": "f"},
     "low_rank_adapter": {**BASE, **LOW_RANK_ADAPTER},

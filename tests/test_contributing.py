@@ -83,7 +83,7 @@ def test_the_example_has_the_style_of_the_project(project):
 # Where a method may stand besides its own file.
 EVERYWHERE = {"delta/registry.py", "delta/__init__.py", "peft/__init__.py"}
 # The methods that came in by one file: not even a comment or a docstring elsewhere knows them.
-PROBES = ("ia3", "vera", "prompt_tuning")
+PROBES = ("ia3", "vera", "loha", "lokr", "prompt_tuning")
 # What else knows a method, and why; what is about all methods asks the registry.
 KNOWN = {
     "lora": {

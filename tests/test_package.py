@@ -34,6 +34,7 @@ ORDER = [
     "network",
     "delta._config",
     "delta._base",
+    "delta._matrix",
     "delta.METHOD",
     "delta.registry",
     "delta",
@@ -80,7 +81,13 @@ ORDER = [
     "cli",
     "__main__",
 ]
-METHOD_FILES = {path.stem for path in (ROOT / "delta").glob("*.py")} - {"__init__", "_base", "_config", "registry"}
+METHOD_FILES = {path.stem for path in (ROOT / "delta").glob("*.py")} - {
+    "__init__",
+    "_base",
+    "_config",
+    "_matrix",
+    "registry",
+}
 
 
 def place(module):

@@ -9,6 +9,8 @@ from mindpet.delta import (
     AdapterDense,
     HiraDense,
     IA3Dense,
+    LoHaDense,
+    LoKrDense,
     LoRADense,
     LowRankAdapterDense,
     MissDense,
@@ -29,6 +31,8 @@ DENSE = {
     "miss": lambda **kw: MissDense(WIDTH, WIDTH, 2, **kw),
     "adalora": lambda **kw: AdaLoRADense(WIDTH, WIDTH, 4, 8, **kw),
     "oft": lambda **kw: OFTDense(WIDTH, WIDTH, 4, **kw),
+    "loha": lambda **kw: LoHaDense(WIDTH, WIDTH, 2, 4, **kw),
+    "lokr": lambda **kw: LoKrDense(WIDTH, WIDTH, 1, 4, **kw),
     "adapter": lambda **kw: AdapterDense(WIDTH, WIDTH, bottleneck_size=4, **kw),
     "low_rank_adapter": lambda **kw: LowRankAdapterDense(WIDTH, WIDTH, reduction_factor=2, **kw),
 }
@@ -49,6 +53,17 @@ DELTA_SHAPES = {
         "fc.mindpet_delta_adalora_e": (4, 1),
     },
     "oft": {"fc.mindpet_delta_oft": (2, 6)},
+    "loha": {
+        "fc.mindpet_delta_loha_w1_a": (8, 2),
+        "fc.mindpet_delta_loha_w1_b": (2, 8),
+        "fc.mindpet_delta_loha_w2_a": (8, 2),
+        "fc.mindpet_delta_loha_w2_b": (2, 8),
+    },
+    "lokr": {
+        "fc.mindpet_delta_lokr_w1": (2, 2),
+        "fc.mindpet_delta_lokr_w2_a": (4, 1),
+        "fc.mindpet_delta_lokr_w2_b": (1, 4),
+    },
     "prompt_tuning": {"prefix.mindpet_delta_prompt": (4, 8)},
     "prefixtuning": {
         "prefix.mindpet_delta_prefixtuning_wte.embedding_table": (4, 6),

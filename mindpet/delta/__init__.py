@@ -4,6 +4,8 @@ from mindpet.delta.adalora import AdaLoRADense, AdaLoraOptimizer, OrthogonalLoss
 from mindpet.delta.adapter import AdapterDense, AdapterLayer, MultiHeadAdapterLayer
 from mindpet.delta.hira import HiraDense
 from mindpet.delta.ia3 import IA3Dense
+from mindpet.delta.loha import LoHaDense
+from mindpet.delta.lokr import LoKrDense
 from mindpet.delta.lora import LoRADense
 from mindpet.delta.low_rank_adapter import LowRankAdapterDense, LowRankAdapterLayer
 from mindpet.delta.miss import MissDense
@@ -21,6 +23,8 @@ __all__ = [
     "AdapterLayer",
     "HiraDense",
     "IA3Dense",
+    "LoHaDense",
+    "LoKrDense",
     "LoRADense",
     "LowRankAdapterDense",
     "LowRankAdapterLayer",

@@ -445,6 +445,15 @@ def matrix_shape(cell, kind):
     return shape[::-1] if kind.transposed else shape
 
 
+def scale_problems(scale, kind):
+    """What speaks against a scale of a delta beside a layer of a kind: that its compute type cannot hold it."""
+    with np.errstate(over="ignore"):
+        held = abs(float(np.asarray(scale).astype(ms.dtype_to_nptype(kind.compute_dtype))))
+    if 0 < held < np.inf:
+        return []
+    return [f"the scale, {scale:g}, must be a number of {kind.compute_dtype}, in which it computes"]
+
+
 def set_zeros(*params):
     """Fill Parameters with zeros."""
     for param in params:

@@ -11,7 +11,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, ops
 from mindspore.common.initializer import HeUniform, Normal, initializer
 
-from mindpet.delta._base import Delta, DeltaDense, delta_parameter, set_zeros
+from mindpet.delta._base import Delta, DeltaDense, delta_parameter, scale_problems, set_zeros
 from mindpet.delta._config import TargetConfig
 from mindpet.errors import ConfigError
 from mindpet.layers.convolution import AXES, convolution_like, pointwise_like
@@ -326,11 +326,7 @@ class LoraDelta(Delta):
             found.append("no DoRA beside a convolution in groups")
         if use_dora and is_sharded:
             found.append("no DoRA beside a layer with strategies")
-        scale = cls.constants(rank, alpha, use_rslora)[SCALING]
-        with np.errstate(over="ignore"):
-            held = abs(float(scale.astype(ms.dtype_to_nptype(kind.compute_dtype))))
-        if not 0 < held < math.inf:
-            found.append(f"the scale, {scale:g}, must be a number of {kind.compute_dtype}, in which it computes")
+        found += scale_problems(cls.constants(rank, alpha, use_rslora)[SCALING], kind)
         if kind.name != "linear" and starts_from_weight(init):
             found.append(f"init_lora_weights={init!r} is for linear layers")
         return found

@@ -15,6 +15,8 @@ from mindpet.delta.adapter import (
 from mindpet.delta.bitfit import BitFitConfig
 from mindpet.delta.hira import HiraConfig, HiraConvolution, HiraDelta, HiraDense, HiraEmbedding
 from mindpet.delta.ia3 import IA3Config, IA3Delta, IA3Dense
+from mindpet.delta.loha import LoHaConfig, LohaConvolution, LohaDelta, LoHaDense
+from mindpet.delta.lokr import LoKrConfig, LokrConvolution, LokrDelta, LoKrDense
 from mindpet.delta.lora import LoraConfig, LoraConvolution, LoraDelta, LoRADense, LoraEmbedding
 from mindpet.delta.low_rank_adapter import (
     LowRankAdapterConfig,
@@ -166,6 +168,22 @@ METHODS = {
             ("*mindpet_delta_oft",),
             {"linear": OFTDelta, "embedding": OFTEmbedding},
             (OFTDense,),
+            identity=True,
+        ),
+        Method(
+            "loha",
+            LoHaConfig,
+            ("*mindpet_delta_loha*",),
+            {"linear": LohaDelta, "conv1d": LohaConvolution, "conv2d": LohaConvolution},
+            (LoHaDense,),
+            identity=True,
+        ),
+        Method(
+            "lokr",
+            LoKrConfig,
+            ("*mindpet_delta_lokr*",),
+            {"linear": LokrDelta, "conv2d": LokrConvolution},
+            (LoKrDense,),
             identity=True,
         ),
         Method(

@@ -6,6 +6,8 @@ from mindpet.delta.adapter import AdapterConfig, BottleneckConfig
 from mindpet.delta.bitfit import BitFitConfig
 from mindpet.delta.hira import HiraConfig
 from mindpet.delta.ia3 import IA3Config
+from mindpet.delta.loha import LoHaConfig
+from mindpet.delta.lokr import LoKrConfig
 from mindpet.delta.lora import LoraConfig
 from mindpet.delta.low_rank_adapter import LowRankAdapterConfig
 from mindpet.delta.mam import mam_config
@@ -48,6 +50,8 @@ __all__ = [
     "BottleneckConfig",
     "HiraConfig",
     "IA3Config",
+    "LoHaConfig",
+    "LoKrConfig",
     "LoraConfig",
     "LowRankAdapterConfig",
     "MissConfig",

@@ -129,7 +129,7 @@ def _plan(check, slot, strategy, operator, axes):
     rule = f"for an activation given as a str, since the operators of {type(operator).__name__} cannot be reached"
     check.require(operators, ValueError, slot, strategy, rule)
     features = strategy[0][-1] if _has_many_weights(operator) else 1
-    kinds = {"x": strategy[0], "s": (), "w": strategy[1] if len(strategy[-1]) == 1 else (features,)}
+    kinds = {"x": strategy[0], "s": (), "w": strategy[-1] if len(strategy[-1]) == 1 else (features,)}
     return [(primitive, tuple(kinds[kind] for kind in operands)) for primitive, operands in operators]
 
 

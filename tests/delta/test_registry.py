@@ -34,6 +34,8 @@ NAMES = {
     "miss": ["fc.mindpet_delta_miss", "mindpet_delta_miss"],
     "adalora": [f"fc.mindpet_delta_adalora_{name}" for name in "abe"],
     "oft": ["fc.mindpet_delta_oft"],
+    "loha": ["fc.mindpet_delta_loha_w1_a", "mindpet_delta_loha_t2"],
+    "lokr": ["fc.mindpet_delta_lokr_w1", "mindpet_delta_lokr_w2_b"],
     "prompt_tuning": ["model.mindpet_delta_prompt"],
     "prefixtuning": ["prefix.mindpet_delta_prefixtuning_wte.embedding_table", "mindpet_delta_prefixtuning.0.weight"],
     "adapter": ["fc.mindpet_delta_adapter.mindpet_delta_adapter_block.weight", "fc.mindpet_delta_adapter.scale"],

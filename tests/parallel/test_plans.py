@@ -76,7 +76,7 @@ MIXED = [{"n": 4, "o": 2}, {"n": 2, "i": 4}, {"n": 2, "o": 2}, {"i": 2}]
 
 
 def test_variants_of_the_layers():
-    further = ("ia3", "ia3_feedforward", "vera", "hira", "miss", "miss_mini", "adalora", "oft")
+    further = ("ia3", "ia3_feedforward", "vera", "hira", "miss", "miss_mini", "adalora", "oft", "loha", "lokr")
     cases = list(itertools.product((name for name in DENSE if name not in further), MIXED, VARIANTS))
     cases += itertools.product(further, MIXED[:2], VARIANTS[:1])
     reports = dry_run_many([case(name, counts, **variant) for name, counts, variant in cases], 8)
@@ -155,6 +155,17 @@ def test_the_examples_of_the_api_reference(results):
     for (name, strategies), report in zip(REFERENCE.items(), results):
         assert isinstance(report, Report), report
         assert operators(report) == set_operators(CELLS[name]().shard(**strategies), dropout=True)
+
+
+def test_dropout_of_the_outputs_is_the_same_on_every_rank():
+    dropout = {"rank_dropout": 0.5, "module_dropout": 0.1}
+    cases = [("loha", {"n": 2, "o": 4}, dropout), ("lokr", {"n": 2, "i": 4}, dropout)]
+    reports = dry_run_many([case(name, counts, **arguments) for name, counts, arguments in cases], 8)
+    for (name, counts, _), report in zip(cases, reports):
+        assert isinstance(report, Report), report
+        assert all(plan.is_set for plan in report.operators)
+        assert [plan.strategy for plan in report.operators if plan.operator == "Dropout"] == [((1,),)] * 2
+        assert collectives(report) == expected_collectives(name, report, counts, 8)
 
 
 def test_dropout_is_cut_like_the_rows_that_enter(results):

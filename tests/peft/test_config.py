@@ -11,6 +11,8 @@ from mindpet.peft import (
     BitFitConfig,
     HiraConfig,
     IA3Config,
+    LoHaConfig,
+    LoKrConfig,
     LoraConfig,
     LowRankAdapterConfig,
     MissConfig,
@@ -53,6 +55,8 @@ EVERY = [
     MissConfig(r=4, target_modules=["query"], init_weights="mini", mini_r=2),
     AdaLoraConfig(init_r=4, total_step=9, target_r=2, target_modules=["query"], rank_pattern={"q.lora_E": [True] * 4}),
     OFTConfig(r=4, oft_block_size=0, target_modules=["query"], coft=True),
+    LoHaConfig(r=4, alpha=2, target_modules=["query"], rank_dropout=0.1, alpha_pattern={"query": 3}),
+    LoKrConfig(r=4, target_modules=["query"], decompose_factor=4, init_weights="lycoris"),
     PromptTuningConfig(num_virtual_tokens=5),
 ]
 

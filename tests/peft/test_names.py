@@ -6,7 +6,17 @@ from mindspore import nn
 
 from mindpet.errors import CheckpointError
 from mindpet.files.names import to_mindspore, to_torch
-from mindpet.peft import IA3Config, LoraConfig, NameMap, PeftModel, TaskType, VeraConfig, get_peft_model, plan_targets
+from mindpet.peft import (
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    NameMap,
+    PeftModel,
+    TaskType,
+    VeraConfig,
+    get_peft_model,
+    plan_targets,
+)
 from mindpet.peft.state import portable, to_network
 
 
@@ -212,7 +222,7 @@ class Apart(nn.Cell):
         self.q, self.v = nn.Dense(4, 4), nn.Dense(4, 4)
 
 
-@pytest.mark.parametrize("cls", [IA3Config, VeraConfig])
+@pytest.mark.parametrize("cls", [IA3Config, VeraConfig, LoHaConfig])
 def test_layers_are_fused_for_lora_alone(cls, tmp_path):
     names = NameMap(fused={"w_qv": {"q": 4, "v": 4}})
     model = get_peft_model(Fused(), cls(target_modules=["w_qv", "out"]), name_map=names)

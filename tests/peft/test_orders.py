@@ -18,6 +18,8 @@ from mindpet.peft import (
     BitFitConfig,
     HiraConfig,
     IA3Config,
+    LoHaConfig,
+    LoKrConfig,
     LoraConfig,
     MissConfig,
     OFTConfig,
@@ -44,6 +46,8 @@ KINDS = {
     "bat": MissConfig(r=2, target_modules=["query"], init_weights="bat"),
     "adalora": AdaLoraConfig(init_r=2, target_r=1, total_step=3, target_modules=["query"], bias="lora_only"),
     "oft": OFTConfig(oft_block_size=4, target_modules=["query"]),
+    "loha": LoHaConfig(r=2, target_modules=["query"]),
+    "lokr": LoKrConfig(r=1, target_modules=["query"]),
 }
 
 

@@ -16,6 +16,8 @@ from mindpet.peft import (
     AdapterConfig,
     HiraConfig,
     IA3Config,
+    LoHaConfig,
+    LoKrConfig,
     LoraConfig,
     LowRankAdapterConfig,
     MissConfig,
@@ -186,6 +188,25 @@ def test_factors_and_vectors_communicate_what_they_need(ranks, data_parallel):
     own = [plan.bytes * plan.count for plan in vera.collectives if "gradient of model" in plan.cause]
     columns, rows = 3 * 64 + 2 * 128, 2 * 64  # outputs of the layers that are cut along these, and of the others
     assert sum(own) == 2 * 4 * (columns // 4 + rows + 7 * 4)
+
+
+PRODUCTS = [LoHaConfig(r=2, target_modules=TARGETS), LoKrConfig(r=2, target_modules=TARGETS)]
+
+
+def test_products_communicate_what_they_need():
+    loha, lokr = dry_run_many([functools.partial(make, config) for config in PRODUCTS], 8)
+    check_delta(loha)
+    assert {plan.kind for plan in loha.collectives} == {"AllReduce"}
+    sums = [plan.bytes * plan.count for plan in loha.collectives if "loha_b_matmul" in plan.cause]
+    assert sum(sums) == 4 * 2 * 2 * 2 * (2 * 16 * 2**2)  # of two row splits in two layers, and of their gradients
+    ours = [plan for plan in lokr.operators if "mindpet_" in plan.cell]
+    assert ours and all(plan.is_set for plan in ours)
+    # LoKr takes the inputs of two row splits whole: of 2 samples of 16 tokens, in two layers, and their gradients.
+    gathered = {plan.kind: 0 for plan in lokr.collectives}
+    for plan in lokr.collectives:
+        gathered[plan.kind] += plan.bytes * plan.count
+    assert gathered["AllGather"] == gathered["ReduceScatter"] == 4 * 2 * (2 * 16 * (64 + 128))
+    assert set(gathered) == {"AllReduce", "AllGather", "ReduceScatter"}
 
 
 def test_rows_of_a_batch_cannot_have_adapters_of_their_own():
