@@ -8,6 +8,7 @@ from mindpet.delta.prefix_layer import PrefixLayer
 from mindpet.delta.prompt_tuning import PromptEmbedding
 from mindpet.delta.ptuning2 import PrefixEncoder
 from mindpet.delta.r_drop import RDropLoss, rdrop_repeat
+from mindpet.delta.trainable_tokens import TrainableTokensEmbedding
 from mindpet.delta.vera import VeraDense
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "PrefixLayer",
     "PromptEmbedding",
     "RDropLoss",
+    "TrainableTokensEmbedding",
     "VeraDense",
     "rdrop_repeat",
 ]

@@ -16,6 +16,7 @@ from mindpet.delta.low_rank_adapter import (
 from mindpet.delta.prefix_layer import PrefixLayer, PrefixLayerDelta, PrefixTuningConfig
 from mindpet.delta.prompt_tuning import PromptDelta, PromptEmbedding, PromptTuningConfig
 from mindpet.delta.ptuning2 import PrefixEncoder, PrefixEncoderDelta, Ptuning2Config
+from mindpet.delta.trainable_tokens import TrainableTokensConfig, TrainableTokensDelta, TrainableTokensEmbedding
 from mindpet.delta.vera import VeraConfig, VeraDelta, VeraDense
 
 
@@ -119,6 +120,15 @@ METHODS = {
             {"linear": VeraDelta},
             (VeraDense,),
             saved=("*mindpet_vera_a", "*mindpet_vera_b"),
+            identity=True,
+        ),
+        Method(
+            "trainable_tokens",
+            TrainableTokensConfig,
+            ("*mindpet_delta_trainable_tokens",),
+            {"embedding": TrainableTokensDelta},
+            (TrainableTokensEmbedding,),
+            constants=("*mindpet_trainable_tokens_slots",),
             identity=True,
         ),
         Method(

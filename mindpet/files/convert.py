@@ -11,13 +11,13 @@ import numpy as np
 from mindspore import Tensor
 
 from mindpet.delta._base import PROMPT, Delta
-from mindpet.delta._config import CONFIG_NAME, TASK_HEADS, PeftConfig, get_peft_config
+from mindpet.delta._config import CONFIG_NAME, PeftConfig, get_peft_config
 from mindpet.delta.lora import LoraConfig
 from mindpet.delta.registry import METHODS, method_of
 from mindpet.errors import CheckpointError, ConfigError
 from mindpet.files.adapter import check_finite, check_tensors, is_adapter, read_tensors, save_adapter
 from mindpet.files.checkpoints import read_checkpoint
-from mindpet.files.keys import parse_keys, shared_key, target_paths
+from mindpet.files.keys import parse_keys, shared_key, target_paths, without_ties
 from mindpet.files.names import EMBEDDING, PREFIX, NameMap
 from mindpet.files.passport import WEIGHTS_NAME, check_files, read_passport
 from mindpet.files.tensors import TensorFile, save_tensors
@@ -159,7 +159,7 @@ def _layer_shapes(config, path, shapes):
 
 def in_modules_to_save(path, config):
     """Whether a parameter is in a module that the adapter has as a whole; Hugging Face PEFT looks at ends of names."""
-    entries = (*listed(config.modules_to_save), *TASK_HEADS.get(config.task_type, ()))
+    entries = (*listed(config.modules_to_save), *config.task_heads)
     parts = path.split(".")
     modules = [".".join(parts[:end]) for end in range(1, len(parts))]
     return not re.search(r"(^|\.)(lora|mindpet)_", path) and any(module.endswith(entries) for module in modules)
@@ -337,7 +337,7 @@ def convert(source, target, config=None, name_map=None, prefix_path=None, force=
     names = name_map or NameMap()
     config, tensors, _ = read_adapter(source, config, names, force)
     if pathlib.Path(target).suffix in (".ckpt", ".safetensors"):
-        tensors, _ = names.fuse(tensors, config)
+        tensors, _ = names.fuse(without_ties(tensors, config), config)
         write_delta(target, to_delta(tensors, config, names, prefix_path))
     else:
         config.inference_mode = True

@@ -3,6 +3,7 @@
 from typing import NamedTuple, Optional
 
 from mindpet.delta.registry import method_of
+from mindpet.network.match import names_module
 
 
 class Key(NamedTuple):
@@ -54,3 +55,29 @@ def parse_keys(keys, config):
 def target_paths(keys, config):
     """The paths of the layers that have a delta in a file, in its order."""
     return list(dict.fromkeys(key.path for key in parse_keys(keys, config).values() if key.path is not None))
+
+
+def tied_keys(tensors, config):
+    """The keys of layers that `target_modules` does not mean, which have the tensor of one that it means.
+
+    Hugging Face PEFT saves what layers of one weight have in common for each of them, see `Delta.tied_deltas`.
+
+    Args:
+        tensors (dict): key -> numpy.ndarray, of an adapter's file.
+        config (PeftConfig): of the adapter.
+
+    Returns:
+        set of str.
+    """
+    if not any(delta.tied_deltas for delta in method_of(config).deltas.values()):
+        return set()
+    keys = parse_keys(tensors, config)
+    meant = {key for key, own in keys.items() if names_module(config.target_modules, own.path)}
+    known = {(keys[key].name, tensors[key].tobytes()) for key in meant}
+    return {key for key in set(keys) - meant if (keys[key].name, tensors[key].tobytes()) in known}
+
+
+def without_ties(tensors, config):
+    """The tensors of an adapter without those of `tied_keys`."""
+    ties = tied_keys(tensors, config)
+    return {key: value for key, value in tensors.items() if key not in ties}

@@ -16,7 +16,7 @@ from mindpet.delta.registry import method_of
 from mindpet.errors import CheckpointError, MergeError
 from mindpet.files.adapter import check_finite, take_base_layers
 from mindpet.files.convert import in_modules_to_save, read_adapter, read_delta, write_delta
-from mindpet.files.keys import parse_keys, target_paths
+from mindpet.files.keys import parse_keys, target_paths, tied_keys
 from mindpet.files.names import PREFIX, NameMap
 from mindpet.files.passport import check_base, fingerprint
 from mindpet.files.tensors import TYPES, TensorFile, write_tensors
@@ -182,6 +182,9 @@ def merge(base, adapter, output, config=None, name_map=None, progressbar=True, f
         raise MergeError(f"{adapter}: {config.peft_name} cannot be folded into weights.")
     tensors, config = names.fuse(tensors, config)
     places = Places(files, names, [f"{path}.weight" for path in target_paths(tensors, config)])
+    ties = {key: parse_keys([key], config)[key].path for key in tied_keys(tensors, config)}
+    absent = {key for key, path in ties.items() if places.find(f"{path}.weight") is None}  # the base has it once
+    tensors = {key: value for key, value in tensors.items() if key not in absent}
     deltas, whole = assign_places(adapter, tensors, config, files, places)
     if not force:
         check_base(adapter, passport, _BaseValues(files, places, names, passport))
@@ -463,11 +466,12 @@ def _find_kinds(layers, files, config):
 
 
 def _tied(layers, files):
-    """A line for each embedding whose table is the head's weight too, which would change along.
+    """A line for each embedding whose table is the head's weight too, which would change along, and must not.
 
     A Hugging Face model with a language model head has them tied unless its configuration says otherwise.
     """
-    embeddings = [layer.weight for layer in layers if layer.kind and layer.kind.name == "embedding"]
+    own = [layer for layer in layers if layer.kind and not layer.cls.tied_deltas]
+    embeddings = [layer.weight for layer in own if layer.kind.name == "embedding"]
     path = files.path / "config.json"
     if not embeddings or not path.is_file():
         for name in embeddings:

@@ -10,6 +10,7 @@ from mindpet.delta.prefix_layer import PrefixTuningConfig
 from mindpet.delta.prompt_tuning import PromptTuningConfig
 from mindpet.delta.ptuning2 import Ptuning2Config
 from mindpet.delta.registry import PeftType
+from mindpet.delta.trainable_tokens import TrainableTokensConfig
 from mindpet.delta.vera import VeraConfig
 from mindpet.files.names import NameMap
 from mindpet.network.kinds import register_layer
@@ -51,6 +52,7 @@ __all__ = [
     "PromptTuningConfig",
     "Ptuning2Config",
     "TaskType",
+    "TrainableTokensConfig",
     "VeraConfig",
     "get_layer_status",
     "get_model_status",

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, fields
 
 from mindspore import nn
 
-from mindpet.delta._config import TASK_HEADS
 from mindpet.delta.registry import METHODS, method_of
 from mindpet.errors import ConfigError, MindPetError, NoMatchError
 from mindpet.network.kinds import SLOTS, AttentionKind, layer_kind
@@ -34,6 +33,7 @@ class Target:
         kind (Union[LayerKind, AttentionKind]): of the Cell.
         delta (type): the Delta for it.
         arguments (dict): delta arguments.
+        tied (list of Target): further layers with the same weight, see `Delta.tied_deltas`.
     """
 
     cell: nn.Cell
@@ -41,6 +41,7 @@ class Target:
     kind: object
     delta: type
     arguments: dict
+    tied: list = field(default_factory=list)
 
     @property
     def path(self):
@@ -77,9 +78,14 @@ class Plan:
     buffers: set = field(default_factory=set)
     still: list = field(default_factory=list)
 
+    @property
+    def reached(self):
+        """The targets, and the further layers that are tied to them."""
+        return [reached for target in self.targets for reached in (target, *target.tied)]
+
     def __str__(self):
         method = self.config.peft_name
-        rows = [(target.path, type(target.cell).__name__, method) for target in self.targets]
+        rows = [(target.path, type(target.cell).__name__, method) for target in self.reached]
         rows += [(layer.path, type(layer.cell).__name__, "trained as a whole") for layer in self.modules_to_save]
         inside = tuple(f"{layer.path}." for layer in self.modules_to_save)
         rows += [
@@ -117,7 +123,7 @@ def plan_targets(network, config, batch_statistics=False, unmatched=None):
     config.check_supported()
     plan = Plan(copy.deepcopy(config), method_of(config))
     errors = []
-    for step in (_find_layers, _find_slots, _find_modules_to_save, _check_targets):
+    for step in (_find_layers, _find_tied, _find_slots, _find_modules_to_save, _check_targets):
         try:
             step(network, plan, unmatched)
         except MindPetError as error:
@@ -136,7 +142,7 @@ def _find_layers(network, plan, unmatched):
     if not hasattr(config, "target_modules"):
         return
     if config.target_modules is None:
-        config.target_modules = default_targets(list_layers(network))
+        config.target_modules = default_targets(list_layers(network), config.usual_targets)
     carrying = tuple(cell for method in METHODS.values() for cell in method.cells)
     kinds = [name for name in deltas if name not in SLOTS]
 
@@ -149,6 +155,29 @@ def _find_layers(network, plan, unmatched):
         kind = layer_kind(layer.cell)
         arguments = config.delta_arguments(layer.path)
         plan.targets.append(Target(layer.cell, layer.paths, kind, deltas[kind.name], arguments))
+
+
+def _find_tied(network, plan, unmatched):
+    """The further layers that have the weight of a target, where the method reaches these, too."""
+    targets = [target for target in plan.targets if target.delta.tied_deltas]
+    places = {id(_parameter(found)): found for found in parameter_places("", network).values()} if targets else {}
+    own, problems = {id(target.cell) for target in targets}, []
+    for target in targets:
+        for path, cell, key in places[id(target.kind.weight_of(target.cell))]:
+            if cell is target.cell:
+                continue
+            kind = layer_kind(cell)
+            is_weight = kind is not None and kind.weight == key and id(cell) not in own
+            delta = target.delta.tied_deltas.get(kind.name) if is_weight else None
+            if delta is None:
+                problems.append(f"{path or 'the network'} ({type(cell).__name__}) has the weight of {target.path} as {key}")
+            else:
+                target.tied.append(Target(cell, [path], kind, delta, target.arguments))
+    if problems:
+        raise ConfigError(
+            f"{type(plan.config).__name__}: all that have the weight of a target must see its delta, but these are no "
+            f"layers that can, or targets themselves: {'; '.join(problems)}."
+        )
 
 
 def _find_slots(network, plan, unmatched):
@@ -195,7 +224,7 @@ def _slot_kinds(owner, cls, layers):
 def _check_targets(network, plan, unmatched):
     """Refuse deltas that the method, or the strategies of a layer, speak against."""
     problems = []
-    for target in plan.targets:
+    for target in plan.reached:
         try:
             is_sharded = find_cuts(target.cell, target.kind) is not None
         except ConfigError as error:
@@ -209,7 +238,7 @@ def _check_targets(network, plan, unmatched):
 
 def _find_modules_to_save(network, plan, unmatched):
     config = plan.config
-    heads = TASK_HEADS.get(config.task_type, ())
+    heads = config.task_heads
     layers = list_layers(network)
     problems, missing = [], False
     for entry in dict.fromkeys([*listed(config.modules_to_save), *heads]):
@@ -219,7 +248,7 @@ def _find_modules_to_save(network, plan, unmatched):
             missing = unmatched is None
             (problems if missing else unmatched).append(no_match("modules_to_save", entry, layers))
     for layer in plan.modules_to_save:
-        both = [target.path for target in plan.targets if f"{target.path}.".startswith(f"{layer.path}.")]
+        both = [target.path for target in plan.reached if f"{target.path}.".startswith(f"{layer.path}.")]
         if both:
             problems.append(
                 f"'modules_to_save': {layer.path} is to be trained as a whole, but carries {both} of the targets"

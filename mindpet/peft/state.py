@@ -6,7 +6,7 @@ import re
 import mindspore as ms
 import numpy as np
 
-from mindpet.delta._config import TASK_HEADS, TargetConfig
+from mindpet.delta._config import TargetConfig
 from mindpet.delta.lora import APPROXIMATE_INITS
 from mindpet.errors import CheckpointError
 from mindpet.files.adapter import check_finite, check_tensors, take_base_layers
@@ -34,6 +34,16 @@ def file_keys(slot, names):
         inner = f"{path}.base_layer" if base.rpartition(".")[0] in targets else path
         keys[name] = start + ".".join(filter(None, (inner, leaf)))
     return keys
+
+
+def tied_keys(slot, names):
+    """Where a file has values a second time, for layers that are tied to a target: key -> key of the target."""
+    start, found = slot.plan.config.key_start, {}
+    for target in slot.plan.targets:
+        for tied in target.tied:
+            for file in (target.delta.file_names or {}).values():
+                found[f"{start}{names.to_torch(tied.path)}.{file}"] = f"{start}{names.to_torch(target.path)}.{file}"
+    return found
 
 
 def whole_tensors(slot, values):
@@ -175,7 +185,7 @@ def portable(tensors, config, plan, network, names):
         if re.fullmatch(APPROXIMATE_INITS, str(getattr(config, "init_lora_weights", None))):
             config.init_lora_weights = "pissa"
     meant = {names.to_torch(path) for layer in plan.modules_to_save for path in layer.paths}
-    entries, heads = listed(config.modules_to_save), TASK_HEADS.get(config.task_type, ())
+    entries, heads = listed(config.modules_to_save), config.task_heads
     if is_renamed or _at_end([*entries, *heads], known) != meant:
         entries = sorted(meant)
     config.modules_to_save = entries or None
