@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from mindpet.delta.adapter import AdapterDelta, AdapterDense, AdapterLayer, BottleneckConfig
 from mindpet.delta.bitfit import BitFitConfig
 from mindpet.delta.ia3 import IA3Config, IA3Delta, IA3Dense
+from mindpet.delta.ln_tuning import LNTuningConfig
 from mindpet.delta.lora import LoraConfig, LoraConvolution, LoraDelta, LoRADense, LoraEmbedding
 from mindpet.delta.low_rank_adapter import (
     LowRankAdapterConfig,
@@ -49,8 +50,8 @@ class Method:
 
     @property
     def mergeable(self):
-        """Whether its deltas can be folded into the weights of their layers."""
-        return any(delta.fold for delta in self.deltas.values())
+        """Whether its deltas, if it has any, can be folded into the weights of their layers."""
+        return not self.deltas or any(delta.fold for delta in self.deltas.values())
 
 
 METHODS = {
@@ -96,6 +97,7 @@ METHODS = {
             (LowRankAdapterDense, LowRankAdapterLayer),
         ),
         Method("bitfit", BitFitConfig, BitFitConfig.trained_parameters, identity=True),
+        Method("ln_tuning", LNTuningConfig, LNTuningConfig.by_hand, aliases=("layernorm",), identity=True),
         Method(
             "ptuning2",
             Ptuning2Config,

@@ -17,11 +17,11 @@ from mindpet.delta.registry import METHODS, method_of
 from mindpet.errors import CheckpointError, ConfigError
 from mindpet.files.adapter import check_finite, check_tensors, is_adapter, read_tensors, save_adapter
 from mindpet.files.checkpoints import read_checkpoint
-from mindpet.files.keys import parse_keys, shared_key, target_paths, without_ties
+from mindpet.files.keys import base_name, copied_key, parse_keys, shared_key, target_paths, without_ties
 from mindpet.files.names import EMBEDDING, PREFIX, NameMap
 from mindpet.files.passport import WEIGHTS_NAME, check_files, read_passport
 from mindpet.files.tensors import TensorFile, save_tensors
-from mindpet.network.match import Layer, check_patterns, exact_targets, listed
+from mindpet.network.match import Layer, check_patterns, exact_targets, listed, names_module
 from mindpet.network.parameters import TRAINED, matches
 from mindpet.utils.files import atomic
 from mindpet.utils.parse import read_json
@@ -135,11 +135,12 @@ def wanted_tensors(config, tensors):
                 if shape != here.get(key):
                     wanted[key] = shape  # also where it fits another of the layers that share it
                 wanted.setdefault(key, shape)
-    by_own_names = not keys and not config.is_prompt_learning
+    copied_as = getattr(config, "copied_as", None)
+    by_own_names = not (keys or copied_as or config.is_prompt_learning)
     for key, value in tensors.items():
         path = key[len(config.key_start) :]
         whole = in_modules_to_save(path, config) or _is_shared(path, config, layers)
-        whole = whole or (by_own_names and matches(path, method.trainable))
+        whole = whole or (by_own_names and matches(path, method.trainable)) or f".{copied_as}." in path
         if key.startswith(config.key_start) and whole:
             wanted.setdefault(key, value.shape)
     return wanted
@@ -217,6 +218,8 @@ def from_delta(tensors, config, names):
             local = local if local in file_names else local.lower()  # LoRA's A and B of hand-made layers
             found.append((f"{PREFIX}{path}.{file_names.get(local, local)}", value))
             shapes.setdefault(path, {})[local] = value.shape
+        elif (layer := _copied_layer(names.to_torch(name), config)) is not None:
+            found.append((copied_key(layer, names.to_torch(name), config), value))
         else:
             path, _, leaf = names.to_torch(name).rpartition(".")
             # Hugging Face PEFT keeps the layer itself inside of its own as `base_layer`.
@@ -231,6 +234,15 @@ def from_delta(tensors, config, names):
     if paths:
         config.target_modules = config.target_modules or exact_targets(paths)
     return config, found
+
+
+def _copied_layer(name, config):
+    """The path of the target that a parameter is in, of a method that trains copies of its targets; else None."""
+    if getattr(config, "copied_as", None) is None or in_modules_to_save(name, config):
+        return None
+    parts = name.split(".")[:-1]
+    paths = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return next((path for path in paths if names_module(config.target_modules or paths[-1:], path)), None)
 
 
 def _only(values):
@@ -314,8 +326,8 @@ def to_delta(tensors, config, names, prefix_path=None):
             path = layers[0] if keys[key].path is None else keys[key].path
             result.append((f"{names.to_mindspore(path)}.{keys[key].name}", value))
         else:
-            plain = re.sub(r"^base_model\.(model\.)?", "", key).replace(".base_layer.", ".")
-            result.append((names.to_mindspore(plain), value))
+            plain = re.sub(r"^base_model\.(model\.)?", "", key)
+            result.append((names.to_mindspore(base_name(plain, config)), value))
     return _unique(result)
 
 

@@ -53,8 +53,27 @@ def parse_keys(keys, config):
 
 
 def target_paths(keys, config):
-    """The paths of the layers that have a delta in a file, in its order."""
-    return list(dict.fromkeys(key.path for key in parse_keys(keys, config).values() if key.path is not None))
+    """The paths of the layers that have a delta in a file, or a copy, in its order."""
+    infix = f".{getattr(config, 'copied_as', None)}."
+    copied = [key[len(config.key_start) :].partition(infix)[0] for key in keys if infix in key]
+    return list(dict.fromkeys([*copied, *(key.path for key in parse_keys(keys, config).values() if key.path)]))
+
+
+def copied_key(layer, name, config):
+    """The key of a parameter of a layer that is copied, see `TargetConfig.copied_as`.
+
+    Args:
+        layer (str): path of the layer in the PyTorch model.
+        name (str): of the parameter there, which begins with the path.
+        config (PeftConfig): of the adapter.
+    """
+    return f"{config.key_start}{layer}.{config.copied_as}{name[len(layer) :]}"
+
+
+def base_name(key, config):
+    """The name in the base of a parameter that an adapter has a value of its own for, from its key."""
+    name = key[len(config.key_start) :] if key.startswith(config.key_start) else key
+    return name.replace(f".{getattr(config, 'copied_as', None)}.", ".").replace(".base_layer.", ".")
 
 
 def tied_keys(tensors, config):

@@ -16,7 +16,7 @@ from mindpet.delta.registry import method_of
 from mindpet.errors import CheckpointError, MergeError
 from mindpet.files.adapter import check_finite, take_base_layers
 from mindpet.files.convert import in_modules_to_save, read_adapter, read_delta, write_delta
-from mindpet.files.keys import parse_keys, target_paths, tied_keys
+from mindpet.files.keys import base_name, parse_keys, target_paths, tied_keys
 from mindpet.files.names import PREFIX, NameMap
 from mindpet.files.passport import check_base, fingerprint
 from mindpet.files.tensors import TYPES, TensorFile, write_tensors
@@ -181,7 +181,8 @@ def merge(base, adapter, output, config=None, name_map=None, progressbar=True, f
     if not method_of(config).mergeable:
         raise MergeError(f"{adapter}: {config.peft_name} cannot be folded into weights.")
     tensors, config = names.fuse(tensors, config)
-    places = Places(files, names, [f"{path}.weight" for path in target_paths(tensors, config)])
+    own = [f"{path}.weight" for path in target_paths(tensors, config)] if method_of(config).deltas else ()
+    places = Places(files, names, own or [base_name(key, config) for key in tensors])
     ties = {key: parse_keys([key], config)[key].path for key in tied_keys(tensors, config)}
     absent = {key for key, path in ties.items() if places.find(f"{path}.weight") is None}  # the base has it once
     tensors = {key: value for key, value in tensors.items() if key not in absent}
@@ -264,7 +265,8 @@ class Places:
 
     def lacking(self, config, paths):
         """The layers of the base that a configuration means by their names, beside those at `paths`."""
-        if config.target_modules == ALL_LINEAR or config.layers_to_transform is not None:
+        targets = getattr(config, "target_modules", None)
+        if targets in (None, ALL_LINEAR) or config.layers_to_transform is not None:
             return []  # the names do not tell
         cut, put = self.start
         paths = {
@@ -380,7 +382,7 @@ def assign_places(adapter, tensors, config, files, places):
             layer.values[name] = value.astype(np.float32)
             layer.kinds.intersection_update(kinds)
             continue
-        path = key[len(PREFIX) :].replace(".base_layer.", ".")
+        path = base_name(key, config)
         name = places.find(path)
         if name is None and in_modules_to_save(path, config):
             name = places.new(path)

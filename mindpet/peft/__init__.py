@@ -4,6 +4,7 @@ from mindpet.delta._config import PeftConfig, PromptLearningConfig, TaskType, ge
 from mindpet.delta.adapter import AdapterConfig, BottleneckConfig
 from mindpet.delta.bitfit import BitFitConfig
 from mindpet.delta.ia3 import IA3Config
+from mindpet.delta.ln_tuning import LNTuningConfig
 from mindpet.delta.lora import LoraConfig
 from mindpet.delta.low_rank_adapter import LowRankAdapterConfig
 from mindpet.delta.prefix_layer import PrefixTuningConfig
@@ -41,6 +42,7 @@ __all__ = [
     "BitFitConfig",
     "BottleneckConfig",
     "IA3Config",
+    "LNTuningConfig",
     "LoraConfig",
     "LowRankAdapterConfig",
     "NameMap",

@@ -62,6 +62,7 @@ class Plan:
         config (PeftConfig): the configuration, completed by what was found in the network.
         method (Method): of the registry.
         targets (list of Target): what gets a delta.
+        copied (list of Layer): Cells that `target_modules` means, of a method that trains copies of these.
         modules_to_save (list of Layer): Cells that are trained and saved as they are.
         trained (dict): path -> Parameter of the network that the adapter has a copy of, and trains.
         places (dict): path -> list of (path of a Cell, Cell, attribute) where the copy takes its place.
@@ -72,6 +73,7 @@ class Plan:
     config: object
     method: object
     targets: list = field(default_factory=list)
+    copied: list = field(default_factory=list)
     modules_to_save: list = field(default_factory=list)
     trained: dict = field(default_factory=dict)
     places: dict = field(default_factory=dict)
@@ -86,8 +88,9 @@ class Plan:
     def __str__(self):
         method = self.config.peft_name
         rows = [(target.path, type(target.cell).__name__, method) for target in self.reached]
-        rows += [(layer.path, type(layer.cell).__name__, "trained as a whole") for layer in self.modules_to_save]
-        inside = tuple(f"{layer.path}." for layer in self.modules_to_save)
+        whole = [*self.copied, *self.modules_to_save]
+        rows += [(layer.path, type(layer.cell).__name__, "trained as a whole") for layer in whole]
+        inside = tuple(f"{layer.path}." for layer in whole)
         rows += [
             (path, "Parameter", "moves with the adapter" if path in self.buffers else "trained")
             for path in self.trained
@@ -147,9 +150,14 @@ def _find_layers(network, plan, unmatched):
     kinds = [name for name in deltas if name not in SLOTS]
 
     def supported(cell):
+        if config.copied_as:
+            return any(True for _ in cell.get_parameters())
         return getattr(layer_kind(cell), "name", None) in kinds
 
     layers = find_targets(network, config, supported, unmatched, carrying)
+    if config.copied_as:
+        plan.copied = layers
+        return
     check_patterns(config, layers, unmatched)
     for layer in layers:
         kind = layer_kind(layer.cell)
@@ -247,6 +255,12 @@ def _find_modules_to_save(network, plan, unmatched):
         if not found and entry not in heads:
             missing = unmatched is None
             (problems if missing else unmatched).append(no_match("modules_to_save", entry, layers))
+    for index, layer in enumerate(plan.copied):
+        others = [other.path for other in (*plan.copied[index + 1 :], *plan.modules_to_save)]
+        both = [path for path in others if f"{path}.".startswith(f"{layer.path}.")]
+        both += [path for path in others if layer.path.startswith(f"{path}.")]
+        if both:
+            problems.append(f"the target {layer.path} has Parameters in common with {both}, which train as a whole, too")
     for layer in plan.modules_to_save:
         both = [target.path for target in plan.reached if f"{target.path}.".startswith(f"{layer.path}.")]
         if both:
@@ -263,7 +277,7 @@ def _find_trained(network, plan, batch_statistics):
     A copy of a module's own parameter goes into that module only, also where another Cell has the same Parameter.
     """
     everywhere = parameter_places("", network)
-    for layer in plan.modules_to_save:
+    for layer in (*plan.copied, *plan.modules_to_save):
         _take(plan, parameter_places(layer.path, layer.cell))
     patterns = plan.config.trained_parameters
     targets = plan.targets if plan.config.trains_target_biases else ()

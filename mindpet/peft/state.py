@@ -10,7 +10,7 @@ from mindpet.delta._config import TargetConfig
 from mindpet.delta.lora import APPROXIMATE_INITS
 from mindpet.errors import CheckpointError
 from mindpet.files.adapter import check_finite, check_tensors, take_base_layers
-from mindpet.files.keys import shared_key, target_paths
+from mindpet.files.keys import copied_key, shared_key, target_paths
 from mindpet.files.names import PREFIX, NameMap
 from mindpet.network.match import ALL_LINEAR, ends_with, list_layers, listed
 from mindpet.network.values import value_of
@@ -28,7 +28,12 @@ def file_keys(slot, names):
             elif cls.file_names is None or name in cls.file_names:
                 keys[own] = f"{start}{path}.{(cls.file_names or {}).get(name, name)}"
     targets = {target.path for target in plan.targets}
+    copied = {layer.path for layer in plan.copied}
     for name, base in slot.copies.items():
+        layer = next((path for path in copied if base.startswith(f"{path}.")), None)
+        if layer is not None:
+            keys[name] = copied_key(names.to_torch(layer), names.to_torch(base), plan.config)
+            continue
         path, _, leaf = names.to_torch(base).rpartition(".")
         # Hugging Face PEFT keeps the layer itself inside of its own as `base_layer`.
         inner = f"{path}.base_layer" if base.rpartition(".")[0] in targets else path
@@ -178,7 +183,7 @@ def portable(tensors, config, plan, network, names):
         if is_renamed or config.target_modules == ALL_LINEAR or chosen:
             own = {
                 names.to_torch(layer.path): [(layer.path, names.to_torch(path)) for path in layer.paths]
-                for layer in plan.targets
+                for layer in (*plan.targets, *plan.copied)
             }
             pairs = [pair for path in target_paths(tensors, config) for pair in own.get(path, [(path, path)])]
             config = config.with_targets(pairs, known)
