@@ -14,6 +14,7 @@ from mindpet.delta import (
     LoRADense,
     LowRankAdapterDense,
     LowRankAdapterLayer,
+    TrainableTokensEmbedding,
     VeraDense,
 )
 from mindpet.graph import freeze_delta
@@ -32,6 +33,7 @@ CELLS = {
     "ia3": lambda **kw: IA3Dense(64, 128, **{"activation": "relu", **FLOAT, **kw}),
     "ia3_feedforward": lambda **kw: IA3Dense(64, 128, True, **{"activation": "relu", **FLOAT, **kw}),
     "vera": lambda **kw: VeraDense(64, 128, 4, **{"activation": "relu", **FLOAT, **kw}),
+    "trainable_tokens": lambda **kw: TrainableTokensEmbedding(64, 128, [7, 1, 2, 9], **kw),
 }
 DENSE = ("lora", "ia3", "ia3_feedforward", "vera", "adapter", "low_rank_adapter")
 # Of what is no method of its own, the method.
@@ -65,6 +67,11 @@ PARAMETERS = {
     },
     "adapter": {**BASE, **ADAPTER},
     "low_rank_adapter": {**BASE, **LOW_RANK_ADAPTER},
+    "trainable_tokens": {
+        "embedding_table": "fo",
+        "mindpet_delta_trainable_tokens": "rf",
+        "mindpet_trainable_tokens_slots": "f",
+    },
     "adapter_layer": ADAPTER,
     "low_rank_adapter_layer": LOW_RANK_ADAPTER,
 }
@@ -104,16 +111,21 @@ def build(name, counts, three_axes=False, **arguments):
     cell = shard_like(CELLS[name](**arguments), strategy(**counts))
     network = Network(cell, **counts, leading=(1,) if three_axes else ())
     freeze_delta(network, MODES.get(name, name))
-    features = SIZES["i"] if name in DENSE else SIZES["o"]
-    shape = (SIZES["n"], 2, features) if three_axes else (SIZES["n"], features)
-    return network, Tensor(np.ones(shape, np.float32))
+    return network, example(name, (SIZES["n"], 2) if three_axes else (SIZES["n"],))
+
+
+def example(name, shape):
+    """An input of a Cell: ids, or features."""
+    if name == "trainable_tokens":
+        return Tensor(np.ones(shape, np.int32))
+    return Tensor(np.ones((*shape, SIZES["i"] if name in DENSE else SIZES["o"]), np.float32))
 
 
 def build_with(name, strategies, **arguments):
     """A network whose Cell has the given strategies, one for each slot, and its input."""
     network = Network(CELLS[name](**arguments).shard(**strategies))
     freeze_delta(network, MODES.get(name, name))
-    return network, Tensor(np.ones((SIZES["n"], SIZES["i"] if name in DENSE else SIZES["o"]), np.float32))
+    return network, example(name, (SIZES["n"],))
 
 
 def case(*arguments, **keywords):
@@ -152,7 +164,7 @@ def expected_collectives(name, report, counts, ranks, rows=1):
     """
     n, i, o = (counts.get(axis, 1) for axis in "nio")
     rows = rows * SIZES["n"] // n
-    delta_sum = {"lora": i, "vera": i, "ia3": 1, "ia3_feedforward": 1}.get(name, o)
+    delta_sum = {"lora": i, "vera": i, "ia3": 1, "ia3_feedforward": 1, "trainable_tokens": 1}.get(name, o)
     inner = ("AllReduce", delta_sum, 4 * rows * SIZES["r"])
     found = [("forward", "AllReduce", i, 4 * rows * SIZES["o"] // o)] if name in DENSE and i > 1 else []
     found += [("forward", *inner)] if delta_sum > 1 else []

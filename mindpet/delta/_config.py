@@ -314,8 +314,8 @@ class TargetConfig(PeftConfig):
     layers_pattern: Optional[Union[list, str]] = None
 
     choices = ()  # fields that choose some of the targets, see `mindpet.network.match.chooses`
-    usual_targets = USUAL_TARGETS  # without `target_modules`: names of layers, the first tuple that is there as a whole
-    copied_as = None  # of a method that trains copies of its targets: what a file has between their path and a parameter
+    usual_targets = USUAL_TARGETS  # without `target_modules`: names of layers, the first tuple that is there in full
+    copied_as = None  # of a method that trains copies of its targets: what a file has between path and parameter
     bias = "none"  # the methods with such a field know 'none', 'all', and a name of their own for the targets' biases
 
     @property

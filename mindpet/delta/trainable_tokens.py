@@ -6,7 +6,7 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, ops
-from mindspore.common.initializer import Normal, initializer
+from mindspore.common.initializer import Normal
 
 from mindpet.delta._base import Delta, delta_parameter, set_zeros
 from mindpet.delta._config import TargetConfig
@@ -72,7 +72,7 @@ class TrainableTokensDelta(Delta):
 
     Parameters:
         mindpet_delta_trainable_tokens: R, `(tokens, features)`; not trained: mindpet_trainable_tokens_slots, int32
-        `(vocab,)`: tokens + j for t_j, 0 for the others.
+        `(vocab,)`: 1 + j for t_j, 0 for the others.
     """
 
     before_activation = True
@@ -88,16 +88,15 @@ class TrainableTokensDelta(Delta):
             start = "zeros" if init else Normal(1.0)  # `start` sets those of the table
             shape = (len(token_indices), weight.shape[1])
             slots = np.zeros(weight.shape[0], np.int32)
-            slots[list(token_indices)] = len(token_indices) + np.arange(len(token_indices))
+            slots[list(token_indices)] = 1 + np.arange(len(token_indices))
             shared = {
                 ROWS: delta_parameter(start, shape, dtype, ROWS),
                 SLOTS: Parameter(Tensor(slots), name=SLOTS, requires_grad=False),
             }
         self.mindpet_delta_trainable_tokens, self.mindpet_trainable_tokens_slots = shared[ROWS], shared[SLOTS]
-        self.tokens_zeros, self.tokens_concat = ops.ZerosLike(), ops.Concat()
+        self.tokens_zero, self.tokens_concat = Tensor(np.zeros((1, weight.shape[1]), np.float32)), ops.Concat()
         self.tokens_slot, self.tokens_gather = ops.Gather(), ops.Gather()
-        self.tokens_equal, self.tokens_expand = ops.Equal(), ops.ExpandDims()
-        self.tokens_mul, self.tokens_add = ops.Mul(), ops.Add()
+        self.tokens_equal, self.tokens_mul, self.tokens_add = ops.Equal(), ops.Mul(), ops.Add()
 
     def after(self, x, out):
         slot = self.tokens_slot(self.mindpet_trainable_tokens_slots, ops.reshape(x, (-1,)), 0)
@@ -105,14 +104,13 @@ class TrainableTokensDelta(Delta):
 
     def replace(self, slot, rows):
         """`rows`, and in place of those whose slot is not 0 the trained ones."""
-        own = self.tokens_expand(cast(self.tokens_equal(slot, 0), rows.dtype), 1)
+        own = cast(self.tokens_equal(ops.reshape(slot, (-1, 1)), 0), rows.dtype)
         new = self.tokens_gather(self.padded_rows(rows.dtype), slot, 0)
         return self.tokens_add(self.tokens_mul(rows, own), new)
 
     def padded_rows(self, dtype):
-        """R behind as many rows of zeros, so that slot 0 is a zero whatever R holds; in a type."""
-        rows = cast(self.mindpet_delta_trainable_tokens, dtype)
-        return self.tokens_concat((self.tokens_zeros(rows), rows))
+        """R behind a row of zeros, so that slot 0 is zero whatever R holds; in a type."""
+        return self.tokens_concat((cast(self.tokens_zero, dtype), cast(self.mindpet_delta_trainable_tokens, dtype)))
 
     def reset(self):
         """Make the delta the identity: no token has a slot."""
@@ -144,11 +142,9 @@ class TrainableTokensDelta(Delta):
     @property
     def operators(self):
         return {
-            "strategy_tokens_zeros": (self.tokens_zeros, "kf"),
             "strategy_tokens_concat": (self.tokens_concat, "kf,kf"),
             "strategy_tokens_slot": (self.tokens_slot, "f,n"),
-            "strategy_tokens_equal": (self.tokens_equal, "n,"),
-            "strategy_tokens_expand": (self.tokens_expand, "n"),
+            "strategy_tokens_equal": (self.tokens_equal, "nf,"),
             "strategy_tokens_gather": (self.tokens_gather, "ko,n"),
             "strategy_tokens_mul": (self.tokens_mul, "no,nf"),
             "strategy_tokens_add": (self.tokens_add, "no,no"),
@@ -171,7 +167,8 @@ class TrainableTokensHead(TrainableTokensDelta):
 
     @classmethod
     def problems(cls, cell, kind, is_sharded, **others):
-        return ["its weight is the table of an embedding, but not as (out, in)"] if kind.transposed else []
+        found = ["its weight is the table of an embedding, but not as (out, in)"] if kind.transposed else []
+        return found + ["no rows of an embedding beside a head with strategies"] * is_sharded
 
     def setup(self, cell, **arguments):
         super().setup(cell, **arguments)
@@ -189,15 +186,8 @@ class TrainableTokensHead(TrainableTokensDelta):
 
     @property
     def operators(self):
-        return {
-            "strategy_tokens_zeros": (self.tokens_zeros, "kf"),
-            "strategy_tokens_concat": (self.tokens_concat, "kf,kf"),
-            "strategy_tokens_matmul": (self.tokens_matmul, "ni,ki"),
-            "strategy_tokens_gather": (self.tokens_gather, "nk,o"),
-            "strategy_tokens_equal": (self.tokens_equal, "o,"),
-            "strategy_tokens_mul": (self.tokens_mul, "no,o"),
-            "strategy_tokens_add": (self.tokens_add, "no,no"),
-        }
+        """None: it has no strategies, see `problems`."""
+        return {}
 
 
 # Layers that have the table of the embedding as their weight see its rows.
@@ -260,8 +250,8 @@ class TrainableTokensEmbedding(TrainableTokensDelta):
         super().__init__()
         self.vocab_size, self.embedding_size, self.token_indices = vocab_size, embedding_size, tuple(token_indices)
         self.param_init_type = param_init_type
-        value = initializer(embedding_table, (vocab_size, embedding_size), dtype)
-        self.embedding_table = Parameter(value, name="embedding_table")
+        shape = (vocab_size, embedding_size)
+        self.embedding_table = delta_parameter(embedding_table, shape, dtype, "embedding_table")
         self.gather = ops.Gather()
         self.kind = LayerKind("embedding", "embedding_table", compute_dtype=dtype)
         self.setup(self, self.token_indices, dtype=param_init_type)

@@ -178,7 +178,8 @@ def _find_tied(network, plan, unmatched):
             is_weight = kind is not None and kind.weight == key and id(cell) not in own
             delta = target.delta.tied_deltas.get(kind.name) if is_weight else None
             if delta is None:
-                problems.append(f"{path or 'the network'} ({type(cell).__name__}) has the weight of {target.path} as {key}")
+                where = f"{path or 'the network'} ({type(cell).__name__})"
+                problems.append(f"{where} has the weight of {target.path} as {key}")
             else:
                 target.tied.append(Target(cell, [path], kind, delta, target.arguments))
     if problems:
@@ -260,7 +261,7 @@ def _find_modules_to_save(network, plan, unmatched):
         both = [path for path in others if f"{path}.".startswith(f"{layer.path}.")]
         both += [path for path in others if layer.path.startswith(f"{path}.")]
         if both:
-            problems.append(f"the target {layer.path} has Parameters in common with {both}, which train as a whole, too")
+            problems.append(f"the target {layer.path} has Parameters in common with {both}, which train as a whole")
     for layer in plan.modules_to_save:
         both = [target.path for target in plan.reached if f"{target.path}.".startswith(f"{layer.path}.")]
         if both:

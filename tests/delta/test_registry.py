@@ -14,6 +14,7 @@ from mindpet.network.parameters import matches
         ("prefix", "prefixtuning"),
         ("PrefixTuning", "prefixtuning"),
         ("PTuning2", "ptuning2"),
+        ("LayerNorm", "ln_tuning"),
     ],
 )
 def test_find_method(mode, name):
@@ -31,6 +32,8 @@ NAMES = {
     "ia3": ["fc.mindpet_delta_ia3"],
     "vera": ["fc.mindpet_delta_vera_lambda_b", "mindpet_delta_vera_lambda_d"],
     "prompt_tuning": ["model.mindpet_delta_prompt"],
+    "trainable_tokens": ["embed.mindpet_delta_trainable_tokens"],
+    "ln_tuning": ["norm.gamma", "layers.0.ln_1.beta", "layers.0.input_layernorm.weight", "LayerNorm.bias"],
     "prefixtuning": ["prefix.mindpet_delta_prefixtuning_wte.embedding_table", "mindpet_delta_prefixtuning.0.weight"],
     "adapter": ["fc.mindpet_delta_adapter.mindpet_delta_adapter_block.weight", "fc.mindpet_delta_adapter.scale"],
     "low_rank_adapter": ["fc.mindpet_delta_low_rank_adapter.bias", "fc.mindpet_delta_low_rank_adapter_up.bias"],
@@ -48,6 +51,7 @@ NEVER = [
     "fc.mindpet_lora_scaling",
     "fc.mindpet_lora_start_a",
     "fc.mindpet_vera_a",
+    "fc.mindpet_trainable_tokens_slots",
     "mindpet_delta_ptuning2_prefix",
 ]
 
