@@ -9,6 +9,7 @@ from mindpet.peft import (
     AdapterConfig,
     BitFitConfig,
     IA3Config,
+    LNTuningConfig,
     LoraConfig,
     LowRankAdapterConfig,
     PeftConfig,
@@ -17,6 +18,7 @@ from mindpet.peft import (
     PromptTuningConfig,
     Ptuning2Config,
     TaskType,
+    TrainableTokensConfig,
     VeraConfig,
     get_peft_config,
 )
@@ -46,6 +48,8 @@ EVERY = [
     IA3Config(target_modules=["key", "dense"], feedforward_modules=["dense"]),
     VeraConfig(r=4, target_modules=["query"], vera_dropout=0.1),
     PromptTuningConfig(num_virtual_tokens=5),
+    TrainableTokensConfig(token_indices=[7, 3]),
+    LNTuningConfig(target_modules=["norm"]),
 ]
 
 
