@@ -97,7 +97,6 @@ METHODS = {
             (LowRankAdapterDense, LowRankAdapterLayer),
         ),
         Method("bitfit", BitFitConfig, BitFitConfig.trained_parameters, identity=True),
-        Method("ln_tuning", LNTuningConfig, LNTuningConfig.by_hand, aliases=("layernorm",), identity=True),
         Method(
             "ptuning2",
             Ptuning2Config,
@@ -133,6 +132,7 @@ METHODS = {
             constants=("*mindpet_trainable_tokens_slots",),
             identity=True,
         ),
+        Method("ln_tuning", LNTuningConfig, LNTuningConfig.by_hand, aliases=("layernorm",), identity=True),
         Method(
             "prompt_tuning",
             PromptTuningConfig,

@@ -17,7 +17,15 @@ from mindpet.delta.registry import METHODS, method_of
 from mindpet.errors import CheckpointError, ConfigError
 from mindpet.files.adapter import check_finite, check_tensors, is_adapter, read_tensors, save_adapter
 from mindpet.files.checkpoints import read_checkpoint
-from mindpet.files.keys import base_name, copied_key, parse_keys, shared_key, target_paths, without_ties
+from mindpet.files.keys import (
+    base_name,
+    copied_key,
+    copied_layer,
+    parse_keys,
+    shared_key,
+    target_paths,
+    without_ties,
+)
 from mindpet.files.names import EMBEDDING, PREFIX, NameMap
 from mindpet.files.passport import WEIGHTS_NAME, check_files, read_passport
 from mindpet.files.tensors import TensorFile, save_tensors
@@ -135,12 +143,11 @@ def wanted_tensors(config, tensors):
                 if shape != here.get(key):
                     wanted[key] = shape  # also where it fits another of the layers that share it
                 wanted.setdefault(key, shape)
-    copied_as = getattr(config, "copied_as", None)
-    by_own_names = not (keys or copied_as or config.is_prompt_learning)
+    by_own_names = not (keys or config.is_prompt_learning or getattr(config, "copied_as", None))
     for key, value in tensors.items():
         path = key[len(config.key_start) :]
         whole = in_modules_to_save(path, config) or _is_shared(path, config, layers)
-        whole = whole or (by_own_names and matches(path, method.trainable)) or f".{copied_as}." in path
+        whole = whole or (by_own_names and matches(path, method.trainable)) or copied_layer(key, config) is not None
         if key.startswith(config.key_start) and whole:
             wanted.setdefault(key, value.shape)
     return wanted
@@ -326,8 +333,8 @@ def to_delta(tensors, config, names, prefix_path=None):
             path = layers[0] if keys[key].path is None else keys[key].path
             result.append((f"{names.to_mindspore(path)}.{keys[key].name}", value))
         else:
-            plain = re.sub(r"^base_model\.(model\.)?", "", key)
-            result.append((names.to_mindspore(base_name(plain, config)), value))
+            plain = re.sub(r"^base_model\.(model\.)?", "", base_name(key, config))
+            result.append((names.to_mindspore(plain), value))
     return _unique(result)
 
 

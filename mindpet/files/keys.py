@@ -54,8 +54,7 @@ def parse_keys(keys, config):
 
 def target_paths(keys, config):
     """The paths of the layers that have a delta in a file, or a copy, in its order."""
-    infix = f".{getattr(config, 'copied_as', None)}."
-    copied = [key[len(config.key_start) :].partition(infix)[0] for key in keys if infix in key]
+    copied = [copied_layer(key, config) for key in keys if copied_layer(key, config) is not None]
     return list(dict.fromkeys([*copied, *(key.path for key in parse_keys(keys, config).values() if key.path)]))
 
 
@@ -70,10 +69,19 @@ def copied_key(layer, name, config):
     return f"{config.key_start}{layer}.{config.copied_as}{name[len(layer) :]}"
 
 
+def copied_layer(key, config):
+    """The path of the layer that a key of `copied_key` is of; None for any other key."""
+    infix, name = getattr(config, "copied_as", None), key[len(config.key_start) :]
+    path, found, _ = name.partition(f".{infix}.") if infix and key.startswith(config.key_start) else ("", "", "")
+    return path if found else None
+
+
 def base_name(key, config):
     """The name in the base of a parameter that an adapter has a value of its own for, from its key."""
-    name = key[len(config.key_start) :] if key.startswith(config.key_start) else key
-    return name.replace(f".{getattr(config, 'copied_as', None)}.", ".").replace(".base_layer.", ".")
+    layer, name = copied_layer(key, config), key[len(config.key_start) :] if key.startswith(config.key_start) else key
+    if layer is not None:
+        return f"{layer}.{name[len(f'{layer}.{config.copied_as}.') :]}"
+    return name.replace(".base_layer.", ".")
 
 
 def tied_keys(tensors, config):

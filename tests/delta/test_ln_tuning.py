@@ -249,6 +249,13 @@ def test_files_that_do_not_fit(rng, tmp_path):
         assert contents(network) == before
     with pytest.raises(CheckpointError, match="surplus: base_model.model.last.weight"):
         merge(tmp_path / "base.ckpt", tmp_path / "adapter", tmp_path / "out.ckpt", force=True)
+    get_peft_model(network, LoraConfig(r=2, target_modules=["fc"])).save_pretrained(tmp_path / "lora")
+    tensors = TensorFile(tmp_path / "lora" / TENSORS).read_all()
+    for infix in ("None", "ln_tuning_layers"):
+        other = f"base_model.model.last.{infix}.weight"
+        save_tensors(tmp_path / "lora" / TENSORS, {**tensors, other: good[key]})
+        with pytest.raises(CheckpointError, match=f"surplus: {other}"):
+            merge(tmp_path / "base.ckpt", tmp_path / "lora", tmp_path / "out.ckpt", force=True)
 
 
 class Image(nn.Cell):
