@@ -20,6 +20,7 @@ from mindpet.delta import (
     LowRankAdapterLayer,
     MissDense,
     OFTDense,
+    TrainableTokensEmbedding,
     VeraDense,
 )
 from mindpet.graph import freeze_delta
@@ -49,8 +50,9 @@ CELLS = {
     "oft": lambda **kw: OFTDense(64, 128, 2, **{"activation": "relu", **FLOAT, **kw}),
     "loha": lambda **kw: LoHaDense(64, 128, 2, 4, **{"activation": "relu", **FLOAT, **kw}),
     "lokr": lambda **kw: LoKrDense(64, 128, 2, 4, **{"activation": "relu", **FLOAT, **kw}),
+    "trainable_tokens": lambda **kw: TrainableTokensEmbedding(64, 128, [7, 1, 2, 9], **kw),
 }
-DENSE = tuple(name for name in CELLS if not name.endswith("_layer"))
+DENSE = tuple(name for name in CELLS if not name.endswith(("_layer", "_tokens")))
 MOST = {"oft": 32}  # slices of the inputs: a block of two is not cut
 # Of what is no method of its own, the method.
 MODES = {
@@ -71,7 +73,7 @@ SUM_OF_INPUTS = (
     "miss_mini",
     "adapter_parallel",
 )
-NO_SUM = ("ia3", "ia3_feedforward", "oft", "lokr")
+NO_SUM = ("ia3", "ia3_feedforward", "oft", "lokr", "trainable_tokens")
 STILL = ("vera", "miss", "miss_mini")  # where nothing in front of the delta's sum trains
 # The cut axes of every parameter, and the size of what is not a size of SIZES.
 BASE = {"weight": "oi", "bias": "o"}
@@ -126,6 +128,11 @@ PARAMETERS = {
     "adapter": {**BASE, **ADAPTER},
     "adapter_parallel": {**BASE, **ADAPTER, "down_sampler.weight": "ri", "mindpet_delta_adapter_scale": "f"},
     "low_rank_adapter": {**BASE, **LOW_RANK_ADAPTER},
+    "trainable_tokens": {
+        "embedding_table": "fo",
+        "mindpet_delta_trainable_tokens": "rf",
+        "mindpet_trainable_tokens_slots": "f",
+    },
     "adapter_layer": ADAPTER,
     "low_rank_adapter_layer": LOW_RANK_ADAPTER,
 }
@@ -171,16 +178,21 @@ def build(name, counts, three_axes=False, **arguments):
     cell = shard_like(CELLS[name](**arguments), strategy(**counts))
     network = Network(cell, **counts, leading=(1,) if three_axes else ())
     freeze_delta(network, MODES.get(name, name))
-    features = SIZES["i"] if name in DENSE else SIZES["o"]
-    shape = (SIZES["n"], 2, features) if three_axes else (SIZES["n"], features)
-    return network, Tensor(np.ones(shape, np.float32))
+    return network, example(name, (SIZES["n"], 2) if three_axes else (SIZES["n"],))
+
+
+def example(name, shape):
+    """An input of a Cell: ids, or features."""
+    if name == "trainable_tokens":
+        return Tensor(np.ones(shape, np.int32))
+    return Tensor(np.ones((*shape, SIZES["i"] if name in DENSE else SIZES["o"]), np.float32))
 
 
 def build_with(name, strategies, **arguments):
     """A network whose Cell has the given strategies, one for each slot, and its input."""
     network = Network(CELLS[name](**arguments).shard(**strategies))
     freeze_delta(network, MODES.get(name, name))
-    return network, Tensor(np.ones((SIZES["n"], SIZES["i"] if name in DENSE else SIZES["o"]), np.float32))
+    return network, example(name, (SIZES["n"],))
 
 
 def case(*arguments, **keywords):

@@ -90,6 +90,7 @@ KNOWN = {
         "files/names.py": "puts A and B of query, key and value together where the network has one layer for them",
         "files/convert.py": "old names of the hand-made layer; ranks that `inspect` shows; `r`, that tensors tell, too",
         "peft/combine.py": "sums of LoRA adapters",
+        "graph/lora_plus.py": "LoRA+, which has a learning rate for A and one for B",
         "peft/state.py": "pissa_niter_N, which is computed exactly, is saved as pissa",
     },
     "adalora": {"delta/lora.py": "A and B have the same names in a file of Hugging Face PEFT"},

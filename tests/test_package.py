@@ -148,7 +148,7 @@ def test_a_method_file_knows_no_registry(path):
         (
             "mindpet.graph",
             "freeze_modules freeze_delta freeze_from_config TrainableParamsCheckPoint load_delta DeltaGuard "
-            "summary gather_delta slice_delta",
+            "summary gather_delta slice_delta lora_plus_groups",
         ),
         ("mindpet.graph.freeze_utils", "freeze_modules freeze_delta freeze_from_config"),
         ("mindpet.graph.ckpt_util", "TrainableParamsCheckPoint"),

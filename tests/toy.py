@@ -18,6 +18,7 @@ from mindpet.delta import (
     PrefixEncoder,
     PrefixLayer,
     PromptEmbedding,
+    TrainableTokensEmbedding,
     VeraDense,
 )
 from mindpet.graph import freeze_delta
@@ -65,6 +66,12 @@ DELTA_SHAPES = {
         "fc.mindpet_delta_lokr_w2_b": (1, 4),
     },
     "prompt_tuning": {"prefix.mindpet_delta_prompt": (4, 8)},
+    "trainable_tokens": {
+        "extra.embedding_table": (5, 8),
+        "extra.mindpet_delta_trainable_tokens": (2, 8),
+        "extra.mindpet_trainable_tokens_slots": (5,),
+    },
+    "ln_tuning": {"extra.gamma": (8,), "extra.beta": (8,)},
     "prefixtuning": {
         "prefix.mindpet_delta_prefixtuning_wte.embedding_table": (4, 6),
         "prefix.mindpet_delta_prefixtuning_control_trans.0.weight": (5, 6),
@@ -102,8 +109,25 @@ DELTA_SHAPES = {
 BASE_SHAPES = {"fc.weight": (8, 8), "fc.bias": (8,), "head.weight": (3, 8), "head.bias": (3,)}
 
 
+def table():
+    """An embedding of positions."""
+    return Tensor(np.random.default_rng(5).normal(size=(5, WIDTH)).astype(np.float32))
+
+
+# What a method needs beside a Dense layer and an attention: with its delta, and without.
+EXTRA = {
+    "trainable_tokens": (
+        lambda: TrainableTokensEmbedding(5, WIDTH, [3, 1], embedding_table=table()),
+        lambda: nn.Embedding(5, WIDTH, embedding_table=table()),
+    ),
+    "ln_tuning": (lambda: nn.LayerNorm((WIDTH,)),) * 2,
+}
+
+
 class Toy(nn.Cell):
     """A Dense layer, attention of one layer, and a head; `method` says which delta it has.
+
+    With `base`, it is the network of that method without the delta.
 
     Inputs:
         x: `(batch, seq, WIDTH)`.
@@ -112,8 +136,10 @@ class Toy(nn.Cell):
         logits `(batch, LABELS)`.
     """
 
-    def __init__(self, method=None, compute_dtype=ms.float32):
+    def __init__(self, method=None, compute_dtype=ms.float32, base=False):
         super().__init__()
+        self.extra_of, self.extra = method, EXTRA[method][base]() if method in EXTRA else None
+        method = None if base else method
         self.fc = DENSE[method](compute_dtype=compute_dtype) if method in DENSE else nn.Dense(WIDTH, WIDTH, "normal")
         self.method = method if method in ("prefixtuning", "ptuning2", "prompt_tuning") else "none"
         if self.method == "prompt_tuning":
@@ -126,6 +152,10 @@ class Toy(nn.Cell):
 
     def construct(self, x):
         batch = x.shape[0]
+        if self.extra_of == "trainable_tokens":
+            x = x + self.extra(ops.arange(5))
+        if self.extra_of == "ln_tuning":
+            x = self.extra(x)
         query = self.heads(self.fc(x))
         key, value = self.heads(x), self.heads(x)
         if self.method == "prompt_tuning":

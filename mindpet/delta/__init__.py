@@ -14,6 +14,7 @@ from mindpet.delta.prefix_layer import PrefixLayer
 from mindpet.delta.prompt_tuning import PromptEmbedding
 from mindpet.delta.ptuning2 import PrefixEncoder
 from mindpet.delta.r_drop import RDropLoss, RDropWithLossCell, rdrop_repeat
+from mindpet.delta.trainable_tokens import TrainableTokensEmbedding
 from mindpet.delta.vera import VeraDense
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "PromptEmbedding",
     "RDropLoss",
     "RDropWithLossCell",
+    "TrainableTokensEmbedding",
     "VeraDense",
     "rdrop_repeat",
 ]

@@ -36,6 +36,9 @@ class Delta(nn.Cell):
         fold (callable): `fold(matrix, values, **arguments)`, a class method in NumPy: from the layer's weight as
             `(out, rest)` and the delta's values by name, all float32, and the delta arguments to the weight that makes
             up for the delta. Default: None, for a delta that cannot be folded into a weight.
+        tied_deltas (dict): kind of a layer -> the Delta that a further layer of that kind gets, if it has the weight of
+            this delta's layer as its own; `setup` gets this delta's parameters by name as `shared`. All places of the
+            weight must be such layers. Default: {}, for a delta of its own layer alone.
         can_reset (bool): whether `reset` can make it the identity. Default: True.
         usual_path (str): where a network usually has the Cell of a method whose tensors `to_file` gives; for files
             without a network. Default: ''.
@@ -49,6 +52,7 @@ class Delta(nn.Cell):
     usual_path = ""
     file_names = None
     shared_names = {}
+    tied_deltas = {}
     fold = None
 
     @classmethod

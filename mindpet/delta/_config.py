@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Optional, Union
 
 from mindpet.errors import CheckpointError, ConfigError
-from mindpet.network.match import chooses, exact_targets, exactly, pattern_value
+from mindpet.network.match import USUAL_TARGETS, chooses, exact_targets, exactly, pattern_value
 from mindpet.utils.files import atomic
 from mindpet.utils.parse import read_json
 from mindpet.utils.quote import quote
@@ -123,6 +123,11 @@ class PeftConfig:
     def peft_name(self):
         """The method's name in a file, as a str."""
         return getattr(self.peft_type, "value", self.peft_type)
+
+    @property
+    def task_heads(self):
+        """Names of output layers that are trained and saved for the task, without being named in modules_to_save."""
+        return TASK_HEADS.get(self.task_type, ())
 
     @property
     def is_prompt_learning(self):
@@ -349,6 +354,8 @@ class TargetConfig(PeftConfig):
 
     choices = ()  # fields that choose some of the targets, see `mindpet.network.match.chooses`
     patterns = ("rank_pattern", "alpha_pattern")  # fields with numbers of some of the targets, if the method has them
+    usual_targets = USUAL_TARGETS  # without `target_modules`: names of layers, the first tuple that is there in full
+    copied_as = None  # of a method that trains copies of its targets: what a file has between path and parameter
     bias = "none"  # the methods with such a field know 'none', 'all', and a name of their own for the targets' biases
 
     @property

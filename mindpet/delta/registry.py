@@ -15,6 +15,7 @@ from mindpet.delta.adapter import (
 from mindpet.delta.bitfit import BitFitConfig
 from mindpet.delta.hira import HiraConfig, HiraConvolution, HiraDelta, HiraDense, HiraEmbedding
 from mindpet.delta.ia3 import IA3Config, IA3Delta, IA3Dense
+from mindpet.delta.ln_tuning import LNTuningConfig
 from mindpet.delta.loha import LoHaConfig, LohaConvolution, LohaDelta, LoHaDense
 from mindpet.delta.lokr import LoKrConfig, LokrConvolution, LokrDelta, LoKrDense
 from mindpet.delta.lora import LoraConfig, LoraConvolution, LoraDelta, LoRADense, LoraEmbedding
@@ -29,6 +30,7 @@ from mindpet.delta.oft import OFTConfig, OFTDelta, OFTDense, OFTEmbedding
 from mindpet.delta.prefix_layer import PrefixLayer, PrefixLayerDelta, PrefixTuningConfig
 from mindpet.delta.prompt_tuning import PromptDelta, PromptEmbedding, PromptTuningConfig
 from mindpet.delta.ptuning2 import PrefixEncoder, PrefixEncoderDelta, Ptuning2Config
+from mindpet.delta.trainable_tokens import TrainableTokensConfig, TrainableTokensDelta, TrainableTokensEmbedding
 from mindpet.delta.vera import VeraConfig, VeraDelta, VeraDense
 
 
@@ -61,8 +63,8 @@ class Method:
 
     @property
     def mergeable(self):
-        """Whether its deltas can be folded into the weights of their layers."""
-        return any(delta.fold for delta in self.deltas.values())
+        """Whether its deltas, if it has any, can be folded into the weights of their layers."""
+        return not self.deltas or any(delta.fold for delta in self.deltas.values())
 
 
 METHODS = {
@@ -186,6 +188,16 @@ METHODS = {
             (LoKrDense,),
             identity=True,
         ),
+        Method(
+            "trainable_tokens",
+            TrainableTokensConfig,
+            ("*mindpet_delta_trainable_tokens",),
+            {"embedding": TrainableTokensDelta},
+            (TrainableTokensEmbedding,),
+            constants=("*mindpet_trainable_tokens_slots",),
+            identity=True,
+        ),
+        Method("ln_tuning", LNTuningConfig, LNTuningConfig.by_hand, aliases=("layernorm",), identity=True),
         Method(
             "prompt_tuning",
             PromptTuningConfig,

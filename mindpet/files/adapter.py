@@ -73,6 +73,9 @@ def has_statistics(tensors, config):
     """Whether a file has running statistics of BatchNorms other than those in modules that are saved as a whole."""
     modules = listed(config.modules_to_save)
     paths = [f".{key.rpartition('.')[0]}." for key in tensors if key.endswith((".running_mean", ".moving_mean"))]
+    # Those of targets that are copied are in the adapter in any case.
+    infix = getattr(config, "copied_as", None)
+    paths = [path for path in paths if not (infix and f".{infix}." in path)]
     return any(not any(f".{module}." in path for module in modules) for path in paths)
 
 

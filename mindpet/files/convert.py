@@ -11,17 +11,25 @@ import numpy as np
 from mindspore import Tensor
 
 from mindpet.delta._base import PROMPT, Delta
-from mindpet.delta._config import CONFIG_NAME, TASK_HEADS, PeftConfig, get_peft_config
+from mindpet.delta._config import CONFIG_NAME, PeftConfig, get_peft_config
 from mindpet.delta.lora import LoraConfig
 from mindpet.delta.registry import METHODS, method_of
 from mindpet.errors import CheckpointError, ConfigError
 from mindpet.files.adapter import check_finite, check_tensors, is_adapter, read_tensors, save_adapter
 from mindpet.files.checkpoints import read_checkpoint
-from mindpet.files.keys import parse_keys, shared_key, target_paths
+from mindpet.files.keys import (
+    base_name,
+    copied_key,
+    copied_layer,
+    parse_keys,
+    shared_key,
+    target_paths,
+    without_ties,
+)
 from mindpet.files.names import EMBEDDING, PREFIX, NameMap
 from mindpet.files.passport import WEIGHTS_NAME, check_files, read_passport
 from mindpet.files.tensors import TensorFile, save_tensors
-from mindpet.network.match import Layer, check_patterns, exact_targets, listed
+from mindpet.network.match import Layer, check_patterns, exact_targets, listed, names_module
 from mindpet.network.parameters import TRAINED, matches
 from mindpet.utils.files import atomic
 from mindpet.utils.parse import read_json
@@ -135,11 +143,12 @@ def wanted_tensors(config, tensors):
                     if shape != here.get(key):
                         wanted[key] = shape  # also where it fits another of the layers that share it
                     wanted.setdefault(key, shape)
-        elif not keys:
+        elif not keys and not getattr(part, "copied_as", None):
             own_names += method.trainable
     for key, value in tensors.items():
         path = key[len(config.key_start) :]
         whole = in_modules_to_save(path, config) or _is_shared(path, config, tensors) or matches(path, own_names)
+        whole = whole or copied_layer(key, config) is not None
         if key.startswith(config.key_start) and whole:
             wanted.setdefault(key, value.shape)
     return wanted
@@ -159,7 +168,7 @@ def _layer_shapes(config, path, shapes):
 
 def in_modules_to_save(path, config):
     """Whether a parameter is in a module that the adapter has as a whole; Hugging Face PEFT looks at ends of names."""
-    entries = (*listed(config.modules_to_save), *TASK_HEADS.get(config.task_type, ()))
+    entries = (*listed(config.modules_to_save), *config.task_heads)
     parts = path.split(".")
     modules = [".".join(parts[:end]) for end in range(1, len(parts))]
     return not re.search(r"(^|\.)(lora|mindpet)_", path) and any(module.endswith(entries) for module in modules)
@@ -239,6 +248,8 @@ def _of_method(tensors, config, names, targets):
             local = local if local in file_names else local.lower()  # LoRA's A and B of hand-made layers
             found.append((f"{PREFIX}{path}.{file_names.get(local, local)}", value))
             shapes.setdefault(path, {})[local] = value.shape
+        elif (layer := _copied_layer(names.to_torch(name), config)) is not None:
+            found.append((copied_key(layer, names.to_torch(name), config), value))
         else:
             path, _, leaf = names.to_torch(name).rpartition(".")
             # Hugging Face PEFT keeps the layer itself inside of its own as `base_layer`.
@@ -253,6 +264,15 @@ def _of_method(tensors, config, names, targets):
     if paths:
         config.target_modules = config.target_modules or exact_targets(paths)
     return config, found
+
+
+def _copied_layer(name, config):
+    """The path of the target that a parameter is in, of a method that trains copies of its targets; else None."""
+    if getattr(config, "copied_as", None) is None or in_modules_to_save(name, config):
+        return None
+    parts = name.split(".")[:-1]
+    paths = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return next((path for path in paths if names_module(config.target_modules or paths[-1:], path)), None)
 
 
 def _only(values):
@@ -338,7 +358,7 @@ def to_delta(tensors, config, names, prefix_path=None):
             path = target_paths(tensors, part)[0] if path is None else path
             result.append((f"{names.to_mindspore(path)}.{name}", value))
         else:
-            plain = re.sub(r"^base_model\.(model\.)?", "", key).replace(".base_layer.", ".")
+            plain = re.sub(r"^base_model\.(model\.)?", "", base_name(key, config))
             result.append((names.to_mindspore(plain), value))
     return _unique(result)
 
@@ -361,7 +381,7 @@ def convert(source, target, config=None, name_map=None, prefix_path=None, force=
     names = name_map or NameMap()
     config, tensors, _ = read_adapter(source, config, names, force)
     if pathlib.Path(target).suffix in (".ckpt", ".safetensors"):
-        tensors, _ = names.fuse(tensors, config)
+        tensors, _ = names.fuse(without_ties(tensors, config), config)
         write_delta(target, to_delta(tensors, config, names, prefix_path))
     else:
         config.inference_mode = True

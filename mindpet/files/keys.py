@@ -4,6 +4,7 @@ from typing import NamedTuple, Optional
 
 from mindpet.delta._config import PeftConfig
 from mindpet.delta.registry import method_of
+from mindpet.network.match import names_module
 
 
 class Key(NamedTuple):
@@ -56,5 +57,65 @@ def parse_keys(keys, config):
 
 
 def target_paths(keys, config):
-    """The paths of the layers that have a delta in a file, in its order."""
-    return list(dict.fromkeys(key.path for key in parse_keys(keys, config).values() if key.path is not None))
+    """The paths of the layers that have a delta in a file, or a copy, in its order."""
+    copied = [copied_layer(key, config) for key in keys if copied_layer(key, config) is not None]
+    return list(dict.fromkeys([*copied, *(key.path for key in parse_keys(keys, config).values() if key.path)]))
+
+
+def copied_key(layer, name, config):
+    """The key of a parameter of a layer that is copied, see `TargetConfig.copied_as`.
+
+    Args:
+        layer (str): path of the layer in the PyTorch model.
+        name (str): of the parameter there, which begins with the path.
+        config (PeftConfig): of the adapter.
+    """
+    return f"{config.key_start}{layer}.{_infix(config)}{name[len(layer) :]}"
+
+
+def copied_layer(key, config):
+    """The path of the layer that a key of `copied_key` is of; None for any other key."""
+    infix, name = _infix(config), key[len(config.key_start) :]
+    path, found, _ = name.partition(f".{infix}.") if infix and key.startswith(config.key_start) else ("", "", "")
+    return path if found else None
+
+
+def _infix(config):
+    """What stands between path and parameter in the keys of `copied_key`; None if no method has any."""
+    return next(filter(None, (getattr(part, "copied_as", None) for part in config.parts)), None)
+
+
+def base_name(key, config):
+    """The name in the base of a parameter that an adapter has a value of its own for, from its key."""
+    layer, name = copied_layer(key, config), key[len(config.key_start) :] if key.startswith(config.key_start) else key
+    if layer is not None:
+        return f"{layer}.{name[len(f'{layer}.{_infix(config)}.') :]}"
+    return name.replace(".base_layer.", ".")
+
+
+def tied_keys(tensors, config):
+    """The keys of layers that `target_modules` does not mean, which have the tensor of one that it means.
+
+    Hugging Face PEFT saves what layers of one weight have in common for each of them, see `Delta.tied_deltas`.
+
+    Args:
+        tensors (dict): key -> numpy.ndarray, of an adapter's file.
+        config (PeftConfig): of the adapter.
+
+    Returns:
+        set of str.
+    """
+    ties = set()
+    for part in config.parts:
+        if any(delta.tied_deltas for delta in method_of(part).deltas.values()):
+            keys = parse_keys(tensors, part)
+            meant = {key for key, said in keys.items() if names_module(part.target_modules, said.path)}
+            known = {(keys[key].name, tensors[key].tobytes()) for key in meant}
+            ties |= {key for key in set(keys) - meant if (keys[key].name, tensors[key].tobytes()) in known}
+    return ties
+
+
+def without_ties(tensors, config):
+    """The tensors of an adapter without those of `tied_keys`."""
+    ties = tied_keys(tensors, config)
+    return {key: value for key, value in tensors.items() if key not in ties}

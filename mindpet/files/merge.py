@@ -17,7 +17,7 @@ from mindpet.delta.registry import method_of
 from mindpet.errors import CheckpointError, MergeError
 from mindpet.files.adapter import check_finite, take_base_layers
 from mindpet.files.convert import in_modules_to_save, read_adapter, read_delta, write_delta
-from mindpet.files.keys import parse_keys, target_paths
+from mindpet.files.keys import base_name, parse_keys, tied_keys
 from mindpet.files.names import PREFIX, NameMap
 from mindpet.files.passport import check_base, fingerprint
 from mindpet.files.tensors import TYPES, TensorFile, write_tensors
@@ -183,7 +183,11 @@ def merge(base, adapter, output, config=None, name_map=None, progressbar=True, f
     if lasting:
         raise MergeError(f"{adapter}: {' and '.join(lasting)} cannot be folded into weights.")
     tensors, config = names.fuse(tensors, config)
-    places = Places(files, names, [f"{path}.weight" for path in target_paths(tensors, config)])
+    own = [f"{key.path}.weight" for key in parse_keys(tensors, config).values() if key.path is not None]
+    places = Places(files, names, own or [base_name(key, config) for key in tensors])
+    ties = {key: parse_keys([key], config)[key].path for key in tied_keys(tensors, config)}
+    absent = {key for key, path in ties.items() if places.find(f"{path}.weight") is None}  # the base has it once
+    tensors = {key: value for key, value in tensors.items() if key not in absent}
     deltas, whole = assign_places(adapter, tensors, config, files, places)
     if not force:
         check_base(adapter, passport, _BaseValues(files, places, names, passport))
@@ -264,7 +268,8 @@ class Places:
     def lacking(self, config, paths):
         """The layers of the base that a configuration means by their names, beside those at `paths`."""
         # With 'all-linear' and numbers the names do not tell.
-        parts = [p for p in config.parts if p.target_modules != ALL_LINEAR and p.layers_to_transform is None]
+        parts = [part for part in config.parts if getattr(part, "target_modules", None) not in (None, ALL_LINEAR)]
+        parts = [part for part in parts if part.layers_to_transform is None]
         cut, put = self.start
         paths = {
             cut + name[len(put) : -len(".weight")]
@@ -380,7 +385,7 @@ def assign_places(adapter, tensors, config, files, places):
             layer.values[name] = value.astype(np.float32)
             layer.kinds.intersection_update(kinds)
             continue
-        path = key[len(PREFIX) :].replace(".base_layer.", ".")
+        path = base_name(key, config)
         name = places.find(path)
         if name is None and in_modules_to_save(path, config):
             name = places.new(path)
@@ -467,11 +472,12 @@ def _find_kinds(layers, files):
 
 
 def _tied(layers, files):
-    """A line for each embedding whose table is the head's weight too, which would change along.
+    """A line for each embedding whose table is the head's weight too, which would change along, and must not.
 
     A Hugging Face model with a language model head has them tied unless its configuration says otherwise.
     """
-    embeddings = [layer.weight for layer in layers if layer.kind and layer.kind.name == "embedding"]
+    own = [layer for layer in layers if layer.kind and not layer.cls.tied_deltas]
+    embeddings = [layer.weight for layer in own if layer.kind.name == "embedding"]
     path = files.path / "config.json"
     if not embeddings or not path.is_file():
         for name in embeddings:

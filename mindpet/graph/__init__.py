@@ -5,6 +5,7 @@ from mindpet.graph.distributed import gather_delta, slice_delta
 from mindpet.graph.freeze_utils import freeze_delta, freeze_from_config, freeze_modules
 from mindpet.graph.guard import DeltaGuard, summary
 from mindpet.graph.load import load_delta
+from mindpet.graph.lora_plus import lora_plus_groups
 
 __all__ = [
     "DeltaGuard",
@@ -14,6 +15,7 @@ __all__ = [
     "freeze_modules",
     "gather_delta",
     "load_delta",
+    "lora_plus_groups",
     "slice_delta",
     "summary",
 ]

@@ -15,7 +15,7 @@ ALL_LINEAR = "all-linear"
 # Names of output layers, which 'all-linear' leaves out.
 HEADS = ("classifier", "score", "lm_head", "qa_outputs", "output_layer", "head")
 # For networks without `target_modules` in the configuration: the first that is in the network as a whole.
-DEFAULT_TARGETS = (("q_proj", "v_proj"), ("query", "value"), ("query_key_value",), ("c_attn",), ("q", "v"))
+USUAL_TARGETS = (("q_proj", "v_proj"), ("query", "value"), ("query_key_value",), ("c_attn",), ("q", "v"))
 
 
 @dataclass
@@ -88,7 +88,7 @@ def find_targets(network, config, supported, unmatched=None, deltas=()):
     missing = []
     targets = config.target_modules
     if targets is None:
-        targets = default_targets(layers)
+        targets = default_targets(layers, config.usual_targets)
     wanted = _matcher("target_modules", targets, layers, missing)
     excluded = _matcher("exclude_modules", config.exclude_modules, layers, missing)
     numbered = _layer_numbers(config, layers, missing)
@@ -132,14 +132,21 @@ def check_patterns(config, layers, unmatched=None):
         raise NoMatchError(f"{type(config).__name__}: " + "; ".join(problems) + ".")
 
 
-def default_targets(layers):
+def default_targets(layers, usual=USUAL_TARGETS):
     """The names of the layers that get a delta if the configuration says nothing.
+
+    Args:
+        layers (list of Layer): of the network.
+        usual (tuple): tuples of names, of which the first is taken that is there as a whole. Default: USUAL_TARGETS.
+
+    Returns:
+        list of str.
 
     Raises:
         ConfigError: none are known.
     """
     ends = {path.rsplit(".", 1)[-1] for layer in layers for path in layer.paths}
-    for names in DEFAULT_TARGETS:
+    for names in usual:
         if ends.issuperset(names):
             return list(names)
     raise ConfigError("'target_modules' must be given: the network has none of the layers that are known.")

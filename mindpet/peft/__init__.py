@@ -6,6 +6,7 @@ from mindpet.delta.adapter import AdapterConfig, BottleneckConfig
 from mindpet.delta.bitfit import BitFitConfig
 from mindpet.delta.hira import HiraConfig
 from mindpet.delta.ia3 import IA3Config
+from mindpet.delta.ln_tuning import LNTuningConfig
 from mindpet.delta.loha import LoHaConfig
 from mindpet.delta.lokr import LoKrConfig
 from mindpet.delta.lora import LoraConfig
@@ -17,6 +18,7 @@ from mindpet.delta.prefix_layer import PrefixTuningConfig
 from mindpet.delta.prompt_tuning import PromptTuningConfig
 from mindpet.delta.ptuning2 import Ptuning2Config
 from mindpet.delta.registry import PeftType
+from mindpet.delta.trainable_tokens import TrainableTokensConfig
 from mindpet.delta.union import UnionConfig
 from mindpet.delta.vera import VeraConfig
 from mindpet.files.names import NameMap
@@ -52,6 +54,7 @@ __all__ = [
     "IA3Config",
     "LoHaConfig",
     "LoKrConfig",
+    "LNTuningConfig",
     "LoraConfig",
     "LowRankAdapterConfig",
     "MissConfig",
@@ -66,6 +69,7 @@ __all__ = [
     "Ptuning2Config",
     "TaskType",
     "UnionConfig",
+    "TrainableTokensConfig",
     "VeraConfig",
     "get_layer_status",
     "get_model_status",

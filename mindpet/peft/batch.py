@@ -106,7 +106,7 @@ class MixedBatches:
         for name, slot in slots.items():
             slot.set_types({f"{path}@{name}": value for path, value in adapters[name].values.items()})
         self.rows = ms.Parameter(Tensor(np.zeros(1, np.int32)), name="mindpet_rows", requires_grad=False)
-        targets = {target.path: target for adapter in adapters.values() for target in adapter.plan.targets}
+        targets = {target.path: target for adapter in adapters.values() for target in adapter.plan.reached}
         still = {id(cell): cell for adapter in adapters.values() for cell in adapter.plan.still}
         self.patches = [AttributePatch(cell, "use_batch_statistics", False) for cell in still.values()]
         for path, target in targets.items():

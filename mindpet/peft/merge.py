@@ -31,8 +31,8 @@ class FoldedDelta(NamedTuple):
 
 
 def in_float32(values):
-    """Arrays by name as `Delta.fold` takes them."""
-    return {name: value.astype(np.float32) for name, value in values.items()}
+    """Arrays by name as `Delta.fold` takes them; integers stay what they are."""
+    return {name: value if value.dtype.kind in "iu" else value.astype(np.float32) for name, value in values.items()}
 
 
 def fold(weight, kind, deltas):

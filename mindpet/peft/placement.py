@@ -353,8 +353,11 @@ class Placement:
             for target in adapter.plan.targets:
                 for key in _merged_attributes(target):
                     if target.cell._params.get(key) is not None:
-                        name = target.path if key == target.kind.weight else f"{target.path}.{key}"
-                        owners[name] = [(target.path, target.cell, key)]
+                        is_weight = key == target.kind.weight
+                        name = target.path if is_weight else f"{target.path}.{key}"
+                        reached = [target, *(target.tied if is_weight else ())]
+                        places = [(one.path, one.cell, key if one is target else one.kind.weight) for one in reached]
+                        owners[name] = [place for place in places if place in owners.get(name, places)]
         owners.update({base: active.plan.places[base] for base in copies.values()})
         with self.bare():
             tied = {} if untie_weights else shared_weights(self.network, owners)
@@ -426,6 +429,13 @@ class Placement:
                 for target in adapter.plan.targets
                 if any(cell is target.cell and key in _merged_attributes(target) for cell, key in trained)
             ]
+        problems += [
+            f"{tied.path} has a delta of its own, and that of {target.path}, whose weight it has"
+            for adapter in chosen.values()
+            for target in adapter.plan.targets
+            for tied in target.tied
+            if any(tied.cell is other.cell for one in chosen.values() for other in one.plan.targets)
+        ]
         problems += [
             f"{path} has its weight in common with {[other for other, _, _ in others]}, which would change too; "
             "merge_and_unload(untie_weights=True) gives each its own"

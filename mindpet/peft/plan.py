@@ -5,10 +5,9 @@ from dataclasses import dataclass, field, fields
 
 from mindspore import nn
 
-from mindpet.delta._config import TASK_HEADS
 from mindpet.delta.registry import METHODS, method_of
 from mindpet.errors import ConfigError, MindPetError, NoMatchError
-from mindpet.network.kinds import SLOTS, place_kind, slot_of
+from mindpet.network.kinds import SLOTS, layer_kind, place_kind, slot_of
 from mindpet.network.match import (
     Layer,
     check_patterns,
@@ -35,6 +34,7 @@ class Target:
         delta (type): the Delta for it.
         arguments (dict): delta arguments.
         config (PeftConfig): of the method.
+        tied (list of Target): further layers with the same weight, see `Delta.tied_deltas`.
     """
 
     cell: nn.Cell
@@ -43,6 +43,7 @@ class Target:
     delta: type
     arguments: dict
     config: object
+    tied: list = field(default_factory=list)
 
     @property
     def path(self):
@@ -67,6 +68,7 @@ class Plan:
     Attributes:
         config (PeftConfig): the configuration, completed by what was found in the network.
         targets (list of Target): what gets a delta.
+        copied (list of Layer): Cells that `target_modules` means, of a method that trains copies of these.
         modules_to_save (list of Layer): Cells that are trained and saved as they are.
         trained (dict): path -> Parameter of the network that the adapter has a copy of, and trains.
         places (dict): path -> list of (path of a Cell, Cell, attribute) where the copy takes its place.
@@ -76,6 +78,7 @@ class Plan:
 
     config: object
     targets: list = field(default_factory=list)
+    copied: list = field(default_factory=list)
     modules_to_save: list = field(default_factory=list)
     trained: dict = field(default_factory=dict)
     places: dict = field(default_factory=dict)
@@ -92,10 +95,16 @@ class Plan:
         """Patterns of the parameters that train, of the deltas."""
         return tuple(pattern for method in self.methods for pattern in method.trainable)
 
+    @property
+    def reached(self):
+        """The targets, and the further layers that are tied to them."""
+        return [reached for target in self.targets for reached in (target, *target.tied)]
+
     def __str__(self):
-        rows = [(target.path, type(target.cell).__name__, target.config.peft_name) for target in self.targets]
-        rows += [(layer.path, type(layer.cell).__name__, "trained as a whole") for layer in self.modules_to_save]
-        inside = tuple(f"{layer.path}." for layer in self.modules_to_save)
+        rows = [(target.path, type(target.cell).__name__, target.config.peft_name) for target in self.reached]
+        whole = [*self.copied, *self.modules_to_save]
+        rows += [(layer.path, type(layer.cell).__name__, "trained as a whole") for layer in whole]
+        inside = tuple(f"{layer.path}." for layer in whole)
         rows += [
             (path, "Parameter", "moves with the adapter" if path in self.buffers else "trained")
             for path in self.trained
@@ -131,7 +140,7 @@ def plan_targets(network, config, batch_statistics=False, unmatched=None):
     config.check_supported()
     plan = Plan(copy.deepcopy(config))
     errors = []
-    for step in (_find_targets, _find_modules_to_save, _check_targets):
+    for step in (_find_targets, _find_tied, _find_modules_to_save, _check_targets):
         try:
             step(network, plan, unmatched)
         except MindPetError as error:
@@ -149,38 +158,69 @@ def _find_targets(network, plan, unmatched):
     errors = []
     for part in plan.config.parts:
         try:
-            plan.targets += _targets_of(network, part, unmatched)
+            _find_part(network, plan, part, unmatched)
         except MindPetError as error:
             errors.append(error)
     if errors:
         raise type(errors[0])("\n".join(map(str, errors)))
 
 
-def _targets_of(network, config, unmatched):
+def _find_part(network, plan, config, unmatched):
     """The Cells that `target_modules` means; without such a field all that have a slot for the method."""
     deltas = method_of(config).deltas
     kinds = [name for name in deltas if name in config.kinds_of_targets(deltas)]
     if hasattr(config, "target_modules"):
         if config.target_modules is None:
-            config.target_modules = default_targets(list_layers(network))
+            config.target_modules = default_targets(list_layers(network), config.usual_targets)
         carrying = tuple(cell for method in METHODS.values() for cell in method.cells)
-        layers = find_targets(network, config, lambda cell: _is_place(cell, kinds), unmatched, carrying)
+        copies = config.copied_as is not None
+        supported = _has_parameters if copies else lambda cell: _is_place(cell, kinds)
+        layers = find_targets(network, config, supported, unmatched, carrying)
         check_patterns(config, layers, unmatched)
+        if copies:
+            plan.copied += layers
+            return
     else:
         layers = _all_slots(network, type(config).__name__, kinds)
     with_slot = [layer for layer in layers if slot_of(layer.cell, kinds)]
     slots = _slot_kinds(type(config).__name__, kinds, with_slot)
     config.complete(list(slots.values()))
-    targets = []
     for layer in layers:
         kind = slots.get(layer.path) or place_kind(layer.cell, kinds)
         arguments = config.delta_arguments(layer.path)
-        targets.append(Target(layer.cell, layer.paths, kind, deltas[kind.name], arguments, config))
-    return targets
+        plan.targets.append(Target(layer.cell, layer.paths, kind, deltas[kind.name], arguments, config))
 
 
 def _is_place(cell, kinds):
     return slot_of(cell, kinds) is not None or place_kind(cell, kinds) is not None
+
+
+def _has_parameters(cell):
+    return any(True for _ in cell.get_parameters())
+
+
+def _find_tied(network, plan, unmatched):
+    """The further layers that have the weight of a target, where the method reaches these, too."""
+    targets = [target for target in plan.targets if target.delta.tied_deltas]
+    places = {id(_parameter(found)): found for found in parameter_places("", network).values()} if targets else {}
+    own, problems = {id(target.cell) for target in targets}, []
+    for target in targets:
+        for path, cell, key in places[id(target.kind.weight_of(target.cell))]:
+            if cell is target.cell:
+                continue
+            kind = layer_kind(cell)
+            is_weight = kind is not None and kind.weight == key and id(cell) not in own
+            delta = target.delta.tied_deltas.get(kind.name) if is_weight else None
+            if delta is None:
+                where = f"{path or 'the network'} ({type(cell).__name__})"
+                problems.append(f"{where} has the weight of {target.path} as {key}")
+            else:
+                target.tied.append(Target(cell, [path], kind, delta, target.arguments, target.config))
+    if problems:
+        raise ConfigError(
+            f"{type(plan.config).__name__}: all that have the weight of a target must see its delta, but these are no "
+            f"layers that can, or targets themselves: {'; '.join(problems)}."
+        )
 
 
 def _all_slots(network, owner, kinds):
@@ -223,7 +263,7 @@ def _slot_kinds(owner, kinds, layers):
 def _check_targets(network, plan, unmatched):
     """Refuse deltas that the method, or the strategies of a layer, speak against."""
     problems, owners = [], {}
-    for target in plan.targets:
+    for target in plan.reached:
         if owners.setdefault(target.path, target) is not target:
             problems.append(f"{target.path} would have two deltas, of {owners[target.path].config.peft_name} too")
         try:
@@ -239,7 +279,7 @@ def _check_targets(network, plan, unmatched):
 
 def _find_modules_to_save(network, plan, unmatched):
     config = plan.config
-    heads = TASK_HEADS.get(config.task_type, ())
+    heads = config.task_heads
     layers = list_layers(network)
     problems, missing = [], False
     for entry in dict.fromkeys([*listed(config.modules_to_save), *heads]):
@@ -248,8 +288,14 @@ def _find_modules_to_save(network, plan, unmatched):
         if not found and entry not in heads:
             missing = unmatched is None
             (problems if missing else unmatched).append(no_match("modules_to_save", entry, layers))
+    for index, layer in enumerate(plan.copied):
+        others = [other.path for other in (*plan.copied[index + 1 :], *plan.modules_to_save)]
+        both = [path for path in others if f"{path}.".startswith(f"{layer.path}.")]
+        both += [path for path in others if layer.path.startswith(f"{path}.")]
+        if both:
+            problems.append(f"the target {layer.path} has Parameters in common with {both}, which train as a whole")
     for layer in plan.modules_to_save:
-        both = [target.path for target in plan.targets if f"{target.path}.".startswith(f"{layer.path}.")]
+        both = [target.path for target in plan.reached if f"{target.path}.".startswith(f"{layer.path}.")]
         if both:
             problems.append(
                 f"'modules_to_save': {layer.path} is to be trained as a whole, but carries {both} of the targets"
@@ -264,7 +310,7 @@ def _find_trained(network, plan, batch_statistics):
     A copy of a module's own parameter goes into that module only, also where another Cell has the same Parameter.
     """
     everywhere = parameter_places("", network)
-    for layer in plan.modules_to_save:
+    for layer in (*plan.copied, *plan.modules_to_save):
         _take(plan, parameter_places(layer.path, layer.cell))
     patterns = plan.config.trained_parameters
     targets = [target for target in plan.targets if target.config.trains_target_biases]

@@ -10,6 +10,7 @@ import mindpet.files.adapter as adapter_files
 import mindpet.peft.state as state
 from mindpet.delta._config import PeftConfig
 from mindpet.errors import AdapterError
+from mindpet.files.keys import without_ties
 from mindpet.files.passport import check_base, check_files, make_passport
 from mindpet.network.parameters import model_parameters
 from mindpet.peft.checks import check_name, check_names
@@ -124,7 +125,7 @@ class SavesAdapters:
         config.check_supported(from_file=True)
         with self._placement.bare():
             # A file has the table that a projection computed, and not the projection.
-            config, tensors = config.unpack(adapter_files.read_tensors(model_id))
+            config, tensors = config.unpack(without_ties(adapter_files.read_tensors(model_id), config))
             tensors, config = self.name_map.fuse(tensors, config)
             config = state.to_network(config, tensors, self.network, self.name_map)
             moving = self.batch_statistics or adapter_files.has_statistics(tensors, config)
@@ -155,7 +156,8 @@ class SavesAdapters:
         """Give an adapter the values of such a dict; see `set_peft_model_state_dict`."""
         self._check_state("set_adapter_tensors")
         adapter = self._get(adapter_name)
-        tensors, _ = self.name_map.fuse(adapter_files.without_doubles(tensors), adapter.config)
+        tensors = without_ties(adapter_files.without_doubles(tensors), adapter.config)
+        tensors, _ = self.name_map.fuse(tensors, adapter.config)
         with self._placement.bare():
             values = state.load(repr(adapter_name), tensors, AdapterSlot(self.network, adapter.plan), self.name_map)
         self._placement.write(adapter, values)
@@ -189,7 +191,9 @@ class SavesAdapters:
         tensors.update(state.whole_tensors(adapter.slot, adapter.values))
         with self._placement.bare():
             tensors, config = self.name_map.split(tensors, config)
-            return state.portable(tensors, config, adapter.plan, self.network, self.name_map)
+            tensors, config = state.portable(tensors, config, adapter.plan, self.network, self.name_map)
+        ties = state.tied_keys(adapter.slot, self.name_map)
+        return {**tensors, **{key: tensors[first] for key, first in ties.items()}}, config
 
 
 def _as_in_file(completed, config, computed):

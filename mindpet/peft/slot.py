@@ -45,16 +45,11 @@ class AdapterSlot:
         copies = self._copy_trained(suffix)  # (id of a Cell, attribute) -> copy
         shared = {cls: _shared(cls, plan) for cls in {target.delta for target in plan.targets}}
         for target in plan.targets:
-            delta = target.delta.create(target.cell, target.kind, **target.arguments, **shared[target.delta])
-            if getattr(delta, "base_bias", None) is not None:
-                delta.base_bias = copies.get((id(target.cell), target.kind.bias), delta.base_bias)
-            carry_strategy(target.cell, target.kind, delta)
+            delta = self._make(target, copies, shared[target.delta])
             self._add(target.path, delta, suffix)
-            if target.is_slot:
-                patch = AttributePatch(target.cell, target.kind.slot, delta)
-            else:
-                patch = ConstructPatch(target.cell, target.kind, delta)
-            self.patches.append(patch)
+            for tied in target.tied:
+                own = {"shared": dict(delta.parameters_and_names())}
+                self.deltas[tied.path] = self._make(tied, copies, own)
         positions = max((delta.positions for delta in self.deltas.values()), default=0)
         if positions:
             cells = [network, *(layer.cell for layer in list_layers(network))]
@@ -77,6 +72,18 @@ class AdapterSlot:
             found.update({(id(cell), key): copy for _, cell, key in places})
             self.patches += [ParameterPatch(cell, key, copy) for _, cell, key in places]
         return found
+
+    def _make(self, target, copies, shared):
+        """The Delta of a target, which is patched in when the slot is put."""
+        delta = target.delta.create(target.cell, target.kind, **target.arguments, **shared)
+        if getattr(delta, "base_bias", None) is not None:
+            delta.base_bias = copies.get((id(target.cell), target.kind.bias), delta.base_bias)
+        carry_strategy(target.cell, target.kind, delta)
+        if target.is_slot:
+            self.patches.append(AttributePatch(target.cell, target.kind.slot, delta))
+        else:
+            self.patches.append(ConstructPatch(target.cell, target.kind, delta))
+        return delta
 
     def _add(self, path, delta, suffix):
         params = {name: param for name, param in delta.parameters_and_names() if not name.startswith("base_")}

@@ -7,11 +7,11 @@ import re
 import mindspore as ms
 import numpy as np
 
-from mindpet.delta._config import TASK_HEADS, TargetConfig
+from mindpet.delta._config import TargetConfig
 from mindpet.delta.lora import APPROXIMATE_INITS
 from mindpet.errors import CheckpointError
 from mindpet.files.adapter import check_finite, check_tensors, take_base_layers
-from mindpet.files.keys import shared_key, target_paths
+from mindpet.files.keys import copied_key, shared_key, target_paths
 from mindpet.files.names import PREFIX, NameMap
 from mindpet.network.match import ALL_LINEAR, ends_with, list_layers, listed
 from mindpet.network.values import value_of
@@ -28,12 +28,27 @@ def file_keys(slot, names):
             elif cls.file_names is None or name in cls.file_names:
                 keys[own] = f"{target.config.key_start}{path}.{(cls.file_names or {}).get(name, name)}"
     targets = {target.path for target in plan.targets}
+    copied = {layer.path for layer in plan.copied}
     for name, base in slot.copies.items():
+        layer = next((path for path in copied if base.startswith(f"{path}.")), None)
+        if layer is not None:
+            keys[name] = copied_key(names.to_torch(layer), names.to_torch(base), plan.config)
+            continue
         path, _, leaf = names.to_torch(base).rpartition(".")
         # Hugging Face PEFT keeps the layer itself inside of its own as `base_layer`.
         inner = f"{path}.base_layer" if base.rpartition(".")[0] in targets else path
         keys[name] = plan.config.key_start + ".".join(filter(None, (inner, leaf)))
     return keys
+
+
+def tied_keys(slot, names):
+    """Where a file has values a second time, for layers that are tied to a target: key -> key of the target."""
+    start, found = slot.plan.config.key_start, {}
+    for target in slot.plan.targets:
+        for tied in target.tied:
+            for file in (target.delta.file_names or {}).values():
+                found[f"{start}{names.to_torch(tied.path)}.{file}"] = f"{start}{names.to_torch(target.path)}.{file}"
+    return found
 
 
 def whole_tensors(slot, values):
@@ -168,7 +183,7 @@ def portable(tensors, config, plan, network, names):
     known = {names.to_torch(place[0]): place for place in places}
     targets = {
         names.to_torch(target.path): [(target.path, names.to_torch(path)) for path in target.paths]
-        for target in plan.targets
+        for target in (*plan.targets, *plan.copied)
     }
     parts = []
     for part in config.parts:
@@ -182,7 +197,7 @@ def portable(tensors, config, plan, network, names):
         parts.append(part)
     config = config.with_parts(parts)
     meant = {names.to_torch(path) for layer in plan.modules_to_save for path in layer.paths}
-    entries, heads = listed(config.modules_to_save), TASK_HEADS.get(config.task_type, ())
+    entries, heads = listed(config.modules_to_save), config.task_heads
     if is_renamed or _at_end([*entries, *heads], known) != meant:
         entries = sorted(meant)
     config.modules_to_save = entries or None

@@ -14,6 +14,7 @@ from mindpet.network.parameters import matches
         ("prefix", "prefixtuning"),
         ("PrefixTuning", "prefixtuning"),
         ("PTuning2", "ptuning2"),
+        ("LayerNorm", "ln_tuning"),
     ],
 )
 def test_find_method(mode, name):
@@ -37,6 +38,8 @@ NAMES = {
     "loha": ["fc.mindpet_delta_loha_w1_a", "mindpet_delta_loha_t2"],
     "lokr": ["fc.mindpet_delta_lokr_w1", "mindpet_delta_lokr_w2_b"],
     "prompt_tuning": ["model.mindpet_delta_prompt"],
+    "trainable_tokens": ["embed.mindpet_delta_trainable_tokens"],
+    "ln_tuning": ["norm.gamma", "layers.0.ln_1.beta", "layers.0.input_layernorm.weight", "LayerNorm.bias"],
     "prefixtuning": ["prefix.mindpet_delta_prefixtuning_wte.embedding_table", "mindpet_delta_prefixtuning.0.weight"],
     "adapter": ["fc.mindpet_delta_adapter.mindpet_delta_adapter_block.weight", "fc.mindpet_delta_adapter.scale"],
     "low_rank_adapter": ["fc.mindpet_delta_low_rank_adapter.bias", "fc.mindpet_delta_low_rank_adapter_up.bias"],
@@ -55,6 +58,7 @@ NEVER = [
     "fc.mindpet_lora_start_a",
     "fc.mindpet_vera_a",
     "mindpet_adalora_sensitivity.fc.mindpet_delta_adalora_a.x",
+    "fc.mindpet_trainable_tokens_slots",
     "mindpet_delta_ptuning2_prefix",
 ]
 

@@ -18,7 +18,16 @@ from mindpet.files.convert import convert
 from mindpet.files.merge import merge
 from mindpet.files.tensors import TensorFile, save_tensors
 from mindpet.network.parameters import model_parameters
-from mindpet.peft import BitFitConfig, LoraConfig, NameMap, PeftConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from mindpet.peft import (
+    AdapterConfig,
+    BitFitConfig,
+    LoraConfig,
+    NameMap,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    get_peft_model,
+)
 
 VARIANTS = {
     "lora": {},
@@ -207,12 +216,28 @@ def test_what_does_not_fit_writes_nothing(base, tmp_path):
 
 def test_what_cannot_be_merged_at_all(tmp_path):
     save_base(tmp_path / "base.ckpt")
-    get_peft_model(Small(), BitFitConfig()).save_pretrained(tmp_path / "bitfit")
-    with pytest.raises(MergeError, match="BITFIT cannot be folded into weights"):
-        merge(tmp_path / "base.ckpt", tmp_path / "bitfit", tmp_path / "out.ckpt")
+    bottleneck = AdapterConfig(target_modules=["query"], bottleneck_size=3)
+    get_peft_model(Small(), bottleneck).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(MergeError, match="ADAPTER cannot be folded into weights"):
+        merge(tmp_path / "base.ckpt", tmp_path / "adapter", tmp_path / "out.ckpt")
     (tmp_path / "out.ckpt").touch()
     with pytest.raises(FileExistsError, match="exists already"):
-        merge(tmp_path / "base.ckpt", tmp_path / "bitfit", tmp_path / "out.ckpt")
+        merge(tmp_path / "base.ckpt", tmp_path / "adapter", tmp_path / "out.ckpt")
+
+
+@pytest.mark.parametrize("config", [BitFitConfig(), BitFitConfig(modules_to_save=["classifier"])])
+def test_what_trains_the_base_alone_is_put_into_it(config, rng, tmp_path):
+    save_base(tmp_path / "base.ckpt")
+    network = Small()
+    ms.load_checkpoint(str(tmp_path / "base.ckpt"), network)
+    model, x = get_peft_model(network, config), ids(rng)
+    move(model, 0)
+    tuned = numbers(model, x)
+    model.save_pretrained(tmp_path / "adapter")
+    assert merge(tmp_path / "base.ckpt", tmp_path / "adapter", tmp_path / "out.ckpt") == []
+    merged = Small()
+    ms.load_checkpoint(str(tmp_path / "out.ckpt"), merged)
+    same(numbers(merged, x), tuned)
 
 
 def test_memory_stays_below_the_largest_file_and_a_little(tmp_path):

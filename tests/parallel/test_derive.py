@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from mindspore import Tensor, nn
-from sharded import CELLS, DENSE, SIZES, strategy
+from mindspore import nn
+from sharded import CELLS, DENSE, example, strategy
 
 from mindpet.parallel import shard_like
 
@@ -199,8 +199,8 @@ def test_only_delta_cells():
 
 
 @pytest.mark.parametrize("name", list(CELLS))
-def test_strategies_change_no_number_outside_of_a_parallel_mode(name, mode, rng):
+def test_strategies_change_no_number_outside_of_a_parallel_mode(name, mode):
     cell = CELLS[name]()
-    x = Tensor(rng.normal(size=(4, SIZES["i"] if name in DENSE else SIZES["o"])).astype(np.float32))
+    x = example(name, (4,))
     before = cell(x).asnumpy()
     np.testing.assert_array_equal(shard_like(cell, strategy(2, 2, 2))(x).asnumpy(), before)

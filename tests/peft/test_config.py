@@ -11,6 +11,7 @@ from mindpet.peft import (
     BitFitConfig,
     HiraConfig,
     IA3Config,
+    LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
@@ -23,6 +24,7 @@ from mindpet.peft import (
     PromptTuningConfig,
     Ptuning2Config,
     TaskType,
+    TrainableTokensConfig,
     VeraConfig,
     get_peft_config,
 )
@@ -58,6 +60,8 @@ EVERY = [
     LoHaConfig(r=4, alpha=2, target_modules=["query"], rank_dropout=0.1, alpha_pattern={"query": 3}),
     LoKrConfig(r=4, target_modules=["query"], decompose_factor=4, init_weights="lycoris"),
     PromptTuningConfig(num_virtual_tokens=5),
+    TrainableTokensConfig(token_indices=[7, 3]),
+    LNTuningConfig(target_modules=["norm"]),
 ]
 
 
