@@ -12,6 +12,7 @@ from mindpet.delta import (
     PrefixEncoder,
     PrefixLayer,
     PromptEmbedding,
+    PromptEncoder,
     VeraDense,
 )
 from mindpet.graph import freeze_delta
@@ -24,6 +25,10 @@ DENSE = {
     "adapter": lambda **kw: AdapterDense(WIDTH, WIDTH, bottleneck_size=4, **kw),
     "low_rank_adapter": lambda **kw: LowRankAdapterDense(WIDTH, WIDTH, reduction_factor=2, **kw),
 }
+PROMPTS = {
+    "prompt_tuning": lambda: PromptEmbedding(4, WIDTH),
+    "p_tuning": lambda: PromptEncoder(4, WIDTH, "LSTM", hidden_size=5, num_layers=1),
+}
 DELTA_SHAPES = {
     "lora": {"fc.mindpet_delta_lora_a": (2, 8), "fc.mindpet_delta_lora_b": (8, 2)},
     "ia3": {"fc.mindpet_delta_ia3": (8, 1)},
@@ -34,6 +39,17 @@ DELTA_SHAPES = {
         "fc.mindpet_delta_vera_lambda_d": (4,),
     },
     "prompt_tuning": {"prefix.mindpet_delta_prompt": (4, 8)},
+    "p_tuning": {
+        "prefix.mindpet_delta_p_tuning_table": (4, 8),
+        "prefix.mindpet_delta_p_tuning_lstm.0.input_weight": (2, 20, 8),
+        "prefix.mindpet_delta_p_tuning_lstm.0.state_weight": (2, 20, 5),
+        "prefix.mindpet_delta_p_tuning_lstm.0.input_bias": (2, 1, 20),
+        "prefix.mindpet_delta_p_tuning_lstm.0.state_bias": (2, 1, 20),
+        "prefix.mindpet_delta_p_tuning_mlp.0.weight": (10, 10),
+        "prefix.mindpet_delta_p_tuning_mlp.0.bias": (10,),
+        "prefix.mindpet_delta_p_tuning_mlp.2.weight": (8, 10),
+        "prefix.mindpet_delta_p_tuning_mlp.2.bias": (8,),
+    },
     "prefixtuning": {
         "prefix.mindpet_delta_prefixtuning_wte.embedding_table": (4, 6),
         "prefix.mindpet_delta_prefixtuning_control_trans.0.weight": (5, 6),
@@ -84,9 +100,10 @@ class Toy(nn.Cell):
     def __init__(self, method=None, compute_dtype=ms.float32):
         super().__init__()
         self.fc = DENSE[method](compute_dtype=compute_dtype) if method in DENSE else nn.Dense(WIDTH, WIDTH, "normal")
-        self.method = method if method in ("prefixtuning", "ptuning2", "prompt_tuning") else "none"
-        if self.method == "prompt_tuning":
-            self.prefix = PromptEmbedding(4, WIDTH)
+        self.method = method if method in ("prefixtuning", "ptuning2") else "none"
+        self.has_prompt = method in PROMPTS
+        if self.has_prompt:
+            self.prefix = PROMPTS[method]()
         if self.method == "prefixtuning":
             self.prefix = PrefixLayer(4, 1, HEADS, WIDTH, embed_dim=6, mid_dim=5, dropout_rate=0.0)
         if self.method == "ptuning2":
@@ -97,7 +114,7 @@ class Toy(nn.Cell):
         batch = x.shape[0]
         query = self.heads(self.fc(x))
         key, value = self.heads(x), self.heads(x)
-        if self.method == "prompt_tuning":
+        if self.has_prompt:
             key, value = self.heads(self.prefix(x)), self.heads(self.prefix(x))
         if self.method == "prefixtuning":
             past_key, past_value = self.prefix()

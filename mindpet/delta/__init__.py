@@ -4,6 +4,7 @@ from mindpet.delta.adapter import AdapterDense, AdapterLayer
 from mindpet.delta.ia3 import IA3Dense
 from mindpet.delta.lora import LoRADense
 from mindpet.delta.low_rank_adapter import LowRankAdapterDense, LowRankAdapterLayer
+from mindpet.delta.p_tuning import PromptEncoder
 from mindpet.delta.prefix_layer import PrefixLayer
 from mindpet.delta.prompt_tuning import PromptEmbedding
 from mindpet.delta.ptuning2 import PrefixEncoder
@@ -20,6 +21,7 @@ __all__ = [
     "PrefixEncoder",
     "PrefixLayer",
     "PromptEmbedding",
+    "PromptEncoder",
     "RDropLoss",
     "VeraDense",
     "rdrop_repeat",

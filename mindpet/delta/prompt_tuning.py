@@ -19,21 +19,8 @@ INITS = ("RANDOM", "TEXT", "SAMPLE_VOCAB")  # of Hugging Face PEFT, in files
 
 
 @dataclass
-class PromptTuningConfig(PromptLearningConfig):
-    """Prompt tuning, Lester et al. 2021, arXiv:2104.08691.
-
-    Args beyond those of PromptLearningConfig:
-        prompt_tuning_init (str): 'RANDOM': normal numbers with deviation 1. Default: 'RANDOM'.
-        prompt_tuning_init_text (str): kept for Hugging Face PEFT; must be None. Default: None.
-        tokenizer_name_or_path (str), tokenizer_kwargs (dict): kept for Hugging Face PEFT. Default: None.
-    """
-
-    peft_type, method_name = "PROMPT_TUNING", "prompt_tuning"
-
-    prompt_tuning_init: str = "RANDOM"
-    prompt_tuning_init_text: Optional[str] = None
-    tokenizer_name_or_path: Optional[str] = None
-    tokenizer_kwargs: Optional[dict] = None
+class PromptConfig(PromptLearningConfig):
+    """What methods have in common that put vectors in front of the embeddings, see `PromptCell`."""
 
     def delta_arguments(self, path):
         return {"tokens": self.num_virtual_tokens}
@@ -62,6 +49,24 @@ class PromptTuningConfig(PromptLearningConfig):
             )
         return config, tensors
 
+
+@dataclass
+class PromptTuningConfig(PromptConfig):
+    """Prompt tuning, Lester et al. 2021, arXiv:2104.08691.
+
+    Args beyond those of PromptLearningConfig:
+        prompt_tuning_init (str): 'RANDOM': normal numbers with deviation 1. Default: 'RANDOM'.
+        prompt_tuning_init_text (str): kept for Hugging Face PEFT; must be None. Default: None.
+        tokenizer_name_or_path (str), tokenizer_kwargs (dict): kept for Hugging Face PEFT. Default: None.
+    """
+
+    peft_type, method_name = "PROMPT_TUNING", "prompt_tuning"
+
+    prompt_tuning_init: str = "RANDOM"
+    prompt_tuning_init_text: Optional[str] = None
+    tokenizer_name_or_path: Optional[str] = None
+    tokenizer_kwargs: Optional[dict] = None
+
     def check_fields(self, check):
         super().check_fields(check)
         check.choice("prompt_tuning_init", self.prompt_tuning_init, INITS)
@@ -83,7 +88,55 @@ class PromptTuningConfig(PromptLearningConfig):
             )
 
 
-class PromptEmbedding(nn.Cell):
+class PromptCell(nn.Cell):
+    """Vectors in front of embeddings: `(batch, seq, features) -> (batch, tokens + seq, features)`.
+
+    A method overrides `prompt` and makes its parameters.
+
+    Args:
+        tokens: vectors in front.
+        features: of an embedding.
+
+    Inputs:
+        embeddings: `(batch, seq, features)`.
+
+    Outputs:
+        `(batch, tokens + seq, features)`, in the type of the input.
+    """
+
+    def __init__(self, tokens: int, features: int):
+        super().__init__()
+        self.tokens, self.features = tokens, features
+        self.expand_dims, self.tile, self.concat = ops.ExpandDims(), ops.Tile(), ops.Concat(axis=1)
+
+    def construct(self, embeddings):
+        prompt = self.expand_dims(ops.cast(self.prompt(), embeddings.dtype), 0)
+        return self.concat((self.tile(prompt, (embeddings.shape[0], 1, 1)), embeddings))
+
+    def prompt(self):
+        """The vectors, `(tokens, features)`."""
+        raise NotImplementedError
+
+    def shard(self, batch):
+        """Cut the result over the batch; the vectors are the same on every rank.
+
+        Args:
+            batch (int): slices of the batch.
+
+        Returns:
+            PromptCell, itself.
+        """
+        layout = (batch, 1, 1)
+        self.expand_dims.shard(((1, 1),))
+        self.tile.shard((layout,))
+        self.concat.shard((layout, layout))
+        return self
+
+    def extend_repr(self):
+        return f"tokens={self.tokens}, features={self.features}"
+
+
+class PromptEmbedding(PromptCell):
     """Trained vectors in front of embeddings: `(batch, seq, features) -> (batch, tokens + seq, features)`.
 
     .. math::
@@ -100,11 +153,7 @@ class PromptEmbedding(nn.Cell):
     Parameters:
         mindpet_delta_prompt `(tokens, features)`.
 
-    Inputs:
-        embeddings: `(batch, seq, features)`.
-
-    Outputs:
-        `(batch, tokens + seq, features)`, in the type of the input.
+    Inputs, Outputs: of `PromptCell`.
 
     Raises:
         TypeError: a size is not a positive int (also a ValueError, if it is an int), `init` or the type is none of
@@ -118,32 +167,11 @@ class PromptEmbedding(nn.Cell):
         check.initial("init", init, (tokens, features))
         check.float_type(param_init_type=param_init_type)
         check.done()
-        super().__init__()
-        self.tokens, self.features = tokens, features
+        super().__init__(tokens, features)
         self.mindpet_delta_prompt = delta_parameter(init, (tokens, features), param_init_type, TABLE)
-        self.expand_dims, self.tile, self.concat = ops.ExpandDims(), ops.Tile(), ops.Concat(axis=1)
 
-    def construct(self, embeddings):
-        prompt = self.expand_dims(ops.cast(self.mindpet_delta_prompt, embeddings.dtype), 0)
-        return self.concat((self.tile(prompt, (embeddings.shape[0], 1, 1)), embeddings))
-
-    def shard(self, batch):
-        """Cut the result over the batch; the vectors are the same on every rank.
-
-        Args:
-            batch (int): slices of the batch.
-
-        Returns:
-            PromptEmbedding, itself.
-        """
-        layout = (batch, 1, 1)
-        self.expand_dims.shard(((1, 1),))
-        self.tile.shard((layout,))
-        self.concat.shard((layout, layout))
-        return self
-
-    def extend_repr(self):
-        return f"tokens={self.tokens}, features={self.features}"
+    def prompt(self):
+        return self.mindpet_delta_prompt
 
 
 class PromptDelta(PromptEmbedding, Delta):

@@ -13,6 +13,7 @@ from mindpet.delta.low_rank_adapter import (
     LowRankAdapterDense,
     LowRankAdapterLayer,
 )
+from mindpet.delta.p_tuning import PromptEncoder, PromptEncoderConfig, PromptEncoderDelta
 from mindpet.delta.prefix_layer import PrefixLayer, PrefixLayerDelta, PrefixTuningConfig
 from mindpet.delta.prompt_tuning import PromptDelta, PromptEmbedding, PromptTuningConfig
 from mindpet.delta.ptuning2 import PrefixEncoder, PrefixEncoderDelta, Ptuning2Config
@@ -127,6 +128,13 @@ METHODS = {
             ("*mindpet_delta_prompt",),
             {"input_embedding": PromptDelta},
             (PromptEmbedding,),
+        ),
+        Method(
+            "p_tuning",
+            PromptEncoderConfig,
+            ("*mindpet_delta_p_tuning*",),
+            {"input_embedding": PromptEncoderDelta},
+            (PromptEncoder,),
         ),
     )
 }

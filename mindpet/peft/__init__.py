@@ -6,6 +6,7 @@ from mindpet.delta.bitfit import BitFitConfig
 from mindpet.delta.ia3 import IA3Config
 from mindpet.delta.lora import LoraConfig
 from mindpet.delta.low_rank_adapter import LowRankAdapterConfig
+from mindpet.delta.p_tuning import PromptEncoderConfig
 from mindpet.delta.prefix_layer import PrefixTuningConfig
 from mindpet.delta.prompt_tuning import PromptTuningConfig
 from mindpet.delta.ptuning2 import Ptuning2Config
@@ -47,6 +48,7 @@ __all__ = [
     "PeftModel",
     "PeftType",
     "PrefixTuningConfig",
+    "PromptEncoderConfig",
     "PromptLearningConfig",
     "PromptTuningConfig",
     "Ptuning2Config",

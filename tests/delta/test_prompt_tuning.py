@@ -286,7 +286,7 @@ def test_a_folder_and_a_delta_file_become_each_other(rng, tmp_path, capsys):
     assert (content["num_virtual_tokens"], content["token_dim"]) == (TOKENS, WIDTH)
     for path in (folder, delta):
         assert "method: PROMPT_TUNING\n" in inspect(path)
-    assert "method: PREFIX_TUNING or PROMPT_TUNING\n" in inspect(f"{folder}/{TENSORS}")
+    assert "method: PREFIX_TUNING or PROMPT_TUNING or P_TUNING\n" in inspect(f"{folder}/{TENSORS}")
 
 
 def test_without_a_path_a_delta_file_is_that_of_a_prompt_made_by_hand(rng, tmp_path):

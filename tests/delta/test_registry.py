@@ -31,6 +31,7 @@ NAMES = {
     "ia3": ["fc.mindpet_delta_ia3"],
     "vera": ["fc.mindpet_delta_vera_lambda_b", "mindpet_delta_vera_lambda_d"],
     "prompt_tuning": ["model.mindpet_delta_prompt"],
+    "p_tuning": ["model.mindpet_delta_p_tuning_table", "mindpet_delta_p_tuning_mlp.0.weight"],
     "prefixtuning": ["prefix.mindpet_delta_prefixtuning_wte.embedding_table", "mindpet_delta_prefixtuning.0.weight"],
     "adapter": ["fc.mindpet_delta_adapter.mindpet_delta_adapter_block.weight", "fc.mindpet_delta_adapter.scale"],
     "low_rank_adapter": ["fc.mindpet_delta_low_rank_adapter.bias", "fc.mindpet_delta_low_rank_adapter_up.bias"],

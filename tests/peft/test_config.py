@@ -14,6 +14,7 @@ from mindpet.peft import (
     PeftConfig,
     PeftType,
     PrefixTuningConfig,
+    PromptEncoderConfig,
     PromptTuningConfig,
     Ptuning2Config,
     TaskType,
@@ -46,6 +47,7 @@ EVERY = [
     IA3Config(target_modules=["key", "dense"], feedforward_modules=["dense"]),
     VeraConfig(r=4, target_modules=["query"], vera_dropout=0.1),
     PromptTuningConfig(num_virtual_tokens=5),
+    PromptEncoderConfig(num_virtual_tokens=5, encoder_reparameterization_type="LSTM"),
 ]
 
 
