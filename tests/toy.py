@@ -41,10 +41,16 @@ DELTA_SHAPES = {
     "prompt_tuning": {"prefix.mindpet_delta_prompt": (4, 8)},
     "p_tuning": {
         "prefix.mindpet_delta_p_tuning_table": (4, 8),
-        "prefix.mindpet_delta_p_tuning_lstm.0.input_weight": (2, 20, 8),
-        "prefix.mindpet_delta_p_tuning_lstm.0.state_weight": (2, 20, 5),
-        "prefix.mindpet_delta_p_tuning_lstm.0.input_bias": (2, 1, 20),
-        "prefix.mindpet_delta_p_tuning_lstm.0.state_bias": (2, 1, 20),
+        **{
+            f"prefix.mindpet_delta_p_tuning_lstm.0.{name}{way}": shape
+            for name, shape in {
+                "weight_ih": (20, 8),
+                "bias_ih": (1, 20),
+                "weight_hh": (20, 5),
+                "bias_hh": (1, 20),
+            }.items()
+            for way in ("", "_reverse")
+        },
         "prefix.mindpet_delta_p_tuning_mlp.0.weight": (10, 10),
         "prefix.mindpet_delta_p_tuning_mlp.0.bias": (10,),
         "prefix.mindpet_delta_p_tuning_mlp.2.weight": (8, 10),

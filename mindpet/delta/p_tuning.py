@@ -20,6 +20,7 @@ from mindpet.utils.version_control import get_dropout
 
 TABLE, LSTM, MLP = (f"mindpet_delta_p_tuning_{name}" for name in ("table", "lstm", "mlp"))
 ENCODERS = ("MLP", "LSTM")
+WEIGHTS = ("weight_ih", "bias_ih", "weight_hh", "bias_hh")  # of a direction of an LSTM
 
 
 @dataclass
@@ -132,7 +133,9 @@ class PromptEncoder(PromptCell):
             sizes = [2 * hidden_size, 2 * hidden_size, features]
             self.mindpet_delta_p_tuning_lstm = nn.SequentialCell(
                 [
-                    BiLSTM(tokens, sizes[0] if layer else features, hidden_size, dropout if layer else 0.0, param_init_type)
+                    BiLSTM(
+                        tokens, sizes[0] if layer else features, hidden_size, dropout if layer else 0.0, param_init_type
+                    )
                     for layer in range(num_layers)
                 ]
             )
@@ -169,8 +172,8 @@ class BiLSTM(nn.Cell):
     """A layer of an LSTM in both directions: `(tokens, features) -> (tokens, 2 * hidden_size)`.
 
     .. math::
-        i, f, g, o = W_x x_t + b_x + W_h h_{t-1} + b_h, \quad
-        c_t = sig(f) c_{t-1} + sig(i) tanh(g), \quad h_t = sig(o) tanh(c_t)
+        i, f, g, o = W_x x_t + b_x + W_h h_{t-1} + b_h, \\quad
+        c_t = sig(f) c_{t-1} + sig(i) tanh(g), \\quad h_t = sig(o) tanh(c_t)
 
     Source: Hochreiter and Schmidhuber 1997, "Long Short-Term Memory". It is made of operators, and not of `nn.LSTM`,
     which cannot be sharded, and wants a hidden size that is a multiple of 16 on Ascend.
@@ -183,34 +186,31 @@ class BiLSTM(nn.Cell):
         dtype: of the parameters.
 
     Parameters:
-        input_weight `(2, 4 * hidden_size, features)`, state_weight `(2, 4 * hidden_size, hidden_size)`, input_bias and
-        state_bias `(2, 1, 4 * hidden_size)`: those of the way from the first row to the last, then of the way back.
+        weight_ih `(4 * hidden_size, features)`, weight_hh `(4 * hidden_size, hidden_size)`, bias_ih and bias_hh
+        `(1, 4 * hidden_size)`, and for the way from the last row to the first the same with the ending _reverse.
     """
 
     def __init__(self, tokens: int, features: int, hidden_size: int, dropout: float, dtype: ms.Type):
         super().__init__()
         init, gates = Uniform(1 / math.sqrt(hidden_size)), 4 * hidden_size
-        self.input_weight = delta_parameter(init, (2, gates, features), dtype, "input_weight")
-        self.state_weight = delta_parameter(init, (2, gates, hidden_size), dtype, "state_weight")
-        self.input_bias = delta_parameter(init, (2, 1, gates), dtype, "input_bias")
-        self.state_bias = delta_parameter(init, (2, 1, gates), dtype, "state_bias")
+        shapes = dict(zip(WEIGHTS, ((gates, features), (1, gates), (gates, hidden_size), (1, gates))))
+        for name in (f"{name}{way}" for way in ("", "_reverse") for name in WEIGHTS):
+            setattr(self, name, delta_parameter(init, shapes[name.replace("_reverse", "")], dtype, name))
         self.start = Tensor(np.zeros((2, 1, hidden_size), np.float32))
         self.tokens, self.backwards = tokens, Tensor(list(range(tokens))[::-1], ms.int32)
         self.dropout, self.gather, self.expand_dims = get_dropout(dropout), ops.Gather(), ops.ExpandDims()
         self.both, self.join, self.ends = ops.Concat(axis=0), ops.Concat(axis=1), ops.Concat(axis=1)
         self.rows, self.gates, self.ways = (ops.Split(axis, count) for axis, count in ((1, tokens), (2, 4), (0, 2)))
-        self.matmul, self.transpose, self.squeeze = ops.BatchMatMul(), ops.Transpose(), ops.Squeeze(0)
+        self.matmul, self.squeeze = ops.BatchMatMul(transpose_b=True), ops.Squeeze(0)
         self.add, self.mul, self.sigmoid, self.tanh = ops.Add(), ops.Mul(), ops.Sigmoid(), ops.Tanh()
 
     def construct(self, rows):
         rows = self.dropout(rows)
-        rows = self.both((self.expand_dims(rows, 0), self.expand_dims(self.gather(rows, self.backwards, 0), 0)))
-        bias = self.add(cast(self.input_bias, rows.dtype), cast(self.state_bias, rows.dtype))
-        # Turned once, and not in each step: in parallel its gradient is summed up for each use.
-        into, weight = (
-            self.transpose(cast(param, rows.dtype), (0, 2, 1)) for param in (self.input_weight, self.state_weight)
-        )
-        steps = self.rows(self.add(self.matmul(rows, into), bias))
+        rows = self.stack(rows, self.gather(rows, self.backwards, 0))
+        weight = self.stack(self.weight_hh, self.weight_hh_reverse)
+        bias = self.add(self.stack(self.bias_ih, self.bias_ih_reverse), self.stack(self.bias_hh, self.bias_hh_reverse))
+        entering = self.matmul(rows, self.stack(self.weight_ih, self.weight_ih_reverse))
+        steps = self.rows(self.add(entering, bias))
         hidden, memory, found = self.start, self.start, ()
         for step in steps:
             gates = self.gates(self.add(step, self.matmul(hidden, weight)))
@@ -221,11 +221,15 @@ class BiLSTM(nn.Cell):
         forth, back = self.ways(self.join(found))
         return self.ends((self.squeeze(forth), self.gather(self.squeeze(back), self.backwards, 0)))
 
+    def stack(self, first, second):
+        """Two matrices as one tensor `(2, ...)`, float32."""
+        return self.both([self.expand_dims(cast(matrix, ms.float32), 0) for matrix in (first, second)])
+
     def shard(self):
         """Have every rank compute it as a whole."""
         shard_whole(self.dropout)
         whole = (1, 1, 1)
-        for primitive in (self.rows, self.gates, self.ways, self.squeeze, self.transpose, self.sigmoid, self.tanh):
+        for primitive in (self.rows, self.gates, self.ways, self.squeeze, self.sigmoid, self.tanh):
             primitive.shard((whole,))
         for primitive in (self.both, self.add, self.mul, self.matmul):
             primitive.shard((whole, whole))
@@ -272,14 +276,13 @@ def computed(values):
     lstm = [f"{LSTM}.{layer}" for layer in range(max(layers, default=-1) + 1)]
     mlp = [f"{MLP}.{index}" for index in ((0, 2) if lstm else (0, 2, 4))]
     wanted = {TABLE, *(f"{name}.{part}" for name in mlp for part in ("weight", "bias"))}
-    wanted |= {f"{name}.{part}_{kind}" for name in lstm for part in ("input", "state") for kind in ("weight", "bias")}
+    wanted |= {f"{name}.{part}{way}" for name in lstm for part in WEIGHTS for way in ("", "_reverse")}
     if wanted != set(values):
         raise CheckpointError(f"no prompt can be computed: the file must have {sorted(wanted)}, has {sorted(values)}.")
     values = {name: value.astype(np.float32) for name, value in values.items()}
     rows = values[TABLE]
     for name in lstm:
-        weights = [values[f"{name}.{part}_{kind}"] for part in ("input", "state") for kind in ("weight", "bias")]
-        forth, back = ([weight[way] for weight in weights] for way in (0, 1))
+        forth, back = ([values[f"{name}.{part}{way}"] for part in WEIGHTS] for way in ("", "_reverse"))
         rows = np.concatenate([_one_way(rows, *forth), _one_way(rows[::-1], *back)[::-1]], 1)
     for name in mlp:
         rows = rows if name == mlp[0] else np.maximum(rows, 0)
@@ -287,12 +290,12 @@ def computed(values):
     return rows
 
 
-def _one_way(rows, input_weight, input_bias, state_weight, state_bias):
+def _one_way(rows, weight_ih, bias_ih, weight_hh, bias_hh):
     """One direction of a BiLSTM."""
-    hidden = memory = np.zeros((1, state_weight.shape[1]), np.float32)
+    hidden = memory = np.zeros((1, weight_hh.shape[1]), np.float32)
     found = []
-    for row in rows @ input_weight.T + input_bias:
-        enter, forget, new, leave = np.split(row + hidden @ state_weight.T + state_bias, 4, 1)
+    for row in rows @ weight_ih.T + bias_ih:
+        enter, forget, new, leave = np.split(row + hidden @ weight_hh.T + bias_hh, 4, 1)
         memory = _sigmoid(forget) * memory + _sigmoid(enter) * np.tanh(new)
         hidden = _sigmoid(leave) * np.tanh(memory)
         found.append(hidden)

@@ -33,13 +33,22 @@ def own_values(cell):
     return {name: param.asnumpy() for name, param in cell.parameters_and_names()}
 
 
+SHAPES = {
+    "weight_ih": (4 * INNER, WIDTH),
+    "bias_ih": (1, 4 * INNER),
+    "weight_hh": (4 * INNER, INNER),
+    "bias_hh": (1, 4 * INNER),
+}
+WAYS = ("", "_reverse")
+
+
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
 def lstm(rows, values, way):
     """One direction, step by step."""
-    wx, bx, wh, bh = (values[f"{LSTM}.0.{name}"][way] for name in SHAPES)
+    wx, bx, wh, bh = (values[f"{LSTM}.0.{name}{way}"] for name in SHAPES)
     hidden, memory, found = np.zeros((1, INNER)), np.zeros((1, INNER)), []
     for row in rows:
         i, f, g, o = np.split(row @ wx.T + bx + hidden @ wh.T + bh, 4, 1)
@@ -47,14 +56,6 @@ def lstm(rows, values, way):
         hidden = sigmoid(o) * np.tanh(memory)
         found.append(hidden[0])
     return np.array(found)
-
-
-SHAPES = {
-    "input_weight": (2, 4 * INNER, WIDTH),
-    "input_bias": (2, 1, 4 * INNER),
-    "state_weight": (2, 4 * INNER, INNER),
-    "state_bias": (2, 1, 4 * INNER),
-}
 
 
 @TYPES
@@ -65,7 +66,7 @@ def test_the_formula(kind, mode, rng):
     values, embeddings = own_values(cell), normal(rng, 2, 5, WIDTH)
     rows, dense = values[TABLE], [(values[f"{MLP}.{i}.weight"], values[f"{MLP}.{i}.bias"]) for i in (0, 2)]
     if kind == "LSTM":
-        rows = np.concatenate([lstm(rows, values, 0), lstm(rows[::-1], values, 1)[::-1]], 1)
+        rows = np.concatenate([lstm(rows, values, ""), lstm(rows[::-1], values, "_reverse")[::-1]], 1)
         (w1, b1), (w2, b2) = dense
         expected = np.maximum(rows @ w1.T + b1, 0) @ w2.T + b2
     else:
@@ -81,11 +82,11 @@ def test_the_formula(kind, mode, rng):
 def test_layers_and_sizes_are_those_of_hugging_face():
     cell = PromptEncoder(TOKENS, WIDTH, "LSTM", INNER, num_layers=2)
     shapes = {name: value.shape for name, value in own_values(cell).items()}
-    second = {**SHAPES, "input_weight": (2, 4 * INNER, 2 * INNER)}
+    second = {**SHAPES, "weight_ih": (4 * INNER, 2 * INNER)}
     assert shapes == {
         TABLE: (TOKENS, WIDTH),
-        **{f"{LSTM}.0.{name}": shape for name, shape in SHAPES.items()},
-        **{f"{LSTM}.1.{name}": shape for name, shape in second.items()},
+        **{f"{LSTM}.0.{name}{way}": shape for name, shape in SHAPES.items() for way in WAYS},
+        **{f"{LSTM}.1.{name}{way}": shape for name, shape in second.items() for way in WAYS},
         f"{MLP}.0.weight": (2 * INNER, 2 * INNER),
         f"{MLP}.0.bias": (2 * INNER,),
         f"{MLP}.2.weight": (WIDTH, 2 * INNER),
@@ -215,7 +216,9 @@ def test_folders_and_delta_files(kind, rng, tmp_path):
     convert(tmp_path / "d.safetensors", tmp_path / "b", PromptEncoderConfig(task_type="SEQ_CLS"))
     one, other = (TensorFile(tmp_path / name / TENSORS).read_all() for name in "ab")
     assert one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
-    assert "method: P_TUNING\n" in inspect(tmp_path / "a") and "method: P_TUNING\n" in inspect(tmp_path / "d.safetensors")
+    assert "method: P_TUNING\n" in inspect(tmp_path / "a") and "method: P_TUNING\n" in inspect(
+        tmp_path / "d.safetensors"
+    )
 
     delta, again = str(tmp_path / "e.ckpt"), str(tmp_path / "c")
     assert main(["convert", str(tmp_path / "a"), delta, "--prefix-path", "body"]) == 0
@@ -232,9 +235,9 @@ def test_files_that_do_not_fit(rng, tmp_path):
     with pytest.raises(CheckpointError, match="holds what the adapter's projection computes, and not the projection"):
         set_peft_model_state_dict(model, {"prompt_embeddings": normal(rng, TOKENS, WIDTH)})
     values = {param.name: param.asnumpy() for param in model.trainable_params()}
-    del values[f"body.{LSTM}.0.state_bias"]
+    del values[f"body.{LSTM}.0.bias_hh"]
     save_tensors(tmp_path / "d.safetensors", values)
-    with pytest.raises(CheckpointError, match="no prompt can be computed: the file must have .*state_bias"):
+    with pytest.raises(CheckpointError, match="no prompt can be computed: the file must have .*bias_hh"):
         convert(tmp_path / "d.safetensors", tmp_path / "a", PromptEncoderConfig())
     save_tensors(tmp_path / "d.safetensors", {"body.weight": normal(rng, 2, 2)})
     with pytest.raises(CheckpointError, match="must have a delta of P_TUNING"):
@@ -242,8 +245,15 @@ def test_files_that_do_not_fit(rng, tmp_path):
 
 
 def test_fields_that_the_configuration_refuses():
-    with pytest.raises(ValueError, match="'encoder_reparameterization_type' must be one of .*'encoder_num_layers' must"):
+    with pytest.raises(
+        ValueError, match="'encoder_reparameterization_type' must be one of .*'encoder_num_layers' must"
+    ):
         PromptEncoderConfig(encoder_reparameterization_type="GRU", encoder_num_layers=0)
-    with pytest.raises(TypeError, match="'encoder_hidden_size' must be a positive int.*'encoder_dropout' must be a float"):
+    with pytest.raises(
+        TypeError, match="'encoder_hidden_size' must be a positive int.*'encoder_dropout' must be a float"
+    ):
         PromptEncoderConfig(encoder_hidden_size=1.5, encoder_dropout="0")
-    assert get_peft_model(Network(), config("MLP", encoder_hidden_size=None)).peft_config["default"].encoder_hidden_size == 4
+    assert (
+        get_peft_model(Network(), config("MLP", encoder_hidden_size=None)).peft_config["default"].encoder_hidden_size
+        == 4
+    )

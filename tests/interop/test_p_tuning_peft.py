@@ -1,6 +1,7 @@
 """P-tuning from Hugging Face PEFT to mindpet and back: the encoder, logits, steps, files, generation."""
 
 import json
+import re
 
 import mindspore as ms
 import numpy as np
@@ -46,11 +47,10 @@ def encoder_of_theirs(wrapped):
     for name, value in theirs.items():
         if name.startswith("mlp_head"):
             found[name.replace("mlp_head", MLP)] = value
-    for layer in range(sum("weight_ih" in name for name in theirs) // 2):
-        for ours, name in (("input", "ih"), ("state", "hh")):
-            for kind, shape in (("weight", (2, 40, -1)), ("bias", (2, 1, 40))):
-                own = [theirs[f"lstm_head.{kind}_{name}_l{layer}{way}"] for way in ("", "_reverse")]
-                found[f"{LSTM}.{layer}.{ours}_{kind}"] = np.stack(own).reshape(shape)
+        elif name.startswith("lstm_head"):
+            layer = re.search(r"_l(\d+)", name)
+            own = value.reshape(1, -1) if "bias" in name else value
+            found[f"{LSTM}.{layer[1]}.{name[len('lstm_head.') :].replace(layer[0], '')}"] = own
     return found
 
 
