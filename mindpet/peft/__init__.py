@@ -28,6 +28,7 @@ from mindpet.peft.model import PeftModel, get_peft_model, inject_adapter_in_mode
 from mindpet.peft.plan import plan_targets
 from mindpet.peft.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
 from mindpet.peft.status import get_layer_status, get_model_status
+from mindpet.peft.words import start_prefix
 
 __all__ = [
     "AdapterConfig",
@@ -64,4 +65,5 @@ __all__ = [
     "register_base_model",
     "register_layer",
     "set_peft_model_state_dict",
+    "start_prefix",
 ]
