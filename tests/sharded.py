@@ -8,17 +8,21 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from mindpet.delta import (
+    AdaLoRADense,
     AdapterDense,
     AdapterLayer,
+    HiraDense,
     IA3Dense,
     LoRADense,
     LowRankAdapterDense,
     LowRankAdapterLayer,
+    MissDense,
     VeraDense,
 )
 from mindpet.graph import freeze_delta
 from mindpet.parallel import shard_like
 
+MINI = {"init_weights": "mini"}
 # n rows, i inputs, o outputs, r rank or bottleneck, f and k the axes of a factor (of as many features as o or r).
 SIZES = {"n": 128, "i": 64, "o": 128, "r": 4, "k": 2}
 FLOAT = {"compute_dtype": ms.float32}
@@ -26,16 +30,41 @@ LOW_RANK = {"reduction_factor": 32, "low_rank_size": 2, **FLOAT}
 CELLS = {
     "lora": lambda **kw: LoRADense(64, 128, 4, 8, **{"activation": "relu", **FLOAT, **kw}),
     "adapter": lambda **kw: AdapterDense(64, 128, bottleneck_size=4, **{"activation": "gelu", **FLOAT, **kw}),
+    "adapter_parallel": lambda **kw: AdapterDense(
+        64, 128, bottleneck_size=4, form="parallel", scale="learned", **{"activation": "gelu", **FLOAT, **kw}
+    ),
     "low_rank_adapter": lambda **kw: LowRankAdapterDense(64, 128, **{"activation": "silu", **LOW_RANK, **kw}),
     "adapter_layer": lambda **kw: AdapterLayer(128, 4, **{**FLOAT, **kw}),
     "low_rank_adapter_layer": lambda **kw: LowRankAdapterLayer(128, **{**LOW_RANK, **kw}),
     "ia3": lambda **kw: IA3Dense(64, 128, **{"activation": "relu", **FLOAT, **kw}),
     "ia3_feedforward": lambda **kw: IA3Dense(64, 128, True, **{"activation": "relu", **FLOAT, **kw}),
     "vera": lambda **kw: VeraDense(64, 128, 4, **{"activation": "relu", **FLOAT, **kw}),
+    "hira": lambda **kw: HiraDense(64, 128, 4, **{"activation": "relu", **FLOAT, **kw}),
+    "miss": lambda **kw: MissDense(64, 128, 4, **{"activation": "relu", **FLOAT, **kw}),
+    "miss_mini": lambda **kw: MissDense(64, 128, 4, mini_r=2, **{**MINI, "activation": "relu", **FLOAT, **kw}),
+    "adalora": lambda **kw: AdaLoRADense(64, 128, 4, 8, **{"activation": "relu", **FLOAT, **kw}),
 }
-DENSE = ("lora", "ia3", "ia3_feedforward", "vera", "adapter", "low_rank_adapter")
+DENSE = tuple(name for name in CELLS if not name.endswith("_layer"))
 # Of what is no method of its own, the method.
-MODES = {"ia3_feedforward": "ia3", "adapter_layer": "adapter", "low_rank_adapter_layer": "low_rank_adapter"}
+MODES = {
+    "ia3_feedforward": "ia3",
+    "miss_mini": "miss",
+    "adapter_parallel": "adapter",
+    "adapter_layer": "adapter",
+    "low_rank_adapter_layer": "low_rank_adapter",
+}
+# Whose delta sums over the inputs; those of adapters do over the outputs.
+SUM_OF_INPUTS = (
+    "lora",
+    "adalora",
+    "vera",
+    "hira",
+    "miss",
+    "miss_mini",
+    "adapter_parallel",
+)
+NO_SUM = ("ia3", "ia3_feedforward")
+STILL = ("vera", "miss", "miss_mini")  # where nothing in front of the delta's sum trains
 # The cut axes of every parameter, and the size of what is not a size of SIZES.
 BASE = {"weight": "oi", "bias": "o"}
 ADAPTER = {
@@ -63,7 +92,17 @@ PARAMETERS = {
         "mindpet_delta_vera_lambda_b": "o",
         "mindpet_delta_vera_lambda_d": "r",
     },
+    "hira": {**BASE, "mindpet_delta_hira_a": "ri", "mindpet_delta_hira_b": "or"},
+    "miss": {**BASE, "mindpet_delta_miss": "ro"},
+    "miss_mini": {**BASE, "mindpet_delta_miss": "rk"},
+    "adalora": {
+        **BASE,
+        "mindpet_delta_adalora_a": "ri",
+        "mindpet_delta_adalora_b": "or",
+        "mindpet_delta_adalora_e": "rf",
+    },
     "adapter": {**BASE, **ADAPTER},
+    "adapter_parallel": {**BASE, **ADAPTER, "down_sampler.weight": "ri", "mindpet_delta_adapter_scale": "f"},
     "low_rank_adapter": {**BASE, **LOW_RANK_ADAPTER},
     "adapter_layer": ADAPTER,
     "low_rank_adapter_layer": LOW_RANK_ADAPTER,
@@ -97,6 +136,12 @@ class Network(nn.Cell):
 
     def construct(self, x):
         return self.sum(self.cell(x))
+
+
+def is_refused(name, counts):
+    """Whether MindSpore refuses a split: HiRA's product of elements lays out the weight in another way than a matmul
+    does that is cut along more axes than one."""
+    return name == "hira" and sum(count > 1 for count in counts.values()) > 1
 
 
 def build(name, counts, three_axes=False, **arguments):
@@ -152,15 +197,16 @@ def expected_collectives(name, report, counts, ranks, rows=1):
     """
     n, i, o = (counts.get(axis, 1) for axis in "nio")
     rows = rows * SIZES["n"] // n
-    delta_sum = {"lora": i, "vera": i, "ia3": 1, "ia3_feedforward": 1}.get(name, o)
-    inner = ("AllReduce", delta_sum, 4 * rows * SIZES["r"])
+    delta_sum = {**dict.fromkeys(SUM_OF_INPUTS, i), **dict.fromkeys(NO_SUM, 1)}.get(name, o)
+    # HiRA's is of the outputs, and the others' of the rank or bottleneck.
+    inner = ("AllReduce", delta_sum, 4 * rows * (SIZES["o"] // o if name == "hira" else SIZES["r"]))
     found = [("forward", "AllReduce", i, 4 * rows * SIZES["o"] // o)] if name in DENSE and i > 1 else []
     found += [("forward", *inner)] if delta_sum > 1 else []
     found += [("forward", "AllReduce", n * o, 4)] if n * o > 1 else []
     if report.train:
         if name == "ia3_feedforward" and i > 1:  # what trains is in front of the base's sum
             found.append(("backward", "AllReduce", i, 4 * rows * SIZES["o"] // o))
-        if name != "vera" and delta_sum > 1:  # there nothing in front of the delta's sum trains
+        if name not in STILL and delta_sum > 1:
             found.append(("backward", *inner))
         for plan in report.parameters:
             holders = ranks * math.prod(plan.slice) // math.prod(plan.shape)

@@ -92,8 +92,11 @@ KNOWN = {
         "peft/combine.py": "sums of LoRA adapters",
         "peft/state.py": "pissa_niter_N, which is computed exactly, is saved as pissa",
     },
+    "adalora": {"delta/lora.py": "A and B have the same names in a file of Hugging Face PEFT"},
     "low_rank_adapter": {"delta/adapter.py": "a historical import path"},
     "prompt_tuning": {"delta/p_tuning.py": "a prompt that is not computed is the same in both, and so are their files"},
+    "adapter": {"delta/mam.py": "MAM is made of it and of a prefix"},
+    "prefixtuning": {"delta/mam.py": "MAM is made of it and of an adapter"},
     "ptuning2": {"delta/prefix_layer.py": "a prefix that is not computed is the same in both, and so are their files"},
 }
 METHODS_BY_FILE = [name for name, method in METHODS.items() if method.config.__module__ == f"mindpet.delta.{name}"]

@@ -5,10 +5,13 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from mindpet.delta import (
+    AdaLoRADense,
     AdapterDense,
+    HiraDense,
     IA3Dense,
     LoRADense,
     LowRankAdapterDense,
+    MissDense,
     PrefixEncoder,
     PrefixLayer,
     PromptEmbedding,
@@ -22,6 +25,9 @@ DENSE = {
     "lora": lambda **kw: LoRADense(WIDTH, WIDTH, 2, 4, **kw),
     "ia3": lambda **kw: IA3Dense(WIDTH, WIDTH, **kw),
     "vera": lambda **kw: VeraDense(WIDTH, WIDTH, 4, **kw),
+    "hira": lambda **kw: HiraDense(WIDTH, WIDTH, 2, **kw),
+    "miss": lambda **kw: MissDense(WIDTH, WIDTH, 2, **kw),
+    "adalora": lambda **kw: AdaLoRADense(WIDTH, WIDTH, 4, 8, **kw),
     "adapter": lambda **kw: AdapterDense(WIDTH, WIDTH, bottleneck_size=4, **kw),
     "low_rank_adapter": lambda **kw: LowRankAdapterDense(WIDTH, WIDTH, reduction_factor=2, **kw),
 }
@@ -37,6 +43,13 @@ DELTA_SHAPES = {
         "fc.mindpet_vera_b": (8, 4),
         "fc.mindpet_delta_vera_lambda_b": (8,),
         "fc.mindpet_delta_vera_lambda_d": (4,),
+    },
+    "hira": {"fc.mindpet_delta_hira_a": (2, 8), "fc.mindpet_delta_hira_b": (8, 2)},
+    "miss": {"fc.mindpet_delta_miss": (2, 8)},
+    "adalora": {
+        "fc.mindpet_delta_adalora_a": (4, 8),
+        "fc.mindpet_delta_adalora_b": (8, 4),
+        "fc.mindpet_delta_adalora_e": (4, 1),
     },
     "prompt_tuning": {"prefix.mindpet_delta_prompt": (4, 8)},
     "p_tuning": {

@@ -174,10 +174,9 @@ class SelfAttention(nn.Cell):
 
     def __init__(self, config):
         super().__init__()
-        self.num_heads = config.num_attention_heads
-        self.kv_heads = self.num_heads
+        self.heads = self.kv_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
-        self.prefix_source = None  # where mindpet.peft puts a prefix
+        self.prefix_source = self.context_source = None  # where mindpet.peft puts deltas
         self.query = query_or_value(config)
         self.key = dense(config.hidden_size, config.hidden_size)
         self.value = query_or_value(config)
@@ -187,7 +186,7 @@ class SelfAttention(nn.Cell):
             self.prefix = PrefixLayer(
                 config.prefix_tokens,
                 1,
-                self.num_heads,
+                self.heads,
                 config.hidden_size,
                 embed_dim=config.prefix_dim,
                 mid_dim=config.prefix_dim,
@@ -207,11 +206,13 @@ class SelfAttention(nn.Cell):
             key, value = self.prefix_source(key, value)
         scores = ops.matmul(query, key.swapaxes(2, 3)) / math.sqrt(self.head_dim) + seen_by_all(mask, key.shape[2])
         context = ops.matmul(self.dropout(ops.softmax(scores, -1)), value)
+        if self.context_source is not None:
+            context = self.context_source(hidden, query, context)
         return context.swapaxes(1, 2).reshape(hidden.shape)
 
     def split_heads(self, x):
         """`(batch, seq, hidden) -> (batch, heads, seq, head_dim)`."""
-        return x.reshape(x.shape[0], x.shape[1], self.num_heads, self.head_dim).swapaxes(1, 2)
+        return x.reshape(x.shape[0], x.shape[1], self.heads, self.head_dim).swapaxes(1, 2)
 
 
 class BlockOutput(nn.Cell):

@@ -85,9 +85,9 @@ class Attention(nn.Cell):
 
     def __init__(self, config):
         super().__init__()
-        self.kv_heads = config.n_head
+        self.heads = self.kv_heads = config.n_head
         self.head_dim = config.n_embd // config.n_head
-        self.prefix_source = None  # where mindpet.peft puts a prefix
+        self.prefix_source = self.context_source = None  # where mindpet.peft puts deltas
         self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
 
@@ -98,6 +98,8 @@ class Attention(nn.Cell):
         mask = seen_by_all(causal_mask(query.shape[2]) + padding, key.shape[2])
         scores = ops.matmul(query, key.swapaxes(2, 3)) / math.sqrt(self.head_dim) + mask
         context = ops.matmul(ops.softmax(scores, -1), value)
+        if self.context_source is not None:
+            context = self.context_source(hidden, query, context)
         return self.c_proj(context.swapaxes(1, 2).reshape(hidden.shape))
 
     def split_heads(self, x):

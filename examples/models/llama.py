@@ -236,7 +236,7 @@ class Attention(nn.Cell):
             config.head_dim,
         )
         self.groups = self.heads // self.kv_heads
-        self.prefix_source = None  # where mindpet.peft puts a prefix
+        self.prefix_source = self.context_source = None  # where mindpet.peft puts deltas
         width, kv_width, bias = self.heads * self.head_dim, self.kv_heads * self.head_dim, config.attention_bias
         self.q_proj = linear(config, "q_proj", config.hidden_size, width, bias)
         self.k_proj = linear(config, "k_proj", config.hidden_size, kv_width, bias)
@@ -265,7 +265,10 @@ class Attention(nn.Cell):
         scores = ops.cast(self.scores(query, key), ms.float32)
         scores = self.add_mask(self.scale(scores, 1 / math.sqrt(self.head_dim)), mask)
         weights = ops.cast(self.softmax(scores), hidden.dtype)
-        context = self.merge_heads(self.context(weights, value), (0, 2, 1, 3))
+        context = self.context(weights, value)
+        if self.context_source is not None:
+            context = self.context_source(hidden, query, context)
+        context = self.merge_heads(context, (0, 2, 1, 3))
         return self.o_proj(ops.reshape(context, (hidden.shape[0], hidden.shape[1], self.heads * self.head_dim)))
 
     def split_heads(self, x, heads):

@@ -1,10 +1,13 @@
 """The delta Cells, one method a file."""
 
-from mindpet.delta.adapter import AdapterDense, AdapterLayer
+from mindpet.delta.adalora import AdaLoRADense, AdaLoraOptimizer, OrthogonalLoss
+from mindpet.delta.adapter import AdapterDense, AdapterLayer, MultiHeadAdapterLayer
+from mindpet.delta.hira import HiraDense
 from mindpet.delta.ia3 import IA3Dense
 from mindpet.delta.lora import LoRADense
 from mindpet.delta.low_rank_adapter import LowRankAdapterDense, LowRankAdapterLayer
 from mindpet.delta.p_tuning import PromptEncoder
+from mindpet.delta.miss import MissDense
 from mindpet.delta.prefix_layer import PrefixLayer
 from mindpet.delta.prompt_tuning import PromptEmbedding
 from mindpet.delta.ptuning2 import PrefixEncoder
@@ -12,12 +15,18 @@ from mindpet.delta.r_drop import RDropLoss, rdrop_repeat
 from mindpet.delta.vera import VeraDense
 
 __all__ = [
+    "AdaLoRADense",
+    "AdaLoraOptimizer",
     "AdapterDense",
     "AdapterLayer",
+    "HiraDense",
     "IA3Dense",
     "LoRADense",
     "LowRankAdapterDense",
     "LowRankAdapterLayer",
+    "MultiHeadAdapterLayer",
+    "MissDense",
+    "OrthogonalLoss",
     "PrefixEncoder",
     "PrefixLayer",
     "PromptEmbedding",

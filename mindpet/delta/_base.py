@@ -116,6 +116,14 @@ class Delta(nn.Cell):
         """A tensor in the compute type."""
         return cast(value, self.compute_dtype)
 
+    def keep_weight(self, cell):
+        """Keep the layer's weight beside the delta's parameters, for a delta that computes with it."""
+        self.base_weight = self.kind.weight_of(cell)
+
+    def kept_weight(self):
+        """The layer's weight, see `keep_weight`; it does not train."""
+        return self.base_weight
+
     def reset(self):
         """Make the delta the identity bit for bit, whatever its parameters hold: all of them are lost.
 
@@ -277,6 +285,12 @@ class DeltaDense(Dense):
             return self.activate(self.after(rows, out))
         return self.after(rows, self.activate(out))
 
+    def keep_weight(self, cell):
+        """Do nothing: the weight is the layer's own."""
+
+    def kept_weight(self):
+        return self.weight
+
     @property
     def operators(self):
         return {
@@ -381,7 +395,7 @@ class PrefixDelta(Delta):
 
 
 class ResidualAdapter(nn.Cell):
-    """`h + bottleneck(h)`: what adapters put after a layer. A method overrides `bottleneck(rows)`.
+    """`h + bottleneck(h)` after a layer, or `h + bottleneck(x)` beside it. A method overrides `bottleneck(rows)`.
 
     Args:
         hidden_size (int): features of the input and the output.
@@ -390,6 +404,8 @@ class ResidualAdapter(nn.Cell):
             type, so that an untrained bottleneck that gives zeros leaves the input bit for bit.
     """
 
+    form = "sequential"  # or 'parallel', with the layer's input x
+
     def __init__(self, hidden_size, param_init_type, compute_dtype):
         super().__init__()
         self.hidden_size = hidden_size
@@ -397,9 +413,10 @@ class ResidualAdapter(nn.Cell):
         self.compute_dtype = compute_dtype
         self.residual_add = ops.Add()
 
-    def construct(self, hidden):
+    def construct(self, hidden, x=None):
         rows = to_rows(hidden)
-        delta = ops.cast(self.bottleneck(ops.cast(rows, self.compute_dtype)), hidden.dtype)
+        entering = to_rows(x) if self.form == "parallel" else rows
+        delta = ops.cast(self.bottleneck(ops.cast(entering, self.compute_dtype)), hidden.dtype)
         return from_rows(self.residual_add(rows, delta), hidden)
 
     def reset(self):
@@ -407,7 +424,7 @@ class ResidualAdapter(nn.Cell):
         set_zeros(*self.get_parameters())
 
     def bottleneck(self, rows):
-        """The delta on rows of the compute type: `(rows, hidden_size) -> (rows, hidden_size)`."""
+        """The delta on rows of the compute type: `(rows, features of x) -> (rows, hidden_size)`."""
         raise NotImplementedError
 
     def extend_repr(self):
@@ -418,8 +435,14 @@ class ResidualAdapter(nn.Cell):
 
 
 def out_features(cell, kind):
-    """Features of a layer's output."""
-    return kind.weight_of(cell).shape[-1 if kind.transposed else 0]
+    """Features of a place's output."""
+    return kind.out_features(cell)
+
+
+def matrix_shape(cell, kind):
+    """`(out, in)` of a linear layer, `(features, vocab)` of an embedding."""
+    shape = kind.weight_of(cell).shape
+    return shape[::-1] if kind.transposed else shape
 
 
 def set_zeros(*params):

@@ -129,9 +129,33 @@ class PeftConfig:
         """Whether the method adds tokens or keys and values, rather than layers."""
         return isinstance(self, PromptLearningConfig)
 
+    @property
+    def parts(self):
+        """The configurations of the adapter's methods; this one alone, if it is no union of several."""
+        return [self]
+
+    def with_parts(self, parts):
+        """This configuration with others in place of its `parts`."""
+        (part,) = parts
+        return part
+
     def delta_arguments(self, path):
         """The keywords of `Delta.setup` for the layer at `path`."""
         return {}
+
+    def kinds_of_targets(self, kinds):
+        """Those of the method's kinds of places, names in `mindpet.network.kinds`, that this configuration is for."""
+        return kinds
+
+    def complete(self, kinds):
+        """Set what a network tells.
+
+        Args:
+            kinds (list): of its Cells with a slot, see `mindpet.network.kinds.SLOTS`; all alike.
+
+        Raises:
+            ConfigError: a field says otherwise, or is missing.
+        """
 
     def computed(self):
         """The configuration of this adapter as a file has it: what was computed is there, and not what it is from."""
@@ -151,6 +175,21 @@ class PeftConfig:
             ConfigError: the configuration does not fit the tensors.
         """
         return copy.deepcopy(self), tensors
+
+    def unpack(self, tensors):
+        """The inverse of `pack`: the configuration and the tensors of an adapter, from those of a file."""
+        return self, tensors
+
+    def pack(self, tensors):
+        """What a file has, where it lacks a part that can be told from the rest.
+
+        Args:
+            tensors (dict): key -> numpy.ndarray, of the adapter.
+
+        Returns:
+            tuple: PeftConfig, and dict of key -> numpy.ndarray.
+        """
+        return self, tensors
 
     def check_supported(self, from_file=False):
         """Refuse fields that would change what is computed, but have no place here.
@@ -309,6 +348,7 @@ class TargetConfig(PeftConfig):
     layers_pattern: Optional[Union[list, str]] = None
 
     choices = ()  # fields that choose some of the targets, see `mindpet.network.match.chooses`
+    patterns = ("rank_pattern", "alpha_pattern")  # fields with numbers of some of the targets, if the method has them
     bias = "none"  # the methods with such a field know 'none', 'all', and a name of their own for the targets' biases
 
     @property
@@ -327,7 +367,7 @@ class TargetConfig(PeftConfig):
             known (iterable of str): every path that there is after.
         """
         fields = {}
-        for name in ("rank_pattern", "alpha_pattern"):  # of the methods that have them
+        for name in self.patterns:
             patterns, default = getattr(self, name, {}), object()
             said = {new: pattern_value(patterns, old, default) for old, new in pairs}
             if hasattr(self, name):
@@ -362,7 +402,7 @@ class TargetConfig(PeftConfig):
         names = [pattern] if isinstance(pattern, str) else pattern if isinstance(pattern, (list, tuple, set)) else ()
         compile_all = all(_compiles(name) for name in names if isinstance(name, str))
         check.require(compile_all, ValueError, "layers_pattern", pattern, "of regular expressions")
-        for name in ("rank_pattern", "alpha_pattern"):  # of the methods that have them
+        for name in self.patterns:
             value = getattr(self, name, {})
             if check.require(isinstance(value, dict), TypeError, name, value, "a dict"):
                 for pattern, number in value.items():
@@ -403,14 +443,6 @@ class PromptLearningConfig(PeftConfig):
     key_start = "base_model."  # Hugging Face PEFT does not wrap the model twice
 
     def complete(self, kinds):
-        """Set what a network tells.
-
-        Args:
-            kinds (list): of all attentions, or of the input embedding, see `mindpet.network.kinds.SLOTS`; all alike.
-
-        Raises:
-            ConfigError: a field says otherwise; `num_virtual_tokens` is missing.
-        """
         problems = []
         for name, value in self.network_sizes(kinds).items():
             if getattr(self, name) is None:

@@ -3,8 +3,17 @@
 import enum
 from dataclasses import dataclass, field
 
-from mindpet.delta.adapter import AdapterDelta, AdapterDense, AdapterLayer, BottleneckConfig
+from mindpet.delta.adalora import AdaLoraConfig, AdaLoRADelta, AdaLoRADense
+from mindpet.delta.adapter import (
+    AdapterDelta,
+    AdapterDense,
+    AdapterLayer,
+    BottleneckConfig,
+    MultiHeadAdapterDelta,
+    MultiHeadAdapterLayer,
+)
 from mindpet.delta.bitfit import BitFitConfig
+from mindpet.delta.hira import HiraConfig, HiraConvolution, HiraDelta, HiraDense, HiraEmbedding
 from mindpet.delta.ia3 import IA3Config, IA3Delta, IA3Dense
 from mindpet.delta.lora import LoraConfig, LoraConvolution, LoraDelta, LoRADense, LoraEmbedding
 from mindpet.delta.low_rank_adapter import (
@@ -13,6 +22,7 @@ from mindpet.delta.low_rank_adapter import (
     LowRankAdapterDense,
     LowRankAdapterLayer,
 )
+from mindpet.delta.miss import MissConfig, MissDelta, MissDense
 from mindpet.delta.p_tuning import PromptEncoder, PromptEncoderConfig, PromptEncoderDelta
 from mindpet.delta.prefix_layer import PrefixLayer, PrefixLayerDelta, PrefixTuningConfig
 from mindpet.delta.prompt_tuning import PromptDelta, PromptEmbedding, PromptTuningConfig
@@ -84,8 +94,13 @@ METHODS = {
             "adapter",
             BottleneckConfig,
             ("*mindpet_delta_adapter*",),
-            {"linear": AdapterDelta, "embedding": AdapterDelta},
-            (AdapterDense, AdapterLayer),
+            {
+                "linear": AdapterDelta,
+                "embedding": AdapterDelta,
+                "block": AdapterDelta,
+                "context": MultiHeadAdapterDelta,
+            },
+            (AdapterDense, AdapterLayer, MultiHeadAdapterLayer),
             identity=True,
         ),
         Method(
@@ -123,6 +138,29 @@ METHODS = {
             identity=True,
         ),
         Method(
+            "hira",
+            HiraConfig,
+            ("*mindpet_delta_hira_*",),
+            {
+                "linear": HiraDelta,
+                "embedding": HiraEmbedding,
+                "conv1d": HiraConvolution,
+                "conv2d": HiraConvolution,
+                "conv3d": HiraConvolution,
+            },
+            (HiraDense,),
+            identity=True,
+        ),
+        Method("miss", MissConfig, ("*mindpet_delta_miss",), {"linear": MissDelta}, (MissDense,), identity=True),
+        Method(
+            "adalora",
+            AdaLoraConfig,
+            ("*mindpet_delta_adalora_?",),
+            {"linear": AdaLoRADelta},
+            (AdaLoRADense,),
+            identity=True,
+        ),
+        Method(
             "prompt_tuning",
             PromptTuningConfig,
             ("*mindpet_delta_prompt",),
@@ -148,7 +186,7 @@ for _method in METHODS.values():
 
 
 def method_of(config):
-    """The method of a configuration."""
+    """The method of a configuration that is no union, see `PeftConfig.parts`."""
     return METHODS[config.method_name]
 
 

@@ -6,7 +6,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, ops
 
-from mindpet.delta._base import Delta, DeltaDense, delta_parameter
+from mindpet.delta._base import Delta, DeltaDense, delta_parameter, matrix_shape
 from mindpet.delta._config import TargetConfig
 from mindpet.layers.linear import cast, from_rows, to_rows
 from mindpet.utils.validate import Checker, is_int
@@ -97,12 +97,12 @@ class VeraDelta(Delta):
 
     @classmethod
     def shared(cls, targets):
-        shapes = [_matrix_shape(target.cell, target.kind) for target in targets]
+        shapes = [matrix_shape(target.cell, target.kind) for target in targets]
         outs, ins = zip(*shapes)
         return _projections(max(ins), max(outs), targets[0].arguments["rank"], targets[0].arguments["seed"])
 
     def setup(self, cell, rank, dropout=0.0, d_initial=0.1, seed=0, shared=None, dtype=ms.float32):
-        self.rank, (self.outs, self.ins) = rank, _matrix_shape(cell, self.kind)
+        self.rank, (self.outs, self.ins) = rank, matrix_shape(cell, self.kind)
         shared = shared or _projections(self.ins, self.outs, rank, seed)
         self.mindpet_vera_a, self.mindpet_vera_b = shared[A], shared[B]
         self.mindpet_delta_vera_lambda_b = delta_parameter("zeros", (self.outs,), dtype, LAMBDA_B)
@@ -157,12 +157,6 @@ class VeraDelta(Delta):
 
     def extend_repr(self):
         return f"rank={self.rank}"
-
-
-def _matrix_shape(cell, kind):
-    """`(out, in)` of a linear layer."""
-    shape = kind.weight_of(cell).shape
-    return shape[::-1] if kind.transposed else shape
 
 
 def _projections(ins, outs, rank, seed):

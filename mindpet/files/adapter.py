@@ -26,6 +26,7 @@ def save_adapter(folder, config, tensors, passport):
         tensors (dict): key -> numpy.ndarray.
         passport (dict): see `mindpet.files.passport`.
     """
+    config, tensors = config.pack(tensors)
     with together(folder, (PASSPORT_NAME, CONFIG_NAME, WEIGHTS_NAME)) as staged:
         save_tensors(staged / WEIGHTS_NAME, tensors)
         (staged / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple, Optional
 
+from mindpet.delta._config import PeftConfig
 from mindpet.delta.registry import method_of
 
 
@@ -12,11 +13,13 @@ class Key(NamedTuple):
         path (str): of the layer in the PyTorch model; None for a tensor that layers share.
         name (str): of the parameter in the Delta.
         kinds (tuple): of layers whose Delta has a parameter of this name in a file.
+        config (PeftConfig): of the method, one of the `parts` of that of the adapter.
     """
 
     path: Optional[str]
     name: str
     kinds: tuple
+    config: PeftConfig
 
 
 def shared_key(file):
@@ -34,20 +37,21 @@ def parse_keys(keys, config):
     Returns:
         dict of key -> Key.
     """
-    kinds, shared = {}, {}  # (name in a file, name in the Delta), (key, name in the Delta) -> kinds
-    for kind, delta in method_of(config).deltas.items():
-        for name, file in (delta.file_names or {}).items():
-            kinds.setdefault((file, name), []).append(kind)
-        for name, file in delta.shared_names.items():
-            shared.setdefault((shared_key(file), name), []).append(kind)
     found = {}
-    for key in keys:
-        for (own, name), of in shared.items():
-            if key == own:
-                found[key] = Key(None, name, tuple(of))
-        for (file, name), of in kinds.items():
-            if key.startswith(config.key_start) and key.endswith(f".{file}"):
-                found[key] = Key(key[len(config.key_start) : -len(file) - 1], name, tuple(of))
+    for part in config.parts:
+        kinds, shared = {}, {}  # (name in a file, name in the Delta), (key, name in the Delta) -> kinds
+        for kind, delta in method_of(part).deltas.items():
+            for name, file in (delta.file_names or {}).items():
+                kinds.setdefault((file, name), []).append(kind)
+            for name, file in delta.shared_names.items():
+                shared.setdefault((shared_key(file), name), []).append(kind)
+        for key in keys:
+            for (whole, name), of in shared.items():
+                if key == whole:
+                    found[key] = Key(None, name, tuple(of), part)
+            for (file, name), of in kinds.items():
+                if key.startswith(part.key_start) and key.endswith(f".{file}"):
+                    found[key] = Key(key[len(part.key_start) : -len(file) - 1], name, tuple(of), part)
     return found
 
 

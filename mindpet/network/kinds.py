@@ -1,4 +1,4 @@
-"""Which Cells are linear layers, embeddings or convolutions, and where they keep their weight."""
+"""Places for deltas: linear layers, embeddings, convolutions, blocks of layers, and Cells with a slot for a delta."""
 
 import functools
 import inspect
@@ -60,6 +60,15 @@ class LayerKind:
         """The Parameter of the bias, or None."""
         return getattr(cell, self.bias, None)
 
+    def in_features(self, cell):
+        """Features, or channels, of the input; of an embedding the rows of its table."""
+        rows, columns = self.weight_of(cell).shape[:2]
+        return rows if self.transposed else columns * self.groups_of(cell)
+
+    def out_features(self, cell):
+        """Features, or channels, of the output."""
+        return self.weight_of(cell).shape[-1 if self.transposed else 0]
+
     def groups_of(self, cell):
         """The groups of a convolution; 1 for any other layer."""
         return getattr(cell, "group", getattr(cell, "groups", 1)) if self.is_convolution else 1
@@ -81,6 +90,49 @@ class LayerKind:
 
 
 @dataclass(frozen=True)
+class BlockKind:
+    """A Cell that is no layer, but has linear layers: a feed-forward block, an attention, a whole transformer layer.
+
+    It takes what its first linear layer takes, and returns, alone or first of several, what its last one returns.
+
+    Attributes:
+        inputs (int): features of the input.
+        outputs (int): features of the output.
+        compute_dtype (mindspore.dtype): that its first linear layer computes in.
+    """
+
+    inputs: int
+    outputs: int
+    compute_dtype: Any
+
+    name = "block"
+    batch_axis, flattens = 0, True  # as a LayerKind has them
+
+    @classmethod
+    def of(cls, cell):
+        """The kind of this very Cell, or None: there is no linear layer."""
+        layers = linear_layers(cell)
+        if not layers:
+            return None
+        (first, entry), (last, leaving) = layers[0], layers[-1]
+        return cls(entry.in_features(first), leaving.out_features(last), entry.compute_dtype)
+
+    def in_features(self, cell):
+        """Features of the input."""
+        return self.inputs
+
+    def out_features(self, cell):
+        """Features of the output."""
+        return self.outputs
+
+
+def linear_layers(cell):
+    """The linear layers below a Cell, in its order: list of (Cell, LayerKind). Those of deltas do not count."""
+    layers = [(inner, layer_kind(inner)) for path, inner in cell.cells_and_names() if path and "mindpet" not in path]
+    return [(inner, kind) for inner, kind in layers if kind is not None and kind.name == "linear"]
+
+
+@dataclass(frozen=True)
 class AttentionKind:
     """An attention that calls its attribute `prefix_source`, where that is not None, on its keys and values.
 
@@ -95,6 +147,38 @@ class AttentionKind:
     name = "attention"
     slot = "prefix_source"
     strategy = "prefix_strategy"
+
+    @property
+    def cut_heads(self):
+        """The heads that the Cell's strategies cut."""
+        return self.kv_heads
+
+
+@dataclass(frozen=True)
+class ContextKind:
+    """An attention that calls its attribute `context_source`, where that is not None, on what its heads put out.
+
+    `context = self.context_source(hidden, query, context)`: the attention's input `(batch, seq, features)`, its queries
+    with their positions and the result, both `(batch, heads, seq, head_dim)`.
+
+    Attributes:
+        heads (int): query heads.
+        kv_heads (int): key and value heads.
+        head_dim (int): features of a head.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    name = "context"
+    slot = "context_source"
+    strategy = "context_strategy"
+
+    @property
+    def cut_heads(self):
+        """The heads that the Cell's strategies cut."""
+        return self.heads
 
 
 @dataclass(frozen=True)
@@ -133,8 +217,8 @@ class InputEmbeddingKind:
         return weight
 
 
-# Places that are no layers, by the name of their kind: Cells with an attribute that takes a delta.
-SLOTS = {kind.name: kind for kind in (AttentionKind, InputEmbeddingKind)}
+# Cells with an attribute that takes a delta, by the name of their kind.
+SLOTS = {kind.name: kind for kind in (AttentionKind, ContextKind, InputEmbeddingKind)}
 
 
 # Class, or its path for one of a library -> LayerKind.
@@ -206,6 +290,19 @@ def register_layer(
         check.require(batch_axis >= 0, ValueError, "batch_axis", batch_axis, "at least 0")
     check.done()
     KINDS[cls] = LayerKind(name, weight, bias, fan_in_fan_out, compute_dtype, adds_bias, flattens, batch_axis)
+
+
+def slot_of(cell, names):
+    """The class of kind, one of `SLOTS`, whose attribute a Cell has; None if there is none among the names."""
+    return next((kind for name, kind in SLOTS.items() if name in names and hasattr(cell, kind.slot)), None)
+
+
+def place_kind(cell, names):
+    """The kind of a Cell without a slot, a LayerKind or a BlockKind; None if it is not among the names."""
+    kind = layer_kind(cell)
+    if kind is None and "block" in names and why_not(cell) is None:
+        kind = BlockKind.of(cell)
+    return kind if kind is not None and kind.name in names else None
 
 
 def layer_kind(cell):

@@ -122,7 +122,7 @@ def check_patterns(config, layers, unmatched=None):
         NoMatchError: a key fits no layer; the nearest names are in the message.
     """
     problems = []
-    for name in ("rank_pattern", "alpha_pattern"):
+    for name in getattr(config, "patterns", ()):
         problems += _unmatched(name, list(getattr(config, name, {})), _is_in_patterns, layers)
     for name in getattr(config, "choices", ()):
         problems += _unmatched(name, _in_order(getattr(config, name)), chooses, layers)

@@ -1,6 +1,6 @@
 """The strategies of a delta, derived from that of the layer it belongs to."""
 
-from mindpet.utils.sharding import check_strategy, slot_table
+from mindpet.utils.sharding import check_strategy, cut_axes, slot_table
 from mindpet.utils.validate import Checker
 
 
@@ -61,10 +61,4 @@ def shard_axes(cell, counts):
     Raises:
         ValueError: an activation cannot be sharded.
     """
-    return cell.shard(
-        **{
-            slot: tuple(tuple(counts.get(axis, 1) for axis in names) for names in axes.split(","))
-            for slot, (operator, axes) in slot_table(cell).items()
-            if operator is not None
-        }
-    )
+    return cell.shard(**cut_axes(cell, counts))

@@ -1,16 +1,21 @@
 """The interface of Hugging Face PEFT: configurations, networks with adapters, and their files."""
 
 from mindpet.delta._config import PeftConfig, PromptLearningConfig, TaskType, get_peft_config
+from mindpet.delta.adalora import AdaLoraConfig
 from mindpet.delta.adapter import AdapterConfig, BottleneckConfig
 from mindpet.delta.bitfit import BitFitConfig
+from mindpet.delta.hira import HiraConfig
 from mindpet.delta.ia3 import IA3Config
 from mindpet.delta.lora import LoraConfig
 from mindpet.delta.low_rank_adapter import LowRankAdapterConfig
 from mindpet.delta.p_tuning import PromptEncoderConfig
+from mindpet.delta.mam import mam_config
+from mindpet.delta.miss import MissConfig
 from mindpet.delta.prefix_layer import PrefixTuningConfig
 from mindpet.delta.prompt_tuning import PromptTuningConfig
 from mindpet.delta.ptuning2 import Ptuning2Config
 from mindpet.delta.registry import PeftType
+from mindpet.delta.union import UnionConfig
 from mindpet.delta.vera import VeraConfig
 from mindpet.files.names import NameMap
 from mindpet.network.kinds import register_layer
@@ -31,6 +36,7 @@ from mindpet.peft.status import get_layer_status, get_model_status
 from mindpet.peft.words import start_prefix
 
 __all__ = [
+    "AdaLoraConfig",
     "AdapterConfig",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
@@ -41,9 +47,11 @@ __all__ = [
     "AutoPeftModelForTokenClassification",
     "BitFitConfig",
     "BottleneckConfig",
+    "HiraConfig",
     "IA3Config",
     "LoraConfig",
     "LowRankAdapterConfig",
+    "MissConfig",
     "NameMap",
     "PeftConfig",
     "PeftModel",
@@ -54,6 +62,7 @@ __all__ = [
     "PromptTuningConfig",
     "Ptuning2Config",
     "TaskType",
+    "UnionConfig",
     "VeraConfig",
     "get_layer_status",
     "get_model_status",
@@ -61,6 +70,7 @@ __all__ = [
     "get_peft_model",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
+    "mam_config",
     "plan_targets",
     "register_base_model",
     "register_layer",

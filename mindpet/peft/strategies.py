@@ -5,7 +5,7 @@ delta cannot follow it is refused: it would be right, but gather what is cut.
 """
 
 from mindpet.errors import ConfigError
-from mindpet.network.kinds import SLOTS
+from mindpet.network.kinds import SLOTS, linear_layers
 from mindpet.parallel.derive import shard_axes
 from mindpet.utils.sharding import check_strategy, slot_table
 from mindpet.utils.validate import Checker, is_int
@@ -19,11 +19,11 @@ DELTAS = (
 
 
 def carry_strategy(cell, kind, delta):
-    """Derive a delta's strategies from those of its layer or attention; do nothing if that has none.
+    """Derive a delta's strategies from those of its place; do nothing if that has none.
 
     Args:
-        cell (Cell): the layer or attention.
-        kind (Union[LayerKind, AttentionKind]): of the Cell.
+        cell (Cell): the layer, block or attention.
+        kind (object): of the Cell, see `mindpet.network.kinds`.
         delta (Delta): made for it.
 
     Raises:
@@ -39,7 +39,7 @@ def carry_strategy(cell, kind, delta):
 
 
 def find_cuts(cell, kind):
-    """How the operators of a layer or attention are cut, see the functions below; None if none has a strategy.
+    """How the operators of a place are cut, see the functions below; None if none has a strategy.
 
     Raises:
         ConfigError: there are strategies that a delta cannot follow.
@@ -52,11 +52,13 @@ def find_cuts(cell, kind):
         if any(getattr(primitive, name, None) is not None for name in ("in_strategy", "in_layout"))
     ]
     if kind.name not in SLOTS:
-        return _layer_cuts(kind, sharded) if sharded else None
+        if not sharded:
+            return None
+        return _block_cuts(cell) if kind.name == "block" else _layer_cuts(kind, sharded)
     given = getattr(cell, kind.strategy, None)
     if given is None and not sharded:
         return None
-    return _attention_cuts(cell, sharded, given) if kind.name == "attention" else _batch_cut(given)
+    return _attention_cuts(kind, sharded, given) if hasattr(kind, "cut_heads") else _batch_cut(given)
 
 
 def _layer_cuts(kind, sharded):
@@ -81,6 +83,18 @@ def _layer_cuts(kind, sharded):
     return {letter: count for part, layout in zip(axes.split(","), strategy) for letter, count in zip(part, layout)}
 
 
+def _block_cuts(cell):
+    """How often each axis of a block is cut: as its first and its last linear layer are."""
+    layers = linear_layers(cell)
+    first, last = (find_cuts(*layer) for layer in (layers[0], layers[-1]))
+    if first is None or last is None or first["n"] != last["n"]:
+        raise ConfigError(
+            "a delta takes the strategies of a block from its first and its last linear layer, which must both have "
+            f"them, and cut the rows alike; they are {first} and {last}"
+        )
+    return {"n": first["n"], "i": first["i"], "o": last["o"]}
+
+
 def _batch_cut(given):
     """(slices of the batch,) of a Cell that takes a prompt."""
     if not (isinstance(given, tuple) and len(given) == 1 and is_int(given[0]) and given[0] > 0):
@@ -91,8 +105,8 @@ def _batch_cut(given):
     return given
 
 
-def _attention_cuts(cell, sharded, cut):
-    """(slices of the batch, slices of the key and value heads) of an attention.
+def _attention_cuts(kind, sharded, cut):
+    """(slices of the batch, slices of the heads) of an attention.
 
     Key and value are the second inputs, `(batch, heads, ..., ...)`, of its batched matmuls.
     """
@@ -102,14 +116,14 @@ def _attention_cuts(cell, sharded, cut):
         if len(cut) != 4 or cut[2:] != (1, 1):
             raise ConfigError(
                 "its batched matmuls do not tell in how many slices the batch and the heads of key and value are cut; "
-                "give it an attribute 'prefix_strategy', a tuple of these two"
+                f"give it an attribute {kind.strategy!r}, a tuple of these two"
             )
         cut = cut[:2]
     pair = isinstance(cut, tuple) and len(cut) == 2 and all(is_int(count) and count > 0 for count in cut)
-    if not pair or cell.kv_heads % cut[1]:
+    if not pair or kind.cut_heads % cut[1]:
         raise ConfigError(
-            f"its 'prefix_strategy' must be two positive ints, of which the second divides its {cell.kv_heads} key and "
-            f"value heads, but is {cut!r}"
+            f"its {kind.strategy!r} must be two positive ints, of which the second divides its {kind.cut_heads} heads, "
+            f"but is {cut!r}"
         )
     return cut
 

@@ -65,6 +65,20 @@ def apply_strategies(cell, strategies):
     return cell
 
 
+def cut_axes(cell, counts):
+    """The strategies of a Cell, slot -> strategy, from how often each axis is cut.
+
+    Args:
+        cell (Cell): has the table `operators`.
+        counts (dict): letter of an axis -> count; what is missing is not cut.
+    """
+    return {
+        slot: tuple(tuple(counts.get(axis, 1) for axis in names) for names in axes.split(","))
+        for slot, (operator, axes) in slot_table(cell).items()
+        if operator is not None
+    }
+
+
 def slot_table(cell):
     """The table `operators` of a Cell of this package; empty for any other object."""
     return cell.operators if isinstance(getattr(type(cell), "operators", None), property) else {}

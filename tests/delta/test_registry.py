@@ -30,6 +30,9 @@ NAMES = {
     "lora": ["fc.mindpet_delta_lora_a", "mindpet_delta_lora_B", "blocks.0.mindpet_delta_lora.weight"],
     "ia3": ["fc.mindpet_delta_ia3"],
     "vera": ["fc.mindpet_delta_vera_lambda_b", "mindpet_delta_vera_lambda_d"],
+    "hira": ["fc.mindpet_delta_hira_a", "mindpet_delta_hira_b"],
+    "miss": ["fc.mindpet_delta_miss", "mindpet_delta_miss"],
+    "adalora": [f"fc.mindpet_delta_adalora_{name}" for name in "abe"],
     "prompt_tuning": ["model.mindpet_delta_prompt"],
     "p_tuning": ["model.mindpet_delta_p_tuning_table", "mindpet_delta_p_tuning_mlp.0.weight"],
     "prefixtuning": ["prefix.mindpet_delta_prefixtuning_wte.embedding_table", "mindpet_delta_prefixtuning.0.weight"],
@@ -49,6 +52,7 @@ NEVER = [
     "fc.mindpet_lora_scaling",
     "fc.mindpet_lora_start_a",
     "fc.mindpet_vera_a",
+    "mindpet_adalora_sensitivity.fc.mindpet_delta_adalora_a.x",
     "mindpet_delta_ptuning2_prefix",
 ]
 

@@ -6,11 +6,14 @@ import pytest
 
 from mindpet.errors import ConfigError
 from mindpet.peft import (
+    AdaLoraConfig,
     AdapterConfig,
     BitFitConfig,
+    HiraConfig,
     IA3Config,
     LoraConfig,
     LowRankAdapterConfig,
+    MissConfig,
     PeftConfig,
     PeftType,
     PrefixTuningConfig,
@@ -46,6 +49,9 @@ EVERY = [
     BitFitConfig(modules_to_save=["classifier"]),
     IA3Config(target_modules=["key", "dense"], feedforward_modules=["dense"]),
     VeraConfig(r=4, target_modules=["query"], vera_dropout=0.1),
+    HiraConfig(r=4, target_modules=["query"], rank_pattern={"query": 2}, init_weights=None),
+    MissConfig(r=4, target_modules=["query"], init_weights="mini", mini_r=2),
+    AdaLoraConfig(init_r=4, total_step=9, target_r=2, target_modules=["query"], rank_pattern={"q.lora_E": [True] * 4}),
     PromptTuningConfig(num_virtual_tokens=5),
     PromptEncoderConfig(num_virtual_tokens=5, encoder_reparameterization_type="LSTM"),
 ]

@@ -13,10 +13,13 @@ from mindpet.errors import AdapterError, ConfigError, MergeError
 from mindpet.graph import freeze_delta
 from mindpet.network.values import forget_graphs
 from mindpet.peft import (
+    AdaLoraConfig,
     AdapterConfig,
     BitFitConfig,
+    HiraConfig,
     IA3Config,
     LoraConfig,
+    MissConfig,
     PeftModel,
     VeraConfig,
     get_peft_model,
@@ -35,6 +38,10 @@ KINDS = {
     "adapter": AdapterConfig(target_modules=["query"], bottleneck_size=3),
     "ia3": IA3Config(target_modules=["query"]),
     "vera": VeraConfig(r=2, target_modules=["query"], bias="vera_only"),
+    "hira": HiraConfig(r=2, target_modules=["query", "embed"]),
+    "miss": MissConfig(r=2, target_modules=["query"], bias="miss_only"),
+    "bat": MissConfig(r=2, target_modules=["query"], init_weights="bat"),
+    "adalora": AdaLoraConfig(init_r=2, target_r=1, total_step=3, target_modules=["query"], bias="lora_only"),
 }
 
 

@@ -14,9 +14,11 @@ from mindpet.network.kinds import layer_kind
 from mindpet.parallel import dry_run_many
 from mindpet.peft import (
     AdapterConfig,
+    HiraConfig,
     IA3Config,
     LoraConfig,
     LowRankAdapterConfig,
+    MissConfig,
     PrefixTuningConfig,
     Ptuning2Config,
     VeraConfig,
@@ -123,9 +125,12 @@ def test_prefixes_and_deltas_of_embeddings_communicate_their_gradients_only(rank
         check_delta(report)
 
 
+OURS = ("mindpet_", "prefix_source", "context_source")
+
+
 def check_delta(report):
     """No operator of a delta is left to MindSpore, and every trained parameter has a sum of its gradient."""
-    ours = [plan for plan in report.operators if "mindpet_" in plan.cell or "prefix_source" in plan.cell]
+    ours = [plan for plan in report.operators if any(part in plan.cell for part in OURS)]
     ours = [plan for plan in ours if plan.operator != "NeighborExchangeV2"]  # which convolutions need by themselves
     assert ours and all(plan.is_set for plan in ours), [plan for plan in ours if not plan.is_set]
     assert not [plan for plan in report.collectives if "layout" in plan.cause]
@@ -156,12 +161,21 @@ def test_lora_bias_dropout_and_start_follow_too(reports):
 
 FACTORS = IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
 VECTORS = VeraConfig(r=4, target_modules=TARGETS)
+HEADS = AdapterConfig(target_modules=["self_attn"], bottleneck_size=2, form="multi_head")
+BESIDE = AdapterConfig(target_modules=["mlp"], bottleneck_size=8, form="parallel", scale="learned")
 
 
 @pytest.mark.parametrize("ranks, data_parallel", [(8, 2), (64, 16)])
 def test_factors_and_vectors_communicate_what_they_need(ranks, data_parallel):
-    ia3, vera = dry_run_many([functools.partial(make, config, data_parallel) for config in (FACTORS, VECTORS)], ranks)
-    for report in (ia3, vera):
+    configs = (FACTORS, VECTORS, BESIDE, HEADS)
+    ia3, vera, beside, heads = dry_run_many(
+        [functools.partial(make, config, data_parallel) for config in configs], ranks
+    )
+    # Of a block the rows alone are cut: nothing but the gradients of what is whole on every rank.
+    assert collective_bytes(beside) == BASE_BYTES + 4 * 2 * (8 * (64 + 1) + 64 * (8 + 1) + 1)
+    # Everything of a head is where the head is.
+    assert collective_bytes(heads) == BASE_BYTES + 4 * 2 * (16 * (64 + 1) + 8 * (2 * 8 + 8)) // 4
+    for report in (ia3, vera, beside, heads):
         check_delta(report)
         assert {plan.kind for plan in report.collectives} == {"AllReduce"}  # nothing is gathered
     own = {plan.cause: plan.bytes * plan.count for plan in ia3.collectives if "mindpet" in plan.cause}
@@ -438,3 +452,23 @@ def test_dora_beside_a_layer_with_strategies_is_refused():
     loss = CausalLoss(LlamaConfig(**SHAPE, data_parallel=2, model_parallel=4))
     with pytest.raises(ConfigError, match=r"layers.0.self_attn.q_proj: no DoRA beside a layer with strategies"):
         get_peft_model(loss.network, LoraConfig(target_modules=["q_proj"], use_dora=True))
+
+
+def test_hira_beside_a_layer_that_is_cut_along_several_axes_is_refused():
+    loss = CausalLoss(LlamaConfig(**SHAPE, data_parallel=2, model_parallel=4))
+    with pytest.raises(
+        ConfigError, match=r"no HiRA beside a layer that is cut along several axes: \(\(2, 1\), \(4, 1\)\)"
+    ):
+        get_peft_model(loss.network, HiraConfig(target_modules=["q_proj"]))
+    assert not [param.name for param in loss.get_parameters() if "mindpet" in param.name]
+
+
+def test_hira_and_miss_follow_the_strategies_of_their_layers():
+    configs = [(HiraConfig(r=4, target_modules=TARGETS), 1), (MissConfig(r=4, target_modules=TARGETS), 2)]
+    builds = [functools.partial(make, config, data_parallel, 4) for config, data_parallel in configs]
+    for build, (_, data_parallel) in zip(builds, configs):
+        (report,) = dry_run_many([build], 4 * data_parallel)
+        unset = [plan.slot for plan in report.operators if not plan.is_set and "mindpet_delta" in plan.cell]
+        assert not unset
+        own = [plan for plan in report.parameters if "mindpet_delta" in plan.name and plan.role == "trainable"]
+        assert own and any(plan.slice != plan.shape for plan in own)
