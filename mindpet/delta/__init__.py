@@ -6,8 +6,8 @@ from mindpet.delta.hira import HiraDense
 from mindpet.delta.ia3 import IA3Dense
 from mindpet.delta.lora import LoRADense
 from mindpet.delta.low_rank_adapter import LowRankAdapterDense, LowRankAdapterLayer
-from mindpet.delta.p_tuning import PromptEncoder
 from mindpet.delta.miss import MissDense
+from mindpet.delta.p_tuning import PromptEncoder
 from mindpet.delta.prefix_layer import PrefixLayer
 from mindpet.delta.prompt_tuning import PromptEmbedding
 from mindpet.delta.ptuning2 import PrefixEncoder

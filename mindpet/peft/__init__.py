@@ -8,9 +8,9 @@ from mindpet.delta.hira import HiraConfig
 from mindpet.delta.ia3 import IA3Config
 from mindpet.delta.lora import LoraConfig
 from mindpet.delta.low_rank_adapter import LowRankAdapterConfig
-from mindpet.delta.p_tuning import PromptEncoderConfig
 from mindpet.delta.mam import mam_config
 from mindpet.delta.miss import MissConfig
+from mindpet.delta.p_tuning import PromptEncoderConfig
 from mindpet.delta.prefix_layer import PrefixTuningConfig
 from mindpet.delta.prompt_tuning import PromptTuningConfig
 from mindpet.delta.ptuning2 import Ptuning2Config
