@@ -32,8 +32,8 @@ def start_prefix(model, token_ids, *inputs, adapter_name: Optional[str] = None):
         TypeError: `model` is not a PeftModel.
         ValueError: `token_ids` are another number of ids.
         AdapterError: there is no such adapter; one is merged, or the call is inside of `disable_adapter`.
-        ConfigError: the adapter has no prefix, or one that is computed; the network runs in parallel; an attention did
-            not compute keys and values of these tokens.
+        ConfigError: the adapter is no prefix alone, or one that is computed; the network runs in parallel; an attention
+            did not compute keys and values of these tokens.
     """
     check_model(model)
     name = model.active_adapter if adapter_name is None else adapter_name
@@ -41,7 +41,7 @@ def start_prefix(model, token_ids, *inputs, adapter_name: Optional[str] = None):
     plan = model.adapters[name].plan
     problem = None
     if any(target.kind.name != "attention" for target in plan.targets):
-        problem = f"{name!r} is of {plan.config.peft_name}, which has no prefix"
+        problem = f"{name!r} is of {plan.config.peft_name}, which is no prefix alone"
     elif plan.config.computed() != plan.config:
         problem = f"the prefix of {name!r} is computed by a projection, which cannot be made to give keys and values"
     elif ms.get_auto_parallel_context("parallel_mode") in PARALLEL_MODES:

@@ -145,7 +145,7 @@ def test_what_cannot_be(rng):
     np.testing.assert_array_equal(model.trainable_params()[0].asnumpy(), before)
     assert np.isfinite(model(Tensor([WORDS], ms.int32)).asnumpy()).all()
     for config, match in (
-        (PromptTuningConfig(num_virtual_tokens=3), "is of PROMPT_TUNING, which has no prefix"),
+        (PromptTuningConfig(num_virtual_tokens=3), "is of PROMPT_TUNING, which is no prefix alone"),
         (PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True), "'default' is computed by a projection"),
     ):
         with pytest.raises(ConfigError, match=match):
