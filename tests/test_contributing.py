@@ -83,7 +83,7 @@ def test_the_example_has_the_style_of_the_project(project):
 # Where a method may stand besides its own file.
 EVERYWHERE = {"delta/registry.py", "delta/__init__.py", "peft/__init__.py"}
 # The methods that came in by one file: not even a comment or a docstring elsewhere knows them.
-PROBES = ("ia3", "vera", "loha", "lokr", "prompt_tuning")
+PROBES = ("ia3", "vera", "loha", "lokr", "p_tuning")
 # What else knows a method, and why; what is about all methods asks the registry.
 KNOWN = {
     "lora": {
@@ -95,6 +95,7 @@ KNOWN = {
     },
     "adalora": {"delta/lora.py": "A and B have the same names in a file of Hugging Face PEFT"},
     "low_rank_adapter": {"delta/adapter.py": "a historical import path"},
+    "prompt_tuning": {"delta/p_tuning.py": "a prompt that is not computed is the same in both, and so are their files"},
     "adapter": {"delta/mam.py": "MAM is made of it and of a prefix"},
     "prefixtuning": {"delta/mam.py": "MAM is made of it and of an adapter"},
     "ptuning2": {"delta/prefix_layer.py": "a prefix that is not computed is the same in both, and so are their files"},

@@ -75,6 +75,7 @@ ORDER = [
     "peft.saving",
     "peft.model",
     "peft.state_dict",
+    "peft.words",
     "peft.status",
     "peft.auto",
     "peft",

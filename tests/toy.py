@@ -18,6 +18,7 @@ from mindpet.delta import (
     PrefixEncoder,
     PrefixLayer,
     PromptEmbedding,
+    PromptEncoder,
     TrainableTokensEmbedding,
     VeraDense,
 )
@@ -36,6 +37,10 @@ DENSE = {
     "lokr": lambda **kw: LoKrDense(WIDTH, WIDTH, 1, 4, **kw),
     "adapter": lambda **kw: AdapterDense(WIDTH, WIDTH, bottleneck_size=4, **kw),
     "low_rank_adapter": lambda **kw: LowRankAdapterDense(WIDTH, WIDTH, reduction_factor=2, **kw),
+}
+PROMPTS = {
+    "prompt_tuning": lambda: PromptEmbedding(4, WIDTH),
+    "p_tuning": lambda: PromptEncoder(4, WIDTH, "LSTM", hidden_size=5, num_layers=1),
 }
 DELTA_SHAPES = {
     "lora": {"fc.mindpet_delta_lora_a": (2, 8), "fc.mindpet_delta_lora_b": (8, 2)},
@@ -72,6 +77,23 @@ DELTA_SHAPES = {
         "extra.mindpet_trainable_tokens_slots": (5,),
     },
     "ln_tuning": {"extra.gamma": (8,), "extra.beta": (8,)},
+    "p_tuning": {
+        "prefix.mindpet_delta_p_tuning_table": (4, 8),
+        **{
+            f"prefix.mindpet_delta_p_tuning_lstm.0.{name}{way}": shape
+            for name, shape in {
+                "weight_ih": (20, 8),
+                "bias_ih": (1, 20),
+                "weight_hh": (20, 5),
+                "bias_hh": (1, 20),
+            }.items()
+            for way in ("", "_reverse")
+        },
+        "prefix.mindpet_delta_p_tuning_mlp.0.weight": (10, 10),
+        "prefix.mindpet_delta_p_tuning_mlp.0.bias": (10,),
+        "prefix.mindpet_delta_p_tuning_mlp.2.weight": (8, 10),
+        "prefix.mindpet_delta_p_tuning_mlp.2.bias": (8,),
+    },
     "prefixtuning": {
         "prefix.mindpet_delta_prefixtuning_wte.embedding_table": (4, 6),
         "prefix.mindpet_delta_prefixtuning_control_trans.0.weight": (5, 6),
@@ -141,9 +163,10 @@ class Toy(nn.Cell):
         self.extra_of, self.extra = method, EXTRA[method][base]() if method in EXTRA else None
         method = None if base else method
         self.fc = DENSE[method](compute_dtype=compute_dtype) if method in DENSE else nn.Dense(WIDTH, WIDTH, "normal")
-        self.method = method if method in ("prefixtuning", "ptuning2", "prompt_tuning") else "none"
-        if self.method == "prompt_tuning":
-            self.prefix = PromptEmbedding(4, WIDTH)
+        self.method = method if method in ("prefixtuning", "ptuning2") else "none"
+        self.has_prompt = method in PROMPTS
+        if self.has_prompt:
+            self.prefix = PROMPTS[method]()
         if self.method == "prefixtuning":
             self.prefix = PrefixLayer(4, 1, HEADS, WIDTH, embed_dim=6, mid_dim=5, dropout_rate=0.0)
         if self.method == "ptuning2":
@@ -158,7 +181,7 @@ class Toy(nn.Cell):
             x = self.extra(x)
         query = self.heads(self.fc(x))
         key, value = self.heads(x), self.heads(x)
-        if self.method == "prompt_tuning":
+        if self.has_prompt:
             key, value = self.heads(self.prefix(x)), self.heads(self.prefix(x))
         if self.method == "prefixtuning":
             past_key, past_value = self.prefix()

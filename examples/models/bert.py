@@ -154,6 +154,7 @@ class Embeddings(nn.Cell):
         self.positions = Tensor(list(range(config.max_position_embeddings)), ms.int32)
         self.position_offset = 0  # prefix adapters of mindpet.peft count their tokens as positions
         self.prompt_source, self.token_dim = None, config.hidden_size  # where mindpet.peft puts a prompt
+        self.prompt_table = "word_embeddings"
 
     def construct(self, input_ids, token_type_ids):
         words = self.word_embeddings(input_ids)

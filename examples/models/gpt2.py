@@ -162,6 +162,7 @@ class Gpt2Model(nn.Cell):
         self.positions = Tensor(list(range(config.n_positions)), ms.int32)
         self.position_offset = 0  # prefix adapters of mindpet.peft count their tokens as positions
         self.prompt_source, self.token_dim = None, config.n_embd  # where mindpet.peft puts a prompt
+        self.prompt_table = "wte"
         self.padding, self.prompt = Padding(), Prompt()
 
     def construct(self, input_ids, attention_mask=None):

@@ -396,6 +396,7 @@ class LlamaModel(nn.Cell):
         self.norm = RMSNorm(config)
         self.position_offset = 0  # prefix adapters of mindpet.peft count their tokens as positions
         self.prompt_source, self.token_dim = None, config.hidden_size  # where mindpet.peft puts a prompt
+        self.prompt_table = "embed_tokens"
         self.padding, self.prompt = Padding(), Prompt()
         self.pick = ops.Gather()
         self.hide = ops.Add()

@@ -10,6 +10,7 @@ from mindpet.delta.lora import LoRADense
 from mindpet.delta.low_rank_adapter import LowRankAdapterDense, LowRankAdapterLayer
 from mindpet.delta.miss import MissDense
 from mindpet.delta.oft import OFTDense
+from mindpet.delta.p_tuning import PromptEncoder
 from mindpet.delta.prefix_layer import PrefixLayer
 from mindpet.delta.prompt_tuning import PromptEmbedding
 from mindpet.delta.ptuning2 import PrefixEncoder
@@ -36,6 +37,7 @@ __all__ = [
     "PrefixEncoder",
     "PrefixLayer",
     "PromptEmbedding",
+    "PromptEncoder",
     "RDropLoss",
     "RDropWithLossCell",
     "TrainableTokensEmbedding",

@@ -11,29 +11,15 @@ from mindspore.common.initializer import Normal
 from mindpet.delta._base import PROMPT, Delta, delta_parameter
 from mindpet.delta._config import PromptLearningConfig
 from mindpet.errors import ConfigError, NotPositiveIntError
-from mindpet.utils.quote import quote
-from mindpet.utils.validate import Checker
+from mindpet.utils.validate import Checker, is_int
 
 TABLE = "mindpet_delta_prompt"
-INITS = ("RANDOM", "TEXT", "SAMPLE_VOCAB")  # of Hugging Face PEFT, in files
+INITS = ("RANDOM", "TEXT", "SAMPLE_VOCAB")
 
 
 @dataclass
-class PromptTuningConfig(PromptLearningConfig):
-    """Prompt tuning, Lester et al. 2021, arXiv:2104.08691.
-
-    Args beyond those of PromptLearningConfig:
-        prompt_tuning_init (str): 'RANDOM': normal numbers with deviation 1. Default: 'RANDOM'.
-        prompt_tuning_init_text (str): kept for Hugging Face PEFT; must be None. Default: None.
-        tokenizer_name_or_path (str), tokenizer_kwargs (dict): kept for Hugging Face PEFT. Default: None.
-    """
-
-    peft_type, method_name = "PROMPT_TUNING", "prompt_tuning"
-
-    prompt_tuning_init: str = "RANDOM"
-    prompt_tuning_init_text: Optional[str] = None
-    tokenizer_name_or_path: Optional[str] = None
-    tokenizer_kwargs: Optional[dict] = None
+class PromptConfig(PromptLearningConfig):
+    """What methods have in common that put vectors in front of the embeddings, see `PromptCell`."""
 
     def delta_arguments(self, path):
         return {"tokens": self.num_virtual_tokens}
@@ -62,6 +48,51 @@ class PromptTuningConfig(PromptLearningConfig):
             )
         return config, tensors
 
+
+@dataclass
+class PromptTuningConfig(PromptConfig):
+    """Prompt tuning, Lester et al. 2021, arXiv:2104.08691.
+
+    Args beyond those of PromptLearningConfig:
+        prompt_tuning_init: what the prompt starts as. 'RANDOM': normal numbers with deviation 1; 'SAMPLE_VOCAB': the
+            embeddings of tokens by chance, see `mindspore.set_seed`; 'TEXT': those of `prompt_tuning_init_ids`.
+            Default: 'RANDOM'.
+        prompt_tuning_init_ids: ids of the tokens of a text, as its tokenizer gives them; they are repeated, or cut, to
+            `num_virtual_tokens`. Hugging Face PEFT does not have it, and a file neither. Default: None.
+        prompt_tuning_init_text, tokenizer_name_or_path, tokenizer_kwargs: of that text, kept for Hugging Face PEFT;
+            mindpet has no tokenizer. Default: None.
+    """
+
+    peft_type, method_name = "PROMPT_TUNING", "prompt_tuning"
+
+    prompt_tuning_init: str = "RANDOM"
+    prompt_tuning_init_text: Optional[str] = None
+    tokenizer_name_or_path: Optional[str] = None
+    tokenizer_kwargs: Optional[dict] = None
+    prompt_tuning_init_ids: Optional[list] = None
+
+    not_in_peft = ("prompt_tuning_init_ids",)
+
+    def delta_arguments(self, path):
+        starts = {"TEXT": self.prompt_tuning_init_ids or [], "SAMPLE_VOCAB": None}
+        start = {"start_ids": starts[self.prompt_tuning_init]} if self.prompt_tuning_init in starts else {}
+        return {**super().delta_arguments(path), **start}
+
+    def computed(self):
+        return replace(self, prompt_tuning_init="RANDOM", prompt_tuning_init_ids=None)
+
+    def to_dict(self):
+        """All fields; of a prompt with values without ids, and without a start that Hugging Face PEFT cannot read."""
+        content = super().to_dict()
+        if self.inference_mode:
+            content.pop("prompt_tuning_init_ids", None)
+            if self.prompt_tuning_init == "TEXT" and None in (
+                self.prompt_tuning_init_text,
+                self.tokenizer_name_or_path,
+            ):
+                content["prompt_tuning_init"] = "RANDOM"
+        return content
+
     def check_fields(self, check):
         super().check_fields(check)
         check.choice("prompt_tuning_init", self.prompt_tuning_init, INITS)
@@ -74,16 +105,62 @@ class PromptTuningConfig(PromptLearningConfig):
             fits = value is None or isinstance(value, kind)
             check.require(fits, TypeError, name, value, f"a {kind.__name__} or None")
 
-    def check_supported(self, from_file=False):
-        super().check_supported(from_file)
-        if self.prompt_tuning_init != "RANDOM" and not (from_file or self.inference_mode):
-            raise ConfigError(
-                f"PromptTuningConfig: 'prompt_tuning_init' must be 'RANDOM', but is {quote(self.prompt_tuning_init)}; "
-                "set_peft_model_state_dict gives a prompt other values."
-            )
+        ids = [] if self.prompt_tuning_init_ids is None else self.prompt_tuning_init_ids
+        listed = isinstance(ids, (list, tuple)) and all(is_int(one) and one >= 0 for one in ids)
+        check.require(listed, TypeError, "prompt_tuning_init_ids", ids, "a list of ints, from 0 on, or None")
+        rule = "None where 'prompt_tuning_init' is not 'TEXT'"
+        check.require(self.prompt_tuning_init == "TEXT" or not ids, ValueError, "prompt_tuning_init_ids", ids, rule)
 
 
-class PromptEmbedding(nn.Cell):
+class PromptCell(nn.Cell):
+    """Vectors in front of embeddings: `(batch, seq, features) -> (batch, tokens + seq, features)`.
+
+    A method overrides `prompt` and makes its parameters.
+
+    Args:
+        tokens: vectors in front.
+        features: of an embedding.
+
+    Inputs:
+        embeddings: `(batch, seq, features)`.
+
+    Outputs:
+        `(batch, tokens + seq, features)`, in the type of the input.
+    """
+
+    def __init__(self, tokens: int, features: int):
+        super().__init__()
+        self.tokens, self.features = tokens, features
+        self.expand_dims, self.tile, self.concat = ops.ExpandDims(), ops.Tile(), ops.Concat(axis=1)
+
+    def construct(self, embeddings):
+        prompt = self.expand_dims(ops.cast(self.prompt(), embeddings.dtype), 0)
+        return self.concat((self.tile(prompt, (embeddings.shape[0], 1, 1)), embeddings))
+
+    def prompt(self):
+        """The vectors, `(tokens, features)`."""
+        raise NotImplementedError
+
+    def shard(self, batch):
+        """Cut the result over the batch; the vectors are the same on every rank.
+
+        Args:
+            batch (int): slices of the batch.
+
+        Returns:
+            PromptCell, itself.
+        """
+        layout = (batch, 1, 1)
+        self.expand_dims.shard(((1, 1),))
+        self.tile.shard((layout,))
+        self.concat.shard((layout, layout))
+        return self
+
+    def extend_repr(self):
+        return f"tokens={self.tokens}, features={self.features}"
+
+
+class PromptEmbedding(PromptCell):
     """Trained vectors in front of embeddings: `(batch, seq, features) -> (batch, tokens + seq, features)`.
 
     .. math::
@@ -100,11 +177,7 @@ class PromptEmbedding(nn.Cell):
     Parameters:
         mindpet_delta_prompt `(tokens, features)`.
 
-    Inputs:
-        embeddings: `(batch, seq, features)`.
-
-    Outputs:
-        `(batch, tokens + seq, features)`, in the type of the input.
+    Inputs, Outputs: of `PromptCell`.
 
     Raises:
         TypeError: a size is not a positive int (also a ValueError, if it is an int), `init` or the type is none of
@@ -118,32 +191,11 @@ class PromptEmbedding(nn.Cell):
         check.initial("init", init, (tokens, features))
         check.float_type(param_init_type=param_init_type)
         check.done()
-        super().__init__()
-        self.tokens, self.features = tokens, features
+        super().__init__(tokens, features)
         self.mindpet_delta_prompt = delta_parameter(init, (tokens, features), param_init_type, TABLE)
-        self.expand_dims, self.tile, self.concat = ops.ExpandDims(), ops.Tile(), ops.Concat(axis=1)
 
-    def construct(self, embeddings):
-        prompt = self.expand_dims(ops.cast(self.mindpet_delta_prompt, embeddings.dtype), 0)
-        return self.concat((self.tile(prompt, (embeddings.shape[0], 1, 1)), embeddings))
-
-    def shard(self, batch):
-        """Cut the result over the batch; the vectors are the same on every rank.
-
-        Args:
-            batch (int): slices of the batch.
-
-        Returns:
-            PromptEmbedding, itself.
-        """
-        layout = (batch, 1, 1)
-        self.expand_dims.shard(((1, 1),))
-        self.tile.shard((layout,))
-        self.concat.shard((layout, layout))
-        return self
-
-    def extend_repr(self):
-        return f"tokens={self.tokens}, features={self.features}"
+    def prompt(self):
+        return self.mindpet_delta_prompt
 
 
 class PromptDelta(PromptEmbedding, Delta):
@@ -151,6 +203,8 @@ class PromptDelta(PromptEmbedding, Delta):
 
     Delta arguments:
         tokens (int): vectors in front.
+        start_ids (list of int): tokens whose embeddings they start as, repeated or cut; None for tokens by chance.
+            Default: none, for normal numbers.
     """
 
     can_reset = False
@@ -158,8 +212,30 @@ class PromptDelta(PromptEmbedding, Delta):
     usual_path = "prompt"
 
     @classmethod
-    def create(cls, cell, kind, tokens):
+    def create(cls, cell, kind, tokens, **start):
         return cls(tokens, kind.token_dim)
+
+    @classmethod
+    def problems(cls, cell, kind, is_sharded, tokens, **start):
+        if not start:
+            return []
+        try:
+            vocab = kind.weight_of(cell).shape[0]
+        except ConfigError as error:
+            return [str(error)]
+        ids = start["start_ids"]
+        if ids == []:
+            return ["a start from a text needs the ids of its tokens, 'prompt_tuning_init_ids'"]
+        return [f"'prompt_tuning_init_ids' must be below {vocab}, but are {ids}"] if max(ids or [0]) >= vocab else []
+
+    @classmethod
+    def start_names(cls, tokens, **start):
+        return (TABLE,) if start else ()
+
+    @classmethod
+    def start(cls, matrix, values, tokens, start_ids):
+        ids = np.random.randint(len(matrix), size=tokens) if start_ids is None else np.resize(start_ids, tokens)
+        return {TABLE: matrix[ids]}
 
     @classmethod
     def to_file(cls, values):

@@ -27,6 +27,7 @@ from mindpet.delta.low_rank_adapter import (
 )
 from mindpet.delta.miss import MissConfig, MissDelta, MissDense
 from mindpet.delta.oft import OFTConfig, OFTDelta, OFTDense, OFTEmbedding
+from mindpet.delta.p_tuning import PromptEncoder, PromptEncoderConfig, PromptEncoderDelta
 from mindpet.delta.prefix_layer import PrefixLayer, PrefixLayerDelta, PrefixTuningConfig
 from mindpet.delta.prompt_tuning import PromptDelta, PromptEmbedding, PromptTuningConfig
 from mindpet.delta.ptuning2 import PrefixEncoder, PrefixEncoderDelta, Ptuning2Config
@@ -204,6 +205,13 @@ METHODS = {
             ("*mindpet_delta_prompt",),
             {"input_embedding": PromptDelta},
             (PromptEmbedding,),
+        ),
+        Method(
+            "p_tuning",
+            PromptEncoderConfig,
+            ("*mindpet_delta_p_tuning*",),
+            {"input_embedding": PromptEncoderDelta},
+            (PromptEncoder,),
         ),
     )
 }

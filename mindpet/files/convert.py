@@ -325,6 +325,7 @@ def _whole(tensors, config):
     for method in METHODS.values():
         # Prefixes of both methods are the same in a file of Hugging Face PEFT, and so may be their configuration.
         is_meant = isinstance(config, method.config) or issubclass(method.config, type(config))
+        is_meant |= method is method_of(config.computed())
         if is_meant and names and all(matches(name, method.trainable) for name in names):
             paths = sorted(values, key=lambda path: [n.zfill(9) if n.isdigit() else n for n in path.split(".")])
             return _whole_delta(method).to_file({path: values[path] for path in paths})

@@ -8,6 +8,7 @@ from typing import Any
 import mindspore as ms
 from mindspore import mint, nn
 
+from mindpet.errors import ConfigError
 from mindpet.layers.linear import Dense
 from mindpet.network.libraries import LIBRARIES
 from mindpet.utils.validate import FLOAT_TYPES, Checker, is_int
@@ -193,6 +194,27 @@ class InputEmbeddingKind:
     name = "input_embedding"
     slot = "prompt_source"
     strategy = "prompt_strategy"
+
+    def weight_of(self, cell):
+        """The Parameter of the table, `(vocab, token_dim)`, of the embedding that the Cell calls `prompt_table`.
+
+        Raises:
+            ConfigError: there is no such embedding.
+        """
+        path = getattr(cell, "prompt_table", None)
+        embedding = dict(cell.cells_and_names()).get(str(path))
+        kind = embedding and layer_kind(embedding)
+        weight = kind.weight_of(embedding) if kind and kind.name == "embedding" else None
+        if weight is None or weight.shape[1] != self.token_dim:
+            raise ConfigError(
+                "its attribute 'prompt_table' must be the path in it of the embedding of its tokens, of "
+                f"{self.token_dim} features, but is {path!r}"
+            )
+        return weight
+
+    def to_matrix(self, weight):
+        """The table as deltas take it, a row for each token."""
+        return weight
 
 
 # Cells with an attribute that takes a delta, by the name of their kind.

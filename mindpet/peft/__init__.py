@@ -14,6 +14,7 @@ from mindpet.delta.low_rank_adapter import LowRankAdapterConfig
 from mindpet.delta.mam import mam_config
 from mindpet.delta.miss import MissConfig
 from mindpet.delta.oft import OFTConfig
+from mindpet.delta.p_tuning import PromptEncoderConfig
 from mindpet.delta.prefix_layer import PrefixTuningConfig
 from mindpet.delta.prompt_tuning import PromptTuningConfig
 from mindpet.delta.ptuning2 import Ptuning2Config
@@ -37,6 +38,7 @@ from mindpet.peft.model import PeftModel, get_peft_model, inject_adapter_in_mode
 from mindpet.peft.plan import plan_targets
 from mindpet.peft.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
 from mindpet.peft.status import get_layer_status, get_model_status
+from mindpet.peft.words import start_prefix
 
 __all__ = [
     "AdaLoraConfig",
@@ -64,6 +66,7 @@ __all__ = [
     "PeftModel",
     "PeftType",
     "PrefixTuningConfig",
+    "PromptEncoderConfig",
     "PromptLearningConfig",
     "PromptTuningConfig",
     "Ptuning2Config",
@@ -82,4 +85,5 @@ __all__ = [
     "register_base_model",
     "register_layer",
     "set_peft_model_state_dict",
+    "start_prefix",
 ]

@@ -272,7 +272,7 @@ def _check_targets(network, plan, unmatched):
             problems.append(f"{target.path or 'the network'}: {error}")
         else:
             found = target.delta.problems(target.cell, target.kind, is_sharded, **target.arguments)
-            problems += [f"{target.path}: {problem}" for problem in found]
+            problems += [f"{target.path or 'the network'}: {problem}" for problem in found]
     if problems:
         raise ConfigError(f"{type(plan.config).__name__}: " + "; ".join(problems) + ".")
 

@@ -60,5 +60,6 @@ def _of_target(target, slot):
             raise ConfigError(f"{target.path}: {error}") from error
         return {names[name]: np.ascontiguousarray(value, np.float32) for name, value in found.items()}
 
-    is_lasting = any(name not in delta.file_names for name in started)
+    # Without names of its own all values of a delta are in the file, perhaps those of all places as one tensor.
+    is_lasting = bool(delta.file_names) and any(name not in delta.file_names for name in started)
     return Start(weight, tuple(names[name] for name in started), tuple(names.values()), compute, is_lasting)

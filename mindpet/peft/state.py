@@ -90,8 +90,6 @@ def load(folder, found, slot, names, force=False):
             network's parameter.
     """
     plan, keys = slot.plan, file_keys(slot, names)
-    if plan.config.computed() != plan.config:
-        raise CheckpointError(f"{folder}: holds what the adapter's projection computes, and not the projection.")
     # For the shapes alone: zeros that take no memory, where a trained head may be large.
     blank = {path: np.broadcast_to(np.float32(0), param.shape) for path, param in slot.params.items()}
     whole = whole_tensors(slot, blank)
@@ -105,6 +103,8 @@ def load(folder, found, slot, names, force=False):
     for cls, paths in _by_class(plan).items() if whole else ():
         for path, own in cls.from_file(found, paths).items():
             values.update({slot.names[path][name]: value for name, value in own.items()})
+    if not set(slot.trained) <= set(values):
+        raise CheckpointError(f"{folder}: holds what the adapter's projection computes, and not the projection.")
     if not force:
         check_finite(folder, values, {name: ms.dtype_to_nptype(slot.params[name].dtype) for name in slot.copies})
     return values

@@ -21,6 +21,7 @@ from mindpet.peft import (
     get_layer_status,
     get_peft_config,
     get_peft_model,
+    set_peft_model_state_dict,
 )
 
 TOKENS, VOCAB, WIDTH = 3, 10, 4
@@ -33,7 +34,7 @@ class Body(nn.Cell):
 
     def __init__(self, width=WIDTH):
         super().__init__()
-        self.prompt_source, self.token_dim = None, width
+        self.prompt_source, self.token_dim, self.prompt_table = None, width, "embed"
         self.embed = nn.Embedding(VOCAB, width, embedding_table="normal")
 
     def construct(self, ids):
@@ -286,7 +287,7 @@ def test_a_folder_and_a_delta_file_become_each_other(rng, tmp_path, capsys):
     assert (content["num_virtual_tokens"], content["token_dim"]) == (TOKENS, WIDTH)
     for path in (folder, delta):
         assert "method: PROMPT_TUNING\n" in inspect(path)
-    assert "method: PREFIX_TUNING or PROMPT_TUNING\n" in inspect(f"{folder}/{TENSORS}")
+    assert "method: PREFIX_TUNING or PROMPT_TUNING or P_TUNING\n" in inspect(f"{folder}/{TENSORS}")
 
 
 def test_without_a_path_a_delta_file_is_that_of_a_prompt_made_by_hand(rng, tmp_path):
@@ -391,11 +392,89 @@ def test_fields_that_the_configuration_refuses(fields, error, match):
         PromptTuningConfig(**fields)
 
 
-def test_a_prompt_cannot_start_as_text():
-    config = PromptTuningConfig(num_virtual_tokens=2, prompt_tuning_init="TEXT", prompt_tuning_init_text="one two")
-    with pytest.raises(ConfigError, match="'prompt_tuning_init' must be 'RANDOM', but is 'TEXT'"):
-        get_peft_model(Network(), config)
+TEXT = [7, 1, 3]
+
+
+@pytest.mark.parametrize("tokens, rows", [(2, [7, 1]), (3, [7, 1, 3]), (7, [7, 1, 3, 7, 1, 3, 7])])
+def test_a_prompt_that_starts_as_a_text(tokens, rows, rng, tmp_path):
+    network, x = Network(), ids(rng)
+    config = PromptTuningConfig(num_virtual_tokens=tokens, prompt_tuning_init="TEXT", prompt_tuning_init_ids=TEXT)
     assert get_peft_config(config.to_dict()) == config
+    model = get_peft_model(network, config)
+    table = network.body.embed.embedding_table.asnumpy()
+    np.testing.assert_array_equal(model.trainable_params()[0].asnumpy(), table[rows])
+    np.testing.assert_allclose(model(x).asnumpy(), with_prompt(network, table[rows], x), rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert "prompt_tuning_init_ids" not in content and content["prompt_tuning_init"] == "RANDOM"
+    other = Network()  # of another table
+    loaded = PeftModel.from_pretrained(other, tmp_path, is_trainable=True, force=True)
+    np.testing.assert_array_equal(loaded.trainable_params()[0].asnumpy(), table[rows])
+    set_peft_model_state_dict(model, {"prompt_embeddings": np.ones((tokens, WIDTH), np.float32)})
+    assert (model.trainable_params()[0].asnumpy() == 1).all()
+
+
+def test_a_prompt_that_starts_as_tokens_by_chance():
+    tables = []
+    for seed in (3, 3, 4):
+        network = Network()
+        ms.set_seed(seed)
+        model = get_peft_model(network, PromptTuningConfig(num_virtual_tokens=20, prompt_tuning_init="SAMPLE_VOCAB"))
+        rows = (model.trainable_params()[0].asnumpy()[:, None] == network.body.embed.embedding_table.asnumpy()).all(2)
+        assert (rows.sum(1) == 1).all()
+        tables.append(rows.argmax(1).tolist())
+    assert tables[0] == tables[1] != tables[2] and len(set(tables[0])) > 3
+
+
+def test_a_start_follows_the_base_until_it_is_trained(rng, tmp_path):
+    network = Network()
+    config = PromptTuningConfig(num_virtual_tokens=3, prompt_tuning_init="TEXT", prompt_tuning_init_ids=TEXT)
+    model = get_peft_model(network, config)
+    embedding, prompt = network.body.embed.embedding_table, model.trainable_params()[0]
+    embedding.set_data(Tensor(normal(rng, VOCAB, WIDTH)))
+    np.testing.assert_array_equal(prompt.asnumpy(), embedding.asnumpy()[TEXT])
+    prompt.set_data(Tensor(trained := normal(rng, 3, WIDTH)))
+    embedding.set_data(Tensor(normal(rng, VOCAB, WIDTH)))
+    np.testing.assert_array_equal(prompt.asnumpy(), trained)
+    model.save_pretrained(tmp_path)
+
+
+def test_two_submodules_start_from_the_table_of_each():
+    network = Two()
+    config = PromptTuningConfig(num_virtual_tokens=2, prompt_tuning_init="TEXT", prompt_tuning_init_ids=TEXT)
+    for param, body in zip(get_peft_model(network, config).trainable_params(), (network.encoder, network.decoder)):
+        np.testing.assert_array_equal(param.asnumpy(), body.embed.embedding_table.asnumpy()[[7, 1]])
+
+
+def test_starts_that_cannot_be():
+    def refused(match, network, **fields):
+        before = [param.name for param in network.get_parameters()]
+        with pytest.raises(ConfigError, match=match):
+            get_peft_model(network, PromptTuningConfig(num_virtual_tokens=2, **fields))
+        assert [param.name for param in network.get_parameters()] == before
+
+    text = {"prompt_tuning_init": "TEXT"}
+    refused("body: a start from a text needs the ids of its tokens", Network(), **text)
+    refused(
+        "body: 'prompt_tuning_init_ids' must be below 10, but are .3, 10",
+        Network(),
+        **text,
+        prompt_tuning_init_ids=[3, 10],
+    )
+    for wrong in (None, "classifier", "nothing", 3):
+        network = Body()
+        network.prompt_table = wrong
+        refused(
+            f"the network: .*'prompt_table' must be .* but is {wrong!r}", network, prompt_tuning_init="SAMPLE_VOCAB"
+        )
+    network = Body()
+    network.embed = nn.Embedding(VOCAB, WIDTH + 1)
+    refused("of 4 features, but is 'embed'", network, prompt_tuning_init="SAMPLE_VOCAB")
+    for ids, error in (([1.5], TypeError), ([-1], TypeError), ("one", TypeError)):
+        with pytest.raises(error, match="'prompt_tuning_init_ids' must be a list of ints, from 0 on"):
+            PromptTuningConfig(**text, prompt_tuning_init_ids=ids)
+    with pytest.raises(ValueError, match="must be None where 'prompt_tuning_init' is not 'TEXT'"):
+        PromptTuningConfig(prompt_tuning_init_ids=[1])
 
 
 def test_a_prompt_is_not_merged_and_shares_no_batch(rng, tmp_path, capsys):

@@ -40,6 +40,7 @@ NAMES = {
     "prompt_tuning": ["model.mindpet_delta_prompt"],
     "trainable_tokens": ["embed.mindpet_delta_trainable_tokens"],
     "ln_tuning": ["norm.gamma", "layers.0.ln_1.beta", "layers.0.input_layernorm.weight", "LayerNorm.bias"],
+    "p_tuning": ["model.mindpet_delta_p_tuning_table", "mindpet_delta_p_tuning_mlp.0.weight"],
     "prefixtuning": ["prefix.mindpet_delta_prefixtuning_wte.embedding_table", "mindpet_delta_prefixtuning.0.weight"],
     "adapter": ["fc.mindpet_delta_adapter.mindpet_delta_adapter_block.weight", "fc.mindpet_delta_adapter.scale"],
     "low_rank_adapter": ["fc.mindpet_delta_low_rank_adapter.bias", "fc.mindpet_delta_low_rank_adapter_up.bias"],

@@ -13,7 +13,7 @@ from models.gpt2 import Gpt2ForCausalLM
 from models.llama import CausalLoss, LlamaConfig, LlamaForCausalLM
 
 from mindpet.parallel import dry_run_many
-from mindpet.peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from mindpet.peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 TOKENS = [7, 3, 11]
@@ -176,3 +176,23 @@ def test_a_prompt_in_a_sharded_llama_communicates_its_gradient_only(dtype):
         assert len(ours) >= 4 and all(plan.is_set for plan in ours)
         (own,) = (plan for plan in report.parameters if plan.role == "trainable")
         assert own.slice == own.shape == (4, 64)
+
+
+def test_an_encoder_in_a_sharded_llama_is_computed_on_every_rank():
+    """Nothing is cut, so that nothing is communicated but what a plain prompt needs, and the gradients."""
+    prompts = [PromptTuningConfig(num_virtual_tokens=4)]
+    prompts += [
+        PromptEncoderConfig(num_virtual_tokens=4, encoder_reparameterization_type=kind) for kind in ("MLP", "LSTM")
+    ]
+    plain, *computed = dry_run_many([functools.partial(sharded, prompt, 12) for prompt in prompts], 8)
+    for report, parameters in zip(computed, (7, 21)):
+        assert sums(report, "gradient of model") == sums(plain, "gradient of model") != []
+        own = [plan for plan in report.parameters if plan.role == "trainable"]
+        assert len(own) == parameters and all(plan.slice == plan.shape for plan in own)
+        gradients = [plan for plan in report.collectives if plan.cause.startswith("gradient of model")]
+        summed = [plan.cause[len("gradient of ") :] for plan in gradients]
+        # Both biases of an LSTM have the same gradient, which is summed up once, and the table goes in both ways.
+        assert {name.replace("bias_ih", "bias_hh") for name in summed} | set(summed) == {plan.name for plan in own}
+        assert len(summed) == len(set(summed)) + (parameters > 7) and all(plan.group_size == 8 for plan in gradients)
+        ours = [plan for plan in report.operators if "prompt_source" in plan.cell]
+        assert len(ours) >= 10 and all(plan.is_set for plan in ours)

@@ -41,12 +41,12 @@ def theirs_with_prompt(kind, folder, rng, **fields):
     return wrapped, ours
 
 
-def logits_of_tokens(wrapped, arguments):
+def logits_of_tokens(wrapped, arguments, tokens=TOKENS):
     """Theirs, without those of the prompt."""
     from pairs import their_logits
 
     logits = their_logits(wrapped, arguments)
-    return logits[:, TOKENS:] if logits.ndim == 3 else logits
+    return logits[:, tokens:] if logits.ndim == 3 else logits
 
 
 @KINDS
@@ -184,6 +184,29 @@ def test_a_prompt_that_started_as_tokens_loads(rng, tmp_path):
     torch_inputs, our_inputs = inputs("gpt2", rng)
     model = PeftModel.from_pretrained(ours, tmp_path / "adapter", is_trainable=True)
     np.testing.assert_allclose(model(*our_inputs).asnumpy(), logits_of_tokens(wrapped, torch_inputs), atol=1e-5)
+
+
+@KINDS
+@pytest.mark.parametrize("tokens", [2, 5])
+def test_a_start_from_a_text_is_theirs_and_loads_there(kind, tokens, rng, tmp_path, monkeypatch):
+    import peft
+    import transformers
+    from pairs import inputs, make_pair
+
+    text = [7, 1, 3]
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: lambda _: {"input_ids": text})
+    common = {"num_virtual_tokens": tokens, "task_type": TASKS[kind], "prompt_tuning_init": "TEXT"}
+    theirs, ours = make_pair(kind, tmp_path / "base")
+    own = peft.PromptTuningConfig(**common, prompt_tuning_init_text="a b c", tokenizer_name_or_path="none")
+    wrapped = peft.get_peft_model(theirs, own).eval()
+    model = get_peft_model(ours, PromptTuningConfig(**common, prompt_tuning_init_ids=text))
+    (prompt,) = (param.asnumpy() for param in model.trainable_params() if "prompt" in param.name)
+    np.testing.assert_array_equal(prompt, wrapped.prompt_encoder["default"].embedding.weight.detach().numpy())
+    model.save_pretrained(tmp_path / "ours")
+    loaded = peft.PeftModel.from_pretrained(make_pair(kind, tmp_path / "again")[0], tmp_path / "ours").eval()
+    torch_inputs, our_inputs = inputs(kind, rng)
+    expected = logits_of_tokens(loaded, torch_inputs, tokens)
+    np.testing.assert_allclose(model(*our_inputs).asnumpy(), expected, atol=1e-5)
 
 
 @KINDS

@@ -21,6 +21,7 @@ from mindpet.peft import (
     PeftConfig,
     PeftType,
     PrefixTuningConfig,
+    PromptEncoderConfig,
     PromptTuningConfig,
     Ptuning2Config,
     TaskType,
@@ -62,6 +63,7 @@ EVERY = [
     PromptTuningConfig(num_virtual_tokens=5),
     TrainableTokensConfig(token_indices=[7, 3]),
     LNTuningConfig(target_modules=["norm"]),
+    PromptEncoderConfig(num_virtual_tokens=5, encoder_reparameterization_type="LSTM"),
 ]
 
 

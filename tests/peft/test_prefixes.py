@@ -108,6 +108,43 @@ def test_a_head_is_saved_beside_the_prefix(rng, tmp_path):
     }
 
 
+def test_a_classifier_on_the_first_token_trains_with_the_prefix(mode, rng, tmp_path):
+    """P-Tuning v2, section 3.2: in place of a verbalizer, a head that starts by chance."""
+    config = BertConfig(20, 8, 2, 2, 12, hidden_dropout_prob=0.0, max_position_embeddings=12, method="full")
+    network, fresh = (BertClassifier(config, 3).set_train(False) for _ in range(2))
+    own = {param.name: param for param in network.bert.get_parameters()}
+    ms.load_param_into_net(fresh.bert, own)  # one base, and two heads by chance
+    inputs = Tensor(rng.integers(0, 20, (4, 6)), ms.int32), Tensor(np.ones((4, 6), np.int32))
+    before = {param.name: param.asnumpy().copy() for param in network.get_parameters()}
+    model = get_peft_model(network, Ptuning2Config(num_virtual_tokens=2, task_type="SEQ_CLS"))
+    heads = {"classifier.mindpet_trained_weight", "classifier.mindpet_trained_bias"}
+    trained = {param.name: param.asnumpy().copy() for param in model.trainable_params()}
+    assert {name for name in trained if "ptuning2" not in name} == heads and len(trained) == 4
+
+    class Loss(nn.Cell):
+        def __init__(self):
+            super().__init__(auto_prefix=False)
+            self.model, self.loss, self.labels = model, nn.CrossEntropyLoss(), Tensor([0, 1, 2, 0], ms.int32)
+
+        def construct(self, ids, mask):
+            return self.loss(self.model(ids, mask), self.labels)
+
+    step = nn.TrainOneStepCell(Loss(), nn.Adam(model.trainable_params(), 0.1)).set_train()
+    losses = [float(step(*inputs).asnumpy()) for _ in range(5)]
+    assert losses[-1] < losses[0]
+    assert all((param.asnumpy() != trained[param.name]).any() for param in model.trainable_params())
+    expected = model.set_train(False)(*inputs).asnumpy()
+    model.save_pretrained(tmp_path)
+    keys = {"prompt_embeddings", "base_model.classifier.weight", "base_model.classifier.bias"}
+    assert set(TensorFile(tmp_path / "adapter_model.safetensors").shapes) == keys
+
+    base, loaded = fresh(*inputs).asnumpy(), PeftModel.from_pretrained(fresh, tmp_path)
+    same(loaded(*inputs).asnumpy(), expected)
+    same(loaded.unload()(*inputs).asnumpy(), base)  # its own head again
+    model.unload()
+    assert all((param.asnumpy() == before[param.name]).all() for param in network.get_parameters())
+
+
 def test_an_attention_computes_the_formula(mode, rng):
     """One head, one layer: the softmax runs over the prefix and the tokens that come before."""
     network = llama()
