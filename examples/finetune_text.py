@@ -2,6 +2,7 @@
 """Fine-tune a pretrained BERT on labelled text with any delta method: `make demo`, or `--help`."""
 
 import argparse
+import copy
 import hashlib
 import importlib.util
 import json
@@ -15,60 +16,38 @@ import mindspore as ms
 import mindspore.dataset as ds
 import numpy as np
 from adamw import AdamW
+from methods import METHODS, PEFT_METHODS
 from mindspore import Tensor, nn
 from mindspore.communication import get_group_size, get_rank, init
 from mindspore.train import Callback, CheckpointConfig, Model
-from models.bert import METHODS, BertClassifier, BertConfig, read_weights
+from models.bert import BertClassifier, BertConfig, read_weights
 from models.weights import load_weights
 from text_data import read_docstrings, read_tsv, split
 from tqdm import tqdm
 
-from mindpet.delta import RDropLoss, rdrop_repeat
+from mindpet.delta import AdaLoraOptimizer, OrthogonalLoss, RDropLoss, rdrop_repeat
 from mindpet.errors import MindPetError
 from mindpet.graph import DeltaGuard, TrainableParamsCheckPoint, freeze_delta, freeze_modules, load_delta, summary
-from mindpet.peft import (
-    AdapterConfig,
-    BitFitConfig,
-    LoraConfig,
-    LowRankAdapterConfig,
-    PeftModel,
-    PrefixTuningConfig,
-    Ptuning2Config,
-    get_peft_model,
-)
+from mindpet.peft import AdaLoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 
-# What `mindpet.peft` needs to know for the layers that models/bert.py replaces by hand.
-PEFT_CONFIGS = {
-    "lora": LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=["query", "value"]),
-    "adapter": AdapterConfig(task_type="SEQ_CLS", bottleneck_size=64, target_modules=["output.dense"]),
-    "low_rank_adapter": LowRankAdapterConfig(task_type="SEQ_CLS", reduction_factor=32, target_modules=["output.dense"]),
-    "prefixtuning": PrefixTuningConfig(
-        task_type="SEQ_CLS", num_virtual_tokens=8, prefix_projection=True, encoder_hidden_size=64
-    ),
-    "ptuning2": Ptuning2Config(task_type="SEQ_CLS", num_virtual_tokens=8),
-    "bitfit": BitFitConfig(task_type="SEQ_CLS"),
-}
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-# With AdamW; docs/examples.md says what they were tried on.
-LEARNING_RATES = {
-    "lora": 2e-3,
-    "adapter": 2e-3,
-    "low_rank_adapter": 8e-3,
-    "prefixtuning": 5e-3,
-    "ptuning2": 2e-2,
-    "bitfit": 8e-3,
-    "full": 2e-4,
-    "head": 2e-2,
-}
 
 
 def parse_arguments(argv):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--method", choices=METHODS, default="lora", help="what is trained (default: %(default)s)")
-    parser.add_argument("--compare", action="store_true", help="run every method; print and save a table and curves")
     parser.add_argument(
-        "--peft", action="store_true", help="put the delta in by mindpet.peft instead of by hand; saved as PEFT does"
+        "--compare",
+        nargs="*",
+        choices=METHODS,
+        metavar="METHOD",
+        help="run these methods, or every one; print and save a table and curves",
+    )
+    parser.add_argument(
+        "--peft",
+        action="store_true",
+        help="put the delta in by mindpet.peft, as for methods without layers in models/bert.py; saved as PEFT does",
     )
     parser.add_argument("--rdrop", action="store_true", help="train with R-Drop: two dropout passes a sample")
     parser.add_argument(
@@ -95,8 +74,8 @@ def parse_arguments(argv):
     for name in ("epochs", "batch_size", "seq_length", "max_per_label"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, but got {getattr(arguments, name)}")
-    if arguments.peft and (arguments.compare or arguments.method not in PEFT_CONFIGS):
-        parser.error(f"--peft goes with --method {'|'.join(PEFT_CONFIGS)}, and not with --compare")
+    if arguments.peft and (arguments.compare is not None or arguments.method not in PEFT_METHODS):
+        parser.error(f"--peft goes with --method {'|'.join(PEFT_METHODS)}, and not with --compare")
     return arguments
 
 
@@ -177,6 +156,12 @@ def freeze(model, method):
         freeze_delta(model, method, exclude=["classifier.*"])
 
 
+def tokens_of(method, peft):
+    """How many positions a method takes that the text cannot have; prefixes made by hand have none."""
+    parts = method.config.parts if method.config is not None and (peft or not method.by_hand) else []
+    return sum(part.num_virtual_tokens for part in parts if part.is_prompt_learning)
+
+
 def warm_up_and_decay(steps, warm_up=0.1):
     """Factors of the learning rate: a line up to 1 over the share `warm_up` of the steps, then a line down to 0."""
     return np.interp(np.arange(steps), [0, warm_up * steps, steps], [1 / steps, 1, 0])
@@ -249,6 +234,8 @@ def run(method, arguments, folder, weights, num_labels, train, validation, test)
     """
     rank, ranks = (get_rank(), get_group_size()) if arguments.distributed else (0, 1)
 
+    by_peft = arguments.peft or not METHODS[method].by_hand
+
     def build(method):
         model = BertClassifier(BertConfig.from_folder(folder, method=method), num_labels, arguments.pooling)
         load_weights(model.bert, weights)
@@ -256,30 +243,42 @@ def run(method, arguments, folder, weights, num_labels, train, validation, test)
         return model
 
     ms.set_seed(arguments.seed)
-    model = build(method)
-    if arguments.peft:  # it starts from the values of the network made by hand, so that the two can be compared
-        start = {param.name: param for param in model.get_parameters()}
-        model = get_peft_model(build("full"), PEFT_CONFIGS[method])
-        ms.load_param_into_net(model, start)
+    model = build(method if METHODS[method].by_hand else "full")
+    start = {param.name: param for param in model.get_parameters()}
     batch_size = min(arguments.batch_size, len(train.labels))
     samples = ds.NumpySlicesDataset(train._asdict(), shuffle=True, num_shards=ranks, shard_id=rank)
     dataset = samples.batch(batch_size // ranks, drop_remainder=True)
     steps = arguments.epochs * dataset.get_dataset_size()
-    rates = (arguments.learning_rate or LEARNING_RATES[method]) * warm_up_and_decay(steps)
+    if by_peft:
+        config = copy.deepcopy(METHODS[method].config)
+        if isinstance(config, AdaLoraConfig):
+            config.total_step = steps
+        if isinstance(config, TrainableTokensConfig):  # what every text has
+            config.token_indices = sorted(
+                set.intersection(*(set(ids[mask > 0].tolist()) for ids, mask, _ in zip(*train)))
+            )
+        model = get_peft_model(build("full"), config)
+        if METHODS[method].by_hand:  # from the values of the network made by hand, so that the two can be compared
+            ms.load_param_into_net(model, start)
+    rates = (arguments.learning_rate or METHODS[method].learning_rate) * warm_up_and_decay(steps)
     optimizer = AdamW(model.trainable_params(), rates.tolist())
+    loss_network = LossNetwork(model, arguments.rdrop)
+    if by_peft and isinstance(config, AdaLoraConfig):
+        optimizer = AdaLoraOptimizer(optimizer, model, config)
+        loss_network = OrthogonalLoss(loss_network, config.orth_reg_weight)
     progress = Progress(method, model, validation, batch_size, steps, hidden=rank > 0)
     directory = os.path.abspath(os.path.join(arguments.output, method))
     checkpoint = TrainableParamsCheckPoint(
         directory, config=CheckpointConfig(save_checkpoint_steps=steps, keep_checkpoint_max=1)
     )
-    Model(LossNetwork(model, arguments.rdrop), optimizer=optimizer).train(
+    Model(loss_network, optimizer=optimizer).train(
         arguments.epochs, dataset, callbacks=[DeltaGuard(), progress, checkpoint], dataset_sink_mode=False
     )
     if rank:
         return None
 
     file = checkpoint.latest_ckpt_file_name
-    if arguments.peft:
+    if by_peft:
         model.save_pretrained(os.path.join(directory, "adapter"), step=steps)
         file = os.path.join(directory, "adapter", "adapter_model.safetensors")
         fresh = PeftModel.from_pretrained(build("full"), os.path.join(directory, "adapter"))
@@ -349,7 +348,8 @@ def main(argv=None):
     try:
         folder = find_model(arguments.model)
         longest = BertConfig.from_folder(folder).max_position_embeddings
-        longest -= getattr(PEFT_CONFIGS[arguments.method], "num_virtual_tokens", 0) if arguments.peft else 0
+        methods = [arguments.method] if arguments.compare is None else arguments.compare or list(METHODS)
+        longest -= max(tokens_of(METHODS[method], arguments.peft) for method in methods)
         if arguments.seq_length > longest:
             raise ValueError(f"--seq-length {arguments.seq_length}: the model takes at most {longest} tokens")
         examples = read_tsv(arguments.data) if arguments.data else read_docstrings(arguments.max_per_label)
@@ -362,9 +362,8 @@ def main(argv=None):
             f"{len(parts[2])} to test; model {folder}"
         )
         weights = read_weights(folder)
-        methods = METHODS if arguments.compare else [arguments.method]
         results = [run(method, arguments, folder, weights, len(labels), *data) for method in methods]
-        if arguments.compare and None not in results:
+        if arguments.compare is not None and None not in results:
             report(results, arguments.output)
     except (OSError, ValueError, MindPetError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -7,7 +7,11 @@ import shutil
 import finetune_text
 import numpy as np
 import pytest
-from models.bert import METHODS
+from methods import METHODS, PEFT_METHODS
+from models.bert import BertClassifier, BertConfig
+
+from mindpet.delta.registry import METHODS as REGISTERED
+from mindpet.peft import plan_targets
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden/bert"
 WORDS = {"maths": ["matrix", "value", "random"], "sound": ["signal", "image", "train"]}
@@ -79,17 +83,25 @@ def test_peft_gives_the_curve_of_the_layers_made_by_hand(method, data, tmp_path,
 def test_peft_does_not_go_with_every_method(capsys):
     with pytest.raises(SystemExit) as exit_:
         finetune_text.main(["--peft", "--method", "full"])
-    assert exit_.value.code == 2 and "--peft goes with --method lora|adapter" in capsys.readouterr().err
+    assert exit_.value.code == 2 and "--peft goes with --method lora|adalora" in capsys.readouterr().err
+
+
+def test_every_method_of_mindpet_is_there_and_fits_the_model():
+    assert set(PEFT_METHODS) == {*REGISTERED, "mam"}
+    for name in PEFT_METHODS:
+        model = BertClassifier(BertConfig.from_folder(GOLDEN), 2)
+        assert plan_targets(model, METHODS[name].config).modules_to_save, name
 
 
 def test_compare_runs_every_method_and_saves_a_table_and_a_picture(data, tmp_path, capsys):
     folder = shutil.copytree(GOLDEN, tmp_path / "model")
-    arguments = ["--data", data, "--model", str(folder), "--seq-length", "8", "--epochs", "2"]
-    assert run(tmp_path, "--compare", *arguments) == 0
+    arguments = ["--data", data, "--model", str(folder), "--seq-length", "8", "--epochs", "1"]
+    methods = ["lora", "adalora", "trainable_tokens", "bitfit", "adapter", "mam", "full", "head"]
+    assert run(tmp_path, *arguments, "--compare", *methods) == 0
     table = (tmp_path / "out/compare.md").read_text()
     assert table in capsys.readouterr().out
     rows = [line.split("|") for line in table.splitlines()[2:]]
-    assert [row[1].strip() for row in rows] == list(METHODS)
+    assert [row[1].strip() for row in rows] == methods
     shares = {row[1].strip(): float(row[2]) for row in rows}
     assert shares["full"] == 100 and 0 < shares["head"] < shares["bitfit"] < shares["adapter"] < 100
     assert (tmp_path / "out/loss_curves.png").read_bytes().startswith(b"\x89PNG")
