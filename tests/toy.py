@@ -7,6 +7,7 @@ from mindspore import Tensor, nn, ops
 from mindpet.delta import (
     AdaLoRADense,
     AdapterDense,
+    AdaptionPrompt,
     HiraDense,
     IA3Dense,
     LoHaDense,
@@ -69,6 +70,10 @@ DELTA_SHAPES = {
         "fc.mindpet_delta_lokr_w1": (2, 2),
         "fc.mindpet_delta_lokr_w2_a": (4, 1),
         "fc.mindpet_delta_lokr_w2_b": (1, 4),
+    },
+    "adaption_prompt": {
+        "prefix.mindpet_delta_adaption_prompt": (1, 4, 8),
+        "prefix.mindpet_delta_adaption_prompt_gate": (1,),
     },
     "prompt_tuning": {"prefix.mindpet_delta_prompt": (4, 8)},
     "trainable_tokens": {
@@ -163,7 +168,10 @@ class Toy(nn.Cell):
         self.extra_of, self.extra = method, EXTRA[method][base]() if method in EXTRA else None
         method = None if base else method
         self.fc = DENSE[method](compute_dtype=compute_dtype) if method in DENSE else nn.Dense(WIDTH, WIDTH, "normal")
-        self.method = method if method in ("prefixtuning", "ptuning2") else "none"
+        self.method = method if method in ("prefixtuning", "ptuning2", "adaption_prompt") else "none"
+        if self.method == "adaption_prompt":
+            layers = (self.fc, self.fc)
+            self.prefix = AdaptionPrompt(layers, HEADS, WIDTH // HEADS, adapter_len=4, compute_dtype=compute_dtype)
         self.has_prompt = method in PROMPTS
         if self.has_prompt:
             self.prefix = PROMPTS[method]()
@@ -192,7 +200,10 @@ class Toy(nn.Cell):
             past = self.prefix(batch, ms.float32)[0]
             key, value = ops.concat((past[0], key), 2), ops.concat((past[1], value), 2)
         weights = ops.softmax(ops.matmul(query, key.swapaxes(2, 3)), -1)
-        mixed = ops.matmul(weights, value).swapaxes(1, 2).reshape(x.shape)
+        context = ops.matmul(weights, value)
+        if self.method == "adaption_prompt":
+            context = self.prefix(x, query, context)
+        mixed = context.swapaxes(1, 2).reshape(x.shape)
         return self.head((self.fc(x) + mixed).mean(1))
 
     def heads(self, x):

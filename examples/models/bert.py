@@ -177,6 +177,7 @@ class SelfAttention(nn.Cell):
         self.heads = self.kv_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.prefix_source = self.context_source = None  # where mindpet.peft puts deltas
+        self.key_value_layers = ("key", "value")
         self.query = query_or_value(config)
         self.key = dense(config.hidden_size, config.hidden_size)
         self.value = query_or_value(config)

@@ -87,7 +87,8 @@ class Attention(nn.Cell):
         super().__init__()
         self.heads = self.kv_heads = config.n_head
         self.head_dim = config.n_embd // config.n_head
-        self.prefix_source = self.context_source = None  # where mindpet.peft puts deltas
+        self.prefix_source = self.context_source = self.output_source = None  # where mindpet.peft puts deltas
+        self.key_value_layers = ("c_attn",)
         self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
 
@@ -100,7 +101,8 @@ class Attention(nn.Cell):
         context = ops.matmul(ops.softmax(scores, -1), value)
         if self.context_source is not None:
             context = self.context_source(hidden, query, context)
-        return self.c_proj(context.swapaxes(1, 2).reshape(hidden.shape))
+        out = self.c_proj(context.swapaxes(1, 2).reshape(hidden.shape))
+        return out if self.output_source is None else self.output_source(hidden, query, out)
 
     def split_heads(self, x):
         """`(batch, seq, hidden) -> (batch, heads, seq, head_dim)`."""

@@ -237,6 +237,7 @@ class Attention(nn.Cell):
         )
         self.groups = self.heads // self.kv_heads
         self.prefix_source = self.context_source = None  # where mindpet.peft puts deltas
+        self.key_value_layers = ("k_proj", "v_proj")
         width, kv_width, bias = self.heads * self.head_dim, self.kv_heads * self.head_dim, config.attention_bias
         self.q_proj = linear(config, "q_proj", config.hidden_size, width, bias)
         self.k_proj = linear(config, "k_proj", config.hidden_size, kv_width, bias)

@@ -2,6 +2,7 @@
 
 from mindpet.delta.adalora import AdaLoRADense, AdaLoraOptimizer, OrthogonalLoss
 from mindpet.delta.adapter import AdapterDense, AdapterLayer, MultiHeadAdapterLayer
+from mindpet.delta.adaption_prompt import AdaptionPrompt
 from mindpet.delta.hira import HiraDense
 from mindpet.delta.ia3 import IA3Dense
 from mindpet.delta.loha import LoHaDense
@@ -23,6 +24,7 @@ __all__ = [
     "AdaLoraOptimizer",
     "AdapterDense",
     "AdapterLayer",
+    "AdaptionPrompt",
     "HiraDense",
     "IA3Dense",
     "LoHaDense",

@@ -128,6 +128,18 @@ class Delta(nn.Cell):
         """The layer's weight, see `keep_weight`; it does not train."""
         return self.base_weight
 
+    def base_places(self, cell):
+        """Where parameters of the base stand that it computes with, and that the adapter may have copies of.
+
+        Args:
+            cell (Cell): the layer.
+
+        Returns:
+            dict of name of an attribute, which begins with `base_` -> (Cell, attribute there); by default of
+            `base_bias`, the layer's bias.
+        """
+        return {} if getattr(self, "base_bias", None) is None else {"base_bias": (cell, self.kind.bias)}
+
     def reset(self):
         """Make the delta the identity bit for bit, whatever its parameters hold: all of them are lost.
 

@@ -152,6 +152,17 @@ class PeftConfig:
         """Those of the method's kinds of places, names in `mindpet.network.kinds`, that this configuration is for."""
         return kinds
 
+    def choose(self, layers):
+        """Those of the layers that `target_modules` means that get a delta.
+
+        Args:
+            layers (list of Layer): in the network's order.
+
+        Raises:
+            ConfigError: there are too few of them.
+        """
+        return layers
+
     def complete(self, kinds):
         """Set what a network tells.
 

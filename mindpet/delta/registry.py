@@ -12,6 +12,7 @@ from mindpet.delta.adapter import (
     MultiHeadAdapterDelta,
     MultiHeadAdapterLayer,
 )
+from mindpet.delta.adaption_prompt import AdaptionPrompt, AdaptionPromptConfig, AdaptionPromptDelta
 from mindpet.delta.bitfit import BitFitConfig
 from mindpet.delta.hira import HiraConfig, HiraConvolution, HiraDelta, HiraDense, HiraEmbedding
 from mindpet.delta.ia3 import IA3Config, IA3Delta, IA3Dense
@@ -199,6 +200,14 @@ METHODS = {
             identity=True,
         ),
         Method("ln_tuning", LNTuningConfig, LNTuningConfig.by_hand, aliases=("layernorm",), identity=True),
+        Method(
+            "adaption_prompt",
+            AdaptionPromptConfig,
+            ("*mindpet_delta_adaption_prompt*",),
+            {"output": AdaptionPromptDelta, "context": AdaptionPromptDelta},
+            (AdaptionPrompt,),
+            identity=True,
+        ),
         Method(
             "prompt_tuning",
             PromptTuningConfig,

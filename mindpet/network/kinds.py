@@ -182,6 +182,18 @@ class ContextKind:
 
 
 @dataclass(frozen=True)
+class OutputKind(ContextKind):
+    """An attention that calls its attribute `output_source`, where that is not None, on what it puts out.
+
+    `out = self.output_source(hidden, query, out)`, as `context_source`, but with `out` `(batch, seq, features)`.
+    """
+
+    name = "output"
+    slot = "output_source"
+    strategy = "output_strategy"
+
+
+@dataclass(frozen=True)
 class InputEmbeddingKind:
     """A Cell that calls its attribute `prompt_source`, where that is not None, on the embeddings of its input.
 
@@ -217,8 +229,8 @@ class InputEmbeddingKind:
         return weight
 
 
-# Cells with an attribute that takes a delta, by the name of their kind.
-SLOTS = {kind.name: kind for kind in (AttentionKind, ContextKind, InputEmbeddingKind)}
+# Cells with an attribute that takes a delta, by the name of their kind; of several that fit, the first one counts.
+SLOTS = {kind.name: kind for kind in (AttentionKind, OutputKind, ContextKind, InputEmbeddingKind)}
 
 
 # Class, or its path for one of a library -> LayerKind.

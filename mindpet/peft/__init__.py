@@ -3,6 +3,7 @@
 from mindpet.delta._config import PeftConfig, PromptLearningConfig, TaskType, get_peft_config
 from mindpet.delta.adalora import AdaLoraConfig
 from mindpet.delta.adapter import AdapterConfig, BottleneckConfig
+from mindpet.delta.adaption_prompt import AdaptionPromptConfig
 from mindpet.delta.bitfit import BitFitConfig
 from mindpet.delta.hira import HiraConfig
 from mindpet.delta.ia3 import IA3Config
@@ -43,6 +44,7 @@ from mindpet.peft.words import start_prefix
 __all__ = [
     "AdaLoraConfig",
     "AdapterConfig",
+    "AdaptionPromptConfig",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",

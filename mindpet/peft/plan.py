@@ -180,6 +180,7 @@ def _find_part(network, plan, config, unmatched):
         if copies:
             plan.copied += layers
             return
+        layers = config.choose(layers)
     else:
         layers = _all_slots(network, type(config).__name__, kinds)
     with_slot = [layer for layer in layers if slot_of(layer.cell, kinds)]

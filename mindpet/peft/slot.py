@@ -76,8 +76,8 @@ class AdapterSlot:
     def _make(self, target, copies, shared):
         """The Delta of a target, which is patched in when the slot is put."""
         delta = target.delta.create(target.cell, target.kind, **target.arguments, **shared)
-        if getattr(delta, "base_bias", None) is not None:
-            delta.base_bias = copies.get((id(target.cell), target.kind.bias), delta.base_bias)
+        for name, (cell, attribute) in delta.base_places(target.cell).items():
+            setattr(delta, name, copies.get((id(cell), attribute), getattr(delta, name)))
         carry_strategy(target.cell, target.kind, delta)
         if target.is_slot:
             self.patches.append(AttributePatch(target.cell, target.kind.slot, delta))

@@ -37,6 +37,7 @@ NAMES = {
     "oft": ["fc.mindpet_delta_oft"],
     "loha": ["fc.mindpet_delta_loha_w1_a", "mindpet_delta_loha_t2"],
     "lokr": ["fc.mindpet_delta_lokr_w1", "mindpet_delta_lokr_w2_b"],
+    "adaption_prompt": ["attn.mindpet_delta_adaption_prompt", "mindpet_delta_adaption_prompt_gate"],
     "prompt_tuning": ["model.mindpet_delta_prompt"],
     "trainable_tokens": ["embed.mindpet_delta_trainable_tokens"],
     "ln_tuning": ["norm.gamma", "layers.0.ln_1.beta", "layers.0.input_layernorm.weight", "LayerNorm.bias"],

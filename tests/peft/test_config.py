@@ -8,6 +8,7 @@ from mindpet.errors import ConfigError
 from mindpet.peft import (
     AdaLoraConfig,
     AdapterConfig,
+    AdaptionPromptConfig,
     BitFitConfig,
     HiraConfig,
     IA3Config,
@@ -64,6 +65,7 @@ EVERY = [
     TrainableTokensConfig(token_indices=[7, 3]),
     LNTuningConfig(target_modules=["norm"]),
     PromptEncoderConfig(num_virtual_tokens=5, encoder_reparameterization_type="LSTM"),
+    AdaptionPromptConfig(target_modules="self_attn", adapter_len=10, adapter_layers=2),
 ]
 
 

@@ -13,7 +13,7 @@ from small import Small, contents, move, numbers, same
 
 from mindpet.delta import MultiHeadAdapterLayer
 from mindpet.errors import ConfigError, MergeError
-from mindpet.peft import BottleneckConfig, PeftModel, get_peft_model, plan_targets
+from mindpet.peft import AdaptionPromptConfig, BottleneckConfig, PeftModel, get_peft_model, plan_targets
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 NETWORKS = {
@@ -65,13 +65,20 @@ def test_each_head_has_a_bottleneck_of_its_own(scale, mode, rng):
     assert sum(param.size for param in cell.trainable_params()) == 3 * (6 * 2 + 2 + 2 * 4 + 4) + (scale == "learned")
 
 
+CONFIGS = {
+    "multi_head": lambda target: config(target, scale=2.0),
+    "adaption_prompt": lambda target: AdaptionPromptConfig(target_modules=target, adapter_len=3, adapter_layers=1),
+}
+
+
+@pytest.mark.parametrize("method", list(CONFIGS))
 @pytest.mark.parametrize("name", list(NETWORKS))
-def test_train_save_load_and_disable(name, mode, rng, tmp_path):
+def test_train_save_load_and_disable(name, method, mode, rng, tmp_path):
     cls, target = NETWORKS[name]
     network, x = Logits(cls.from_pretrained(GOLDEN / name)), Tensor(rng.integers(0, 19, (2, 6)).astype(np.int32))
     network.set_train(False)
     base, before = numbers(network, x), contents(network)
-    model = get_peft_model(network, config(target, scale=2.0))
+    model = get_peft_model(network, CONFIGS[method](target))
     same(numbers(model, x), base)
     move(model, 1)
     trained = numbers(model, x)

@@ -6,6 +6,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Layout, Parameter, Tensor, nn, ops
+from models.gpt2 import Gpt2Config, Gpt2ForCausalLM
 from models.llama import CausalLoss, LlamaConfig
 
 from mindpet.errors import AdapterError, ConfigError
@@ -14,6 +15,7 @@ from mindpet.network.kinds import layer_kind
 from mindpet.parallel import dry_run_many
 from mindpet.peft import (
     AdapterConfig,
+    AdaptionPromptConfig,
     HiraConfig,
     IA3Config,
     LoHaConfig,
@@ -164,6 +166,7 @@ def test_lora_bias_dropout_and_start_follow_too(reports):
 FACTORS = IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
 VECTORS = VeraConfig(r=4, target_modules=TARGETS)
 HEADS = AdapterConfig(target_modules=["self_attn"], bottleneck_size=2, form="multi_head")
+GATED = AdaptionPromptConfig(adapter_len=4, adapter_layers=2)
 BESIDE = AdapterConfig(target_modules=["mlp"], bottleneck_size=8, form="parallel", scale="learned")
 
 
@@ -207,6 +210,27 @@ def test_products_communicate_what_they_need():
         gathered[plan.kind] += plan.bytes * plan.count
     assert gathered["AllGather"] == gathered["ReduceScatter"] == 4 * 2 * (2 * 16 * (64 + 128))
     assert set(gathered) == {"AllReduce", "AllGather", "ReduceScatter"}
+
+
+GROUPED = {"num_key_value_heads": 4, "attention_bias": True}
+
+
+@pytest.mark.parametrize("ranks, data_parallel, fields", [(8, 2, {}), (8, 2, GROUPED), (64, 16, GROUPED)])
+def test_adaption_prompts_communicate_their_gradients_only(ranks, data_parallel, fields):
+    (report,) = dry_run_many([functools.partial(make, GATED, data_parallel, **fields)], ranks)
+    assert collective_bytes(report) == BASE_BYTES + 4 * 2 * (4 * 64 + 1)
+    check_delta(report)
+    assert {plan.kind for plan in report.collectives} == {"AllReduce"}
+    cuts = {plan.slot: plan.strategy for plan in report.operators if "context_source" in plan.cell}
+    assert cuts["strategy_key_matmul"] == ((data_parallel, 1), (4, 1))  # as the base's own
+
+
+def test_adaption_prompts_are_refused_where_they_cannot_follow():
+    network = Gpt2ForCausalLM(Gpt2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+    network.transformer.h[0].attn.c_attn.matmul.shard(((2, 1), (1, 4)))
+    network.transformer.h[0].attn.output_strategy = (2, 1)
+    with pytest.raises(ConfigError, match="h.0.attn: no adaption prompt where an 'output_source'"):
+        get_peft_model(network, AdaptionPromptConfig(adapter_len=2, adapter_layers=1))
 
 
 def test_rows_of_a_batch_cannot_have_adapters_of_their_own():
