@@ -10,6 +10,8 @@ from mindspore import Tensor, nn, ops
 from mindpet.delta import (
     AdapterDense,
     AdapterLayer,
+    CompacterDense,
+    CompacterLayer,
     HiraDense,
     IA3Dense,
     LoRADense,
@@ -40,6 +42,8 @@ CELLS = {
     "hira": lambda **kw: HiraDense(64, 128, 4, **{"activation": "relu", **FLOAT, **kw}),
     "miss": lambda **kw: MissDense(64, 128, 4, **{"activation": "relu", **FLOAT, **kw}),
     "miss_mini": lambda **kw: MissDense(64, 128, 4, mini_r=2, **{**MINI, "activation": "relu", **FLOAT, **kw}),
+    "compacter": lambda **kw: CompacterDense(64, 128, phm_dim=2, **{"activation": "silu", **FLOAT, **kw}),
+    "compacter_layer": lambda **kw: CompacterLayer(128, phm_dim=2, **{**FLOAT, **kw}),
 }
 DENSE = ("lora", "ia3", "ia3_feedforward", "vera", "adapter", "adapter_parallel", "low_rank_adapter")
 # Of what is no method of its own, the method.
@@ -51,11 +55,13 @@ MODES = {
 }
 MINI = {"init_weights": "mini"}
 DENSE = ("lora", "ia3", "ia3_feedforward", "vera", "hira", "miss", "miss_mini", "adapter", "low_rank_adapter")
+DENSE = (*DENSE, "compacter")
 # Of what is no method of its own, the method.
 MODES = {
     "ia3_feedforward": "ia3",
     "miss_mini": "miss",
     "adapter_layer": "adapter",
+    "compacter_layer": "compacter",
     "low_rank_adapter_layer": "low_rank_adapter",
 }
 SUM_OF_INPUTS = ("lora", "vera", "hira", "miss", "miss_mini")  # whose delta sums over the inputs
@@ -76,6 +82,15 @@ LOW_RANK_ADAPTER = {
     "up_sampler.mindpet_delta_low_rank_adapter_weight_right": "kf",
     "up_sampler.bias": "o",
 }
+COMPACTER = {
+    "compacter_rule": "fkl",
+    "down.left": "fkl",
+    "down.right": "fkl",
+    "down.bias": "r",
+    "up.left": "fkl",
+    "up.right": "fkl",
+    "up.bias": "o",
+}
 PARAMETERS = {
     "lora": {**BASE, "mindpet_delta_lora_a": "ri", "mindpet_delta_lora_b": "or"},
     "ia3": {**BASE, "mindpet_delta_ia3": "of"},
@@ -94,6 +109,8 @@ PARAMETERS = {
     "adapter_parallel": {**BASE, **ADAPTER, "down_sampler.weight": "ri", "mindpet_delta_adapter_scale": "f"},
     "low_rank_adapter": {**BASE, **LOW_RANK_ADAPTER},
     "adapter_layer": ADAPTER,
+    "compacter": {**BASE, **COMPACTER},
+    "compacter_layer": COMPACTER,
     "low_rank_adapter_layer": LOW_RANK_ADAPTER,
 }
 

@@ -77,7 +77,7 @@ def test_blocks_run_as_they_stand_and_print_what_the_page_says(page, tmp_path, r
 
 
 def test_the_shard_examples_of_the_methods_compile_on_8_ranks(tmp_path):
-    pages = ["lora", "ia3", "vera", "hira", "miss", "adapter", "low_rank_adapter"]
+    pages = ["lora", "ia3", "vera", "hira", "miss", "adapter", "low_rank_adapter", "compacter"]
     examples = [BLOCK.findall((ROOT / f"docs/methods/{page}.md").read_text(encoding="utf-8"))[-1] for page in pages]
     for page, example in zip(pages, examples):
         assert "dense.shard(" in example, page

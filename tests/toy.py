@@ -6,6 +6,7 @@ from mindspore import Tensor, nn, ops
 
 from mindpet.delta import (
     AdapterDense,
+    CompacterDense,
     HiraDense,
     IA3Dense,
     LoRADense,
@@ -26,6 +27,7 @@ DENSE = {
     "hira": lambda **kw: HiraDense(WIDTH, WIDTH, 2, **kw),
     "miss": lambda **kw: MissDense(WIDTH, WIDTH, 2, **kw),
     "adapter": lambda **kw: AdapterDense(WIDTH, WIDTH, bottleneck_size=4, **kw),
+    "compacter": lambda **kw: CompacterDense(WIDTH, WIDTH, 2, phm_dim=2, **kw),
     "low_rank_adapter": lambda **kw: LowRankAdapterDense(WIDTH, WIDTH, reduction_factor=2, **kw),
 }
 DELTA_SHAPES = {
@@ -62,6 +64,18 @@ DELTA_SHAPES = {
             "up_sampler.mindpet_delta_low_rank_adapter_weight_left": (4, 1),
             "up_sampler.mindpet_delta_low_rank_adapter_weight_right": (1, 8),
             "up_sampler.bias": (8,),
+        }.items()
+    },
+    "compacter": {
+        f"fc.mindpet_delta_compacter.mindpet_delta_compacter_{name}": shape
+        for name, shape in {
+            "rule": (2, 2, 2),
+            "down.left": (2, 1, 4),
+            "down.right": (2, 1, 2),
+            "down.bias": (4,),
+            "up.left": (2, 1, 2),
+            "up.right": (2, 1, 4),
+            "up.bias": (8,),
         }.items()
     },
     "bitfit": {},

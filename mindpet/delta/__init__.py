@@ -2,6 +2,7 @@
 
 from mindpet.delta.adapter import AdapterDense, AdapterLayer, MultiHeadAdapterLayer
 from mindpet.delta.adapter import AdapterDense, AdapterLayer
+from mindpet.delta.compacter import CompacterDense, CompacterLayer
 from mindpet.delta.hira import HiraDense
 from mindpet.delta.ia3 import IA3Dense
 from mindpet.delta.lora import LoRADense
@@ -16,6 +17,8 @@ from mindpet.delta.vera import VeraDense
 __all__ = [
     "AdapterDense",
     "AdapterLayer",
+    "CompacterDense",
+    "CompacterLayer",
     "HiraDense",
     "IA3Dense",
     "LoRADense",

@@ -12,6 +12,7 @@ from mindpet.delta.adapter import (
     MultiHeadAdapterLayer,
 )
 from mindpet.delta.bitfit import BitFitConfig
+from mindpet.delta.compacter import CompacterConfig, CompacterDelta, CompacterDense, CompacterLayer
 from mindpet.delta.hira import HiraConfig, HiraConvolution, HiraDelta, HiraDense, HiraEmbedding
 from mindpet.delta.ia3 import IA3Config, IA3Delta, IA3Dense
 from mindpet.delta.lora import LoraConfig, LoraConvolution, LoraDelta, LoRADense, LoraEmbedding
@@ -107,6 +108,14 @@ METHODS = {
             ("*mindpet_delta_low_rank_adapter*",),
             {"linear": LowRankAdapterDelta, "embedding": LowRankAdapterDelta},
             (LowRankAdapterDense, LowRankAdapterLayer),
+        ),
+        Method(
+            "compacter",
+            CompacterConfig,
+            ("*mindpet_delta_compacter*",),
+            {"linear": CompacterDelta, "embedding": CompacterDelta, "block": CompacterDelta},
+            (CompacterDense, CompacterLayer),
+            identity=True,
         ),
         Method("bitfit", BitFitConfig, BitFitConfig.trained_parameters, identity=True),
         Method(

@@ -3,6 +3,7 @@
 from mindpet.delta._config import PeftConfig, PromptLearningConfig, TaskType, get_peft_config
 from mindpet.delta.adapter import AdapterConfig, BottleneckConfig
 from mindpet.delta.bitfit import BitFitConfig
+from mindpet.delta.compacter import CompacterConfig
 from mindpet.delta.hira import HiraConfig
 from mindpet.delta.ia3 import IA3Config
 from mindpet.delta.lora import LoraConfig
@@ -43,6 +44,7 @@ __all__ = [
     "AutoPeftModelForTokenClassification",
     "BitFitConfig",
     "BottleneckConfig",
+    "CompacterConfig",
     "HiraConfig",
     "IA3Config",
     "LoraConfig",

@@ -154,6 +154,7 @@ SIZES = {
     "in_channels": 8,
     "out_channels": 8,
     "hidden_size": 8,
+    "reduction_factor": 2,
     "lora_rank": 2,
     "vera_rank": 2,
     "hira_rank": 2,
