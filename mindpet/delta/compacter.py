@@ -104,16 +104,18 @@ class HypercomplexLinear(nn.Cell):
 
     def construct(self, rows, rule):
         n, rank = self.dim, self.rank
+        narrow, wide = (self.left, self.right) if self.is_up else (self.right, self.left)
+        rule, wide = cast(rule, ms.float32), cast(wide, ms.float32)
         if self.is_up:  # (i, rank, part in, part out, in it) -> (part in, i, rank, part out, in it)
-            narrow, wide, order = self.left, ops.reshape(self.right, (n, rank, 1, 1, -1)), (2, 0, 1, 3, 4)
-            rule = ops.reshape(rule, (n, 1, n, n, 1))
+            order, rule = (2, 0, 1, 3, 4), ops.reshape(rule, (n, 1, n, n, 1))
+            wide = ops.reshape(wide, (n, rank, 1, 1, -1))
         else:  # (i, rank, part in, in it, part out) -> (part out, i, rank, part in, in it)
-            narrow, wide, order = self.right, ops.reshape(self.left, (n, rank, 1, -1, 1)), (4, 0, 1, 2, 3)
-            rule = ops.reshape(rule, (n, 1, n, 1, n))
-        # The product first: of a Parameter that goes to a Transpose, MindSpore 2.10 does not add up the ranks' gradients.
-        wide = self.transpose(self.product(cast(rule, ms.float32), cast(wide, ms.float32)), order)
+            order, rule = (4, 0, 1, 2, 3), ops.reshape(rule, (n, 1, n, 1, n))
+            wide = ops.reshape(wide, (n, rank, 1, -1, 1))
+        # The product first: where a Parameter goes to a Transpose, MindSpore 2.10 adds up no gradients of ranks.
+        wide = self.transpose(self.product(rule, wide), order)
         wide = cast(ops.reshape(wide, (n * n * rank, -1)), self.compute_dtype)
-        narrow = cast(ops.reshape(narrow, (n * rank, -1)), self.compute_dtype)
+        narrow = ops.reshape(cast(narrow, self.compute_dtype), (n * rank, -1))
         if self.is_up:
             inner = self.narrow_matmul(ops.reshape(rows, (-1, narrow.shape[1])), narrow)
             out = self.wide_matmul(ops.reshape(inner, (-1, n * n * rank)), wide)
