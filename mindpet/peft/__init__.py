@@ -28,6 +28,7 @@ from mindpet.peft.auto import (
     AutoPeftModelForTokenClassification,
     register_base_model,
 )
+from mindpet.peft.drop import AdapterDrop, drop_adapter_layers
 from mindpet.peft.model import PeftModel, get_peft_model, inject_adapter_in_model
 from mindpet.peft.plan import plan_targets
 from mindpet.peft.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
@@ -35,6 +36,7 @@ from mindpet.peft.status import get_layer_status, get_model_status
 
 __all__ = [
     "AdapterConfig",
+    "AdapterDrop",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -61,6 +63,7 @@ __all__ = [
     "TaskType",
     "UnionConfig",
     "VeraConfig",
+    "drop_adapter_layers",
     "get_layer_status",
     "get_model_status",
     "get_peft_config",
