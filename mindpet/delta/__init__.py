@@ -1,7 +1,6 @@
 """The delta Cells, one method a file."""
 
 from mindpet.delta.adapter import AdapterDense, AdapterLayer, MultiHeadAdapterLayer
-from mindpet.delta.adapter import AdapterDense, AdapterLayer
 from mindpet.delta.compacter import CompacterDense, CompacterLayer
 from mindpet.delta.hira import HiraDense
 from mindpet.delta.ia3 import IA3Dense

@@ -109,14 +109,6 @@ METHODS = {
             {"linear": LowRankAdapterDelta, "embedding": LowRankAdapterDelta},
             (LowRankAdapterDense, LowRankAdapterLayer),
         ),
-        Method(
-            "compacter",
-            CompacterConfig,
-            ("*mindpet_delta_compacter*",),
-            {"linear": CompacterDelta, "embedding": CompacterDelta, "block": CompacterDelta},
-            (CompacterDense, CompacterLayer),
-            identity=True,
-        ),
         Method("bitfit", BitFitConfig, BitFitConfig.trained_parameters, identity=True),
         Method(
             "ptuning2",
@@ -165,6 +157,14 @@ METHODS = {
             ("*mindpet_delta_prompt",),
             {"input_embedding": PromptDelta},
             (PromptEmbedding,),
+        ),
+        Method(
+            "compacter",
+            CompacterConfig,
+            ("*mindpet_delta_compacter*",),
+            {"linear": CompacterDelta, "embedding": CompacterDelta, "block": CompacterDelta},
+            (CompacterDense, CompacterLayer),
+            identity=True,
         ),
     )
 }

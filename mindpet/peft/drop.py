@@ -139,27 +139,24 @@ class AdapterDrop(TrainCallback):
         check.done()
         self.model, self.most, self.number = model, most, 0
         self._rng = np.random if seed is None else np.random.RandomState(seed)
-        self._gated, self._level = [], None
+        self._gated, self._level, self._depth = [], None, 0
 
     def __enter__(self):
-        if not self._gated:
+        if not self._depth:
             self._start()
+        self._depth += 1  # `Model.fit` enters its callbacks for each evaluation, too
         return self
 
     def __exit__(self, *error):
-        self.stop()
-
-    def on_train_begin(self, run_context):
-        self.__enter__()
+        self._depth -= 1
+        if not self._depth:
+            self._stop()
 
     def on_train_step_begin(self, run_context):
         self.draw()
 
     def on_train_step_end(self, run_context):
-        self._set(0)
-
-    def on_train_end(self, run_context):
-        self.stop()
+        self.leave_out(0)
 
     def draw(self):
         """Choose n for the next step.
@@ -167,12 +164,26 @@ class AdapterDrop(TrainCallback):
         Returns:
             int.
         """
-        return self._set(int(self._rng.randint(0, self._highest + 1)))
+        self._check_started()
+        self.leave_out(int(self._rng.randint(0, self._highest + 1)))
+        return self.number
 
-    def _set(self, number):
+    def leave_out(self, number: int):
+        """Leave out the deltas of the lowest layers, as many as are given, until further notice.
+
+        Raises:
+            AdapterError: training has not begun.
+            ValueError: `number` is not an int from 0 to `most`.
+        """
+        self._check_started()
+        if not is_int(number) or not 0 <= number <= self._highest:
+            raise ValueError(f"AdapterDrop: 'number' must be an int from 0 to {self._highest}, but got {number!r}.")
         self.number = number
         assign(self._level, Tensor(np.array([number], np.int32)))
-        return number
+
+    def _check_started(self):
+        if not self._gated:
+            raise AdapterError("AdapterDrop: training has not begun; outside of Model.train, 'with' begins it.")
 
     def _start(self):
         owner = type(self).__name__
@@ -192,16 +203,13 @@ class AdapterDrop(TrainCallback):
             for path, delta in deltas.items():
                 vars(delta).update(construct=types.MethodType(gated, delta), mindpet_dropped=self._level)
                 vars(delta)["mindpet_number"] = numbers[path]
-                delta._params["mindpet_dropped"] = self._level
                 self._gated.append(delta)
             forget_graphs()
 
-    def stop(self):
-        """Leave out nothing any more."""
+    def _stop(self):
         for delta in self._gated:
             for name in ("construct", "mindpet_dropped", "mindpet_number"):
                 del vars(delta)[name]
-            del delta._params["mindpet_dropped"]
         if self._gated:
             forget_graphs()
         self._gated, self.number = [], 0

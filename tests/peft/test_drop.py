@@ -136,49 +136,69 @@ def test_a_step_leaves_out_the_lowest_layers_and_compiles_nothing(method, mode, 
     step = nn.TrainOneStepCell(nn.WithLossCell(model, nn.MSELoss()), nn.SGD(model.trainable_params(), 0.1))
     target = Tensor(np.zeros((4, 2), np.float32))
     with AdapterDrop(model, seed=3) as drop:
-        same(numbers(model, x), expected[0])
         assert {drop.draw() for _ in range(30)} == {0, 1, 2}
-        drop._set(1)
-        step.set_train()(x, target)
-        model.set_train(False)
-        drop._set(0)
-        trained = [without_gate(model, drop, number, x) for number in range(3)]
+        for number in (2, 0):
+            drop.leave_out(number)
+            same(numbers(model, x), expected[number])
         with Compiles() as compiles:
-            for number in (2, 1, 0, 2):
-                drop._set(number)
-                same(numbers(model, x), trained[number])
+            for number in (1, 2, 0, 1):
+                drop.leave_out(number)
+                same(numbers(model, x), expected[number])
         assert compiles.count == 0 or not graph_mode()
+        step.set_train()(x, target)
+        assert np.abs(numbers(model.set_train(False), x) - expected[1]).max() > 1e-4
     assert [(param.name, param.requires_grad) for param in model.get_parameters()] == before
-    same(numbers(model, x), trained[0])
+    same(numbers(model, x), without(model, 0, x))
 
 
-def without_gate(model, drop, number, x):
-    drop._set(number)
-    return numbers(model, x)
-
-
-def test_what_is_left_out_does_not_train(x):
+def test_what_is_left_out_does_not_train(mode, x):
     model = get_peft_model(Deep(), CONFIGS["adapter"])
     move(model, 1)
     step = nn.TrainOneStepCell(nn.WithLossCell(model, nn.MSELoss()), nn.SGD(model.trainable_params(), 0.1))
-    fresh = {param.name: param.asnumpy().copy() for param in model.trainable_params()}
+    step.set_train()
+    target = Tensor(np.zeros((4, 2), np.float32))
+
+    def moved():
+        before = {param.name: param.asnumpy().copy() for param in model.trainable_params()}
+        step(x, target)
+        return {param.name[:8] for param in model.trainable_params() if np.any(param.asnumpy() != before[param.name])}
+
+    with pytest.raises(AdapterError, match="training has not begun"):
+        AdapterDrop(model).draw()
     with AdapterDrop(model) as drop:
-        drop._set(2)
-        step.set_train()(x, Tensor(np.zeros((4, 2), np.float32)))
-    moved = {param.name for param in model.trainable_params() if np.any(param.asnumpy() != fresh[param.name])}
-    assert moved == {name for name in fresh if name.startswith("blocks.2")}
+        with pytest.raises(ValueError, match="'number' must be an int from 0 to 2, but got 3"):
+            drop.leave_out(3)
+        drop.leave_out(2)
+        assert moved() == {"blocks.2"}
+        with Compiles() as compiles:
+            drop.leave_out(0)
+            assert moved() == {"blocks.0", "blocks.1", "blocks.2"}
+            drop.leave_out(1)
+            assert moved() == {"blocks.1", "blocks.2"}
+        assert compiles.count == 0 or not graph_mode()
 
 
 def test_the_callback_draws_for_each_step(mode, x):
     model = get_peft_model(Deep(), CONFIGS["adapter"])
     optimizer = nn.SGD(model.trainable_params(), 0.1)
     drop, seen = AdapterDrop(model, most=1, seed=1), []
+    deltas = [cell for _, cell in model.network.cells_and_names() if isinstance(cell, Delta)]
 
     class Note(train.Callback):
         def on_train_step_begin(self, run_context):
             seen.append(drop.number)
+            assert all("construct" in vars(delta) for delta in deltas[:1]) and "construct" not in vars(deltas[2])
 
     rows = ms.dataset.NumpySlicesDataset((x.asnumpy(), np.zeros((4, 2), np.float32)), shuffle=False).batch(2)
-    train.Model(model, nn.MSELoss(), optimizer).train(6, rows, callbacks=[drop, Note()], dataset_sink_mode=False)
+    fitted = train.Model(model, nn.MSELoss(), optimizer, metrics={"mse"})
+    fitted.fit(6, rows, rows, callbacks=[drop, Note()], dataset_sink_mode=False)
     assert len(seen) == 12 and set(seen) == {0, 1} and drop.number == 0
-    assert not any("mindpet_dropped" in param.name for param in model.get_parameters())
+    assert len(deltas) == 3 and not any("construct" in vars(delta) for delta in deltas)
+
+    class Fails(train.Callback):
+        def on_train_step_begin(self, run_context):
+            raise KeyError("enough")
+
+    with pytest.raises(KeyError):
+        fitted.train(1, rows, callbacks=[drop, Fails()], dataset_sink_mode=False)
+    assert not any("construct" in vars(delta) for delta in deltas)
