@@ -3,7 +3,7 @@
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor, nn
+from mindspore import Tensor, nn, ops
 from small import Small, check_turns, contents, ids, move, numbers, same
 
 from mindpet.delta import CompacterDense, CompacterLayer
@@ -13,6 +13,7 @@ from mindpet.files.convert import convert
 from mindpet.files.tensors import TensorFile
 from mindpet.graph import freeze_delta, load_delta
 from mindpet.graph.ckpt_util import saved_parameters
+from mindpet.parallel import dry_run
 from mindpet.peft import CompacterConfig, LoraConfig, PeftModel, get_peft_model
 
 FLOAT = {"compute_dtype": ms.float32}
@@ -218,6 +219,33 @@ def test_files_without_a_network(rng, tmp_path):
         CompacterConfig(reduction_factor=2, phm_dim=2, non_linearity="prelu"),
     )
     same(numbers(PeftModel.from_pretrained(model.unload(), tmp_path / "again"), x), tuned)
+
+
+class Cut(nn.Cell):
+    """Two layers that are cut over rows and outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Dense(8, 8, has_bias=False), nn.Dense(8, 8, has_bias=False)
+        for layer in (self.first, self.second):
+            layer.matmul.shard(((2, 1), (4, 1)))
+        self.sum = ops.ReduceSum().shard(((2, 4),))
+
+    def construct(self, x):
+        return self.sum(self.second(self.first(x)))
+
+
+def cut():
+    """A network with strategies and an adapter, and its input."""
+    network = Cut()
+    get_peft_model(network, config(target_modules=["first", "second"]))
+    return network, Tensor(np.ones((4, 8), np.float32))
+
+
+def test_the_gradients_of_the_first_factors_are_summed_over_the_ranks_once():
+    report = dry_run(cut, 8)
+    found = [plan for plan in report.collectives if plan.cause.endswith("_rule")]
+    assert [(plan.kind, plan.group_size, plan.bytes, plan.count) for plan in found] == [("AllReduce", 8, 4 * 2**3, 1)]
 
 
 DAMAGES = {
