@@ -11,6 +11,8 @@ from mindpet.delta import (
     AdaLoRADense,
     AdapterDense,
     AdapterLayer,
+    CompacterDense,
+    CompacterLayer,
     HiraDense,
     IA3Dense,
     LoHaDense,
@@ -51,6 +53,8 @@ CELLS = {
     "loha": lambda **kw: LoHaDense(64, 128, 2, 4, **{"activation": "relu", **FLOAT, **kw}),
     "lokr": lambda **kw: LoKrDense(64, 128, 2, 4, **{"activation": "relu", **FLOAT, **kw}),
     "trainable_tokens": lambda **kw: TrainableTokensEmbedding(64, 128, [7, 1, 2, 9], **kw),
+    "compacter": lambda **kw: CompacterDense(64, 128, phm_dim=2, **{"activation": "silu", **FLOAT, **kw}),
+    "compacter_layer": lambda **kw: CompacterLayer(128, phm_dim=2, **{**FLOAT, **kw}),
 }
 DENSE = tuple(name for name in CELLS if not name.endswith(("_layer", "_tokens")))
 MOST = {"oft": 32}  # slices of the inputs: a block of two is not cut
@@ -60,6 +64,7 @@ MODES = {
     "miss_mini": "miss",
     "adapter_parallel": "adapter",
     "adapter_layer": "adapter",
+    "compacter_layer": "compacter",
     "low_rank_adapter_layer": "low_rank_adapter",
 }
 # Whose delta sums over the inputs; those of adapters do over the outputs.
@@ -90,6 +95,15 @@ LOW_RANK_ADAPTER = {
     "up_sampler.mindpet_delta_low_rank_adapter_weight_left": "rk",
     "up_sampler.mindpet_delta_low_rank_adapter_weight_right": "kf",
     "up_sampler.bias": "o",
+}
+COMPACTER = {
+    "compacter_rule": "fkl",
+    "down.left": "fkl",
+    "down.right": "fkl",
+    "down.bias": "r",
+    "up.left": "fkl",
+    "up.right": "fkl",
+    "up.bias": "o",
 }
 PARAMETERS = {
     "lora": {**BASE, "mindpet_delta_lora_a": "ri", "mindpet_delta_lora_b": "or"},
@@ -134,6 +148,8 @@ PARAMETERS = {
         "mindpet_trainable_tokens_slots": "f",
     },
     "adapter_layer": ADAPTER,
+    "compacter": {**BASE, **COMPACTER},
+    "compacter_layer": COMPACTER,
     "low_rank_adapter_layer": LOW_RANK_ADAPTER,
 }
 

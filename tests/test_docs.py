@@ -14,7 +14,7 @@ import pytest
 from test_package import ORDER
 
 from mindpet.delta import RDropLoss
-from mindpet.delta._base import Delta
+from mindpet.delta._base import Delta, DeltaDense
 from mindpet.delta.registry import METHODS
 from mindpet.parallel import Report, dry_run_many
 
@@ -77,17 +77,19 @@ def test_blocks_run_as_they_stand_and_print_what_the_page_says(page, tmp_path, r
 
 
 def test_the_shard_examples_of_the_methods_compile_on_8_ranks(tmp_path):
-    pages = ["lora", "ia3", "vera", "hira", "miss", "adapter", "low_rank_adapter", "adalora", "oft", "loha", "lokr"]
-    examples = [BLOCK.findall((ROOT / f"docs/methods/{page}.md").read_text(encoding="utf-8"))[-1] for page in pages]
-    for page, example in zip(pages, examples):
-        assert "dense.shard(" in example, page
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs/methods").glob("*.md"))}
+    examples = {page: BLOCK.findall(text)[-1] for page, text in texts.items() if "dense.shard(" in text}
+    assert {name for name, method in METHODS.items() if any(issubclass(c, DeltaDense) for c in method.cells)} == {
+        *examples
+    }
+    for page, example in examples.items():
         (tmp_path / f"{page}_example.py").write_text(
             "import mindspore as ms\nimport numpy as np\nfrom mindpet.delta import *\n\ndef build():\n"
             + textwrap.indent(example, "    ")
             + "    return dense, ms.Tensor(np.ones((16, 784), np.float32))\n"
         )
-    builds = [f"{tmp_path}/{page}_example.py:build" for page in pages]
-    for page, example, report in zip(pages, examples, dry_run_many(builds, 8, train=False)):
+    builds = [f"{tmp_path}/{page}_example.py:build" for page in examples]
+    for (page, example), report in zip(examples.items(), dry_run_many(builds, 8, train=False)):
         assert isinstance(report, Report), (page, report)
         slots = re.findall(r"^    (strategy_\w+)=", example, re.MULTILINE)
         slots = {slot for slot in slots if not slot.endswith("_dropout")}  # there is none where nothing is dropped

@@ -70,6 +70,7 @@ ORDER = [
     "peft.state",
     "peft.turns",
     "peft.checks",
+    "peft.drop",
     "peft.knowing",
     "peft.merging",
     "peft.saving",

@@ -8,6 +8,7 @@ from mindpet.delta import (
     AdaLoRADense,
     AdapterDense,
     AdaptionPrompt,
+    CompacterDense,
     HiraDense,
     IA3Dense,
     LoHaDense,
@@ -37,6 +38,7 @@ DENSE = {
     "loha": lambda **kw: LoHaDense(WIDTH, WIDTH, 2, 4, **kw),
     "lokr": lambda **kw: LoKrDense(WIDTH, WIDTH, 1, 4, **kw),
     "adapter": lambda **kw: AdapterDense(WIDTH, WIDTH, bottleneck_size=4, **kw),
+    "compacter": lambda **kw: CompacterDense(WIDTH, WIDTH, 2, phm_dim=2, **kw),
     "low_rank_adapter": lambda **kw: LowRankAdapterDense(WIDTH, WIDTH, reduction_factor=2, **kw),
 }
 PROMPTS = {
@@ -121,6 +123,18 @@ DELTA_SHAPES = {
             "up_sampler.mindpet_delta_low_rank_adapter_weight_left": (4, 1),
             "up_sampler.mindpet_delta_low_rank_adapter_weight_right": (1, 8),
             "up_sampler.bias": (8,),
+        }.items()
+    },
+    "compacter": {
+        f"fc.mindpet_delta_compacter.mindpet_delta_compacter_{name}": shape
+        for name, shape in {
+            "rule": (2, 2, 2),
+            "down.left": (2, 1, 4),
+            "down.right": (2, 1, 2),
+            "down.bias": (4,),
+            "up.left": (2, 1, 2),
+            "up.right": (2, 1, 4),
+            "up.bias": (8,),
         }.items()
     },
     "bitfit": {},

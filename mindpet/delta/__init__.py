@@ -3,6 +3,7 @@
 from mindpet.delta.adalora import AdaLoRADense, AdaLoraOptimizer, OrthogonalLoss
 from mindpet.delta.adapter import AdapterDense, AdapterLayer, MultiHeadAdapterLayer
 from mindpet.delta.adaption_prompt import AdaptionPrompt
+from mindpet.delta.compacter import CompacterDense, CompacterLayer
 from mindpet.delta.hira import HiraDense
 from mindpet.delta.ia3 import IA3Dense
 from mindpet.delta.loha import LoHaDense
@@ -25,6 +26,8 @@ __all__ = [
     "AdapterDense",
     "AdapterLayer",
     "AdaptionPrompt",
+    "CompacterDense",
+    "CompacterLayer",
     "HiraDense",
     "IA3Dense",
     "LoHaDense",

@@ -14,6 +14,7 @@ from mindpet.delta.adapter import (
 )
 from mindpet.delta.adaption_prompt import AdaptionPrompt, AdaptionPromptConfig, AdaptionPromptDelta
 from mindpet.delta.bitfit import BitFitConfig
+from mindpet.delta.compacter import CompacterConfig, CompacterDelta, CompacterDense, CompacterLayer
 from mindpet.delta.hira import HiraConfig, HiraConvolution, HiraDelta, HiraDense, HiraEmbedding
 from mindpet.delta.ia3 import IA3Config, IA3Delta, IA3Dense
 from mindpet.delta.ln_tuning import LNTuningConfig
@@ -221,6 +222,14 @@ METHODS = {
             ("*mindpet_delta_p_tuning*",),
             {"input_embedding": PromptEncoderDelta},
             (PromptEncoder,),
+        ),
+        Method(
+            "compacter",
+            CompacterConfig,
+            ("*mindpet_delta_compacter*",),
+            {"linear": CompacterDelta, "embedding": CompacterDelta, "block": CompacterDelta},
+            (CompacterDense, CompacterLayer),
+            identity=True,
         ),
     )
 }

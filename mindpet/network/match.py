@@ -264,19 +264,25 @@ def _layer_numbers(config, layers, problems):
     exact = () if isinstance(entries, str) else entries
     names = config.layers_pattern or []
     names = [names] if isinstance(names, str) else list(names)
-    # The number after the name of the list of layers; without a name, the first number in the path.
-    starts = [rf"(?:.*\.)?{name}\." for name in names] or [r"(?:[^.]+\.)*?"]
-    found = {
-        path: next(filter(None, (re.match(rf"{start}(\d+)\.", f"{path}.") for start in starts)), None)
-        for layer in layers
-        for path in layer.paths
-    }
-    numbers = {int(match.group(1)) for match in found.values() if match}
+    found = {path: layer_number(path, names) for layer in layers for path in layer.paths}
+    numbers = set(found.values()) - {None}
     missing = [number for number in wanted if number not in numbers]
     if missing:
         known = f"those of {names}" if names else "the numbers"
         problems.append(f"'layers_to_transform': no layer {missing}; {known} are {sorted(numbers)}")
-    return lambda path: path in exact or (found[path] is not None and int(found[path].group(1)) in wanted)
+    return lambda path: path in exact or found[path] in wanted
+
+
+def layer_number(path, names=()):
+    """The number after the name of the list of layers; without names, the first number in the path; or None.
+
+    Args:
+        path (str): dotted path of a Cell.
+        names (list of str): regular expressions for the name. Default: ().
+    """
+    starts = [rf"(?:.*\.)?{name}\." for name in names] or [r"(?:[^.]+\.)*?"]
+    found = next(filter(None, (re.match(rf"{start}(\d+)\.", f"{path}.") for start in starts)), None)
+    return int(found.group(1)) if found else None
 
 
 def no_match(name, entry, layers):

@@ -5,6 +5,7 @@ from mindpet.delta.adalora import AdaLoraConfig
 from mindpet.delta.adapter import AdapterConfig, BottleneckConfig
 from mindpet.delta.adaption_prompt import AdaptionPromptConfig
 from mindpet.delta.bitfit import BitFitConfig
+from mindpet.delta.compacter import CompacterConfig
 from mindpet.delta.hira import HiraConfig
 from mindpet.delta.ia3 import IA3Config
 from mindpet.delta.ln_tuning import LNTuningConfig
@@ -35,6 +36,7 @@ from mindpet.peft.auto import (
     AutoPeftModelForTokenClassification,
     register_base_model,
 )
+from mindpet.peft.drop import AdapterDrop, drop_adapter_layers
 from mindpet.peft.model import PeftModel, get_peft_model, inject_adapter_in_model
 from mindpet.peft.plan import plan_targets
 from mindpet.peft.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
@@ -45,6 +47,7 @@ __all__ = [
     "AdaLoraConfig",
     "AdapterConfig",
     "AdaptionPromptConfig",
+    "AdapterDrop",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -54,6 +57,7 @@ __all__ = [
     "AutoPeftModelForTokenClassification",
     "BitFitConfig",
     "BottleneckConfig",
+    "CompacterConfig",
     "HiraConfig",
     "IA3Config",
     "LoHaConfig",
@@ -76,6 +80,7 @@ __all__ = [
     "UnionConfig",
     "TrainableTokensConfig",
     "VeraConfig",
+    "drop_adapter_layers",
     "get_layer_status",
     "get_model_status",
     "get_peft_config",

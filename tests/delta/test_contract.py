@@ -160,6 +160,7 @@ SIZES = {
     "in_channels": 8,
     "out_channels": 8,
     "hidden_size": 8,
+    "reduction_factor": 2,
     "lora_rank": 2,
     "init_r": 2,
     "vera_rank": 2,

@@ -45,6 +45,7 @@ NAMES = {
     "prefixtuning": ["prefix.mindpet_delta_prefixtuning_wte.embedding_table", "mindpet_delta_prefixtuning.0.weight"],
     "adapter": ["fc.mindpet_delta_adapter.mindpet_delta_adapter_block.weight", "fc.mindpet_delta_adapter.scale"],
     "low_rank_adapter": ["fc.mindpet_delta_low_rank_adapter.bias", "fc.mindpet_delta_low_rank_adapter_up.bias"],
+    "compacter": ["fc.mindpet_delta_compacter.mindpet_delta_compacter_rule", "mindpet_delta_compacter_up.left"],
     "bitfit": ["fc.bias"],
     "ptuning2": [
         "mindpet_delta_ptuning2_embedding.embedding_table",
