@@ -17,7 +17,16 @@ PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 FILE = re.compile(r"^`([\w/]+\.\w+)`:\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 DIFF = re.compile(r"^```diff\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # What of the project the tests of a method need.
-NEEDED = ("mindpet", "docs", "examples", "tests/delta", "tests/peft/small.py", "tests/conftest.py", "tests/toy.py")
+NEEDED = (
+    "mindpet",
+    "docs",
+    "examples",
+    "tests/delta",
+    "tests/peft/small.py",
+    "tests/conftest.py",
+    "tests/toy.py",
+    "tests/sharded.py",
+)
 NEEDED += ("tests/test_docs.py", "tests/test_package.py", "pyproject.toml")
 NEEDED += ("README.md", "SECURITY.md", "CONTRIBUTING.md", "LICENSE")
 
