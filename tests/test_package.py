@@ -14,6 +14,7 @@ import mindpet
 ROOT = pathlib.Path(mindpet.__file__).parent
 # A module may import from what stands before it.
 ORDER = [
+    "utils.hints",
     "utils.quote",
     "utils.parse",
     "errors",

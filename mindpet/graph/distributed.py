@@ -6,6 +6,7 @@ import pathlib
 import re
 import shutil
 import tempfile
+from typing import Optional, Union
 
 import mindspore as ms
 from mindspore import Parameter, Tensor
@@ -13,6 +14,7 @@ from mindspore import Parameter, Tensor
 from mindpet.errors import CheckpointError
 from mindpet.files.checkpoints import read_checkpoint
 from mindpet.network.values import digest
+from mindpet.utils.hints import PathLike
 from mindpet.utils.validate import Checker
 
 SUFFIXES = (".ckpt", ".safetensors")
@@ -22,18 +24,20 @@ FILE_NAME = re.compile(  # as MindSpore gives it
 STRATEGY_FOLDER = "strategy"  # beside the folders of the ranks
 
 
-def gather_delta(folder, strategy=None, name=None):
+def gather_delta(
+    folder: PathLike, strategy: Optional[PathLike] = None, name: Optional[str] = None
+) -> dict[str, Parameter]:
     """Put the slices of all ranks together.
 
     Args:
-        folder (str): has a folder `rank_N` for each rank, as `TrainableParamsCheckPoint` writes them.
-        strategy (str): MindSpore's strategy file of the run, or for several pipeline stages a folder with the file of
-            each. Default: None, for the folder `strategy` in `folder`.
-        name (str): of the file in each rank's folder. Default: None, for that of the last step which all ranks have, by
-            the names that `TrainableParamsCheckPoint` gives.
+        folder: has a folder `rank_N` for each rank, as `TrainableParamsCheckPoint` writes them.
+        strategy: MindSpore's strategy file of the run, or for several pipeline stages a folder with the file of each.
+            Default: None, for the folder `strategy` in `folder`.
+        name: of the file in each rank's folder. Default: None, for that of the last step which all ranks have, by the
+            names that `TrainableParamsCheckPoint` gives.
 
     Returns:
-        dict of str -> Parameter, whole, as `mindspore.load_checkpoint` returns it.
+        The whole Parameters by name, as `mindspore.load_checkpoint` returns them.
 
     Raises:
         TypeError: an argument is not a path.
@@ -57,17 +61,19 @@ def gather_delta(folder, strategy=None, name=None):
         return read_checkpoint(whole)
 
 
-def slice_delta(delta, strategy, folder):
+def slice_delta(
+    delta: Union[dict[str, Union[Tensor, Parameter]], PathLike], strategy: PathLike, folder: PathLike
+) -> list[str]:
     """Cut a whole delta for the ranks of a run: the inverse of `gather_delta`.
 
     Args:
-        delta (Union[dict, str]): name -> Tensor or Parameter, or a checkpoint file.
-        strategy (str): MindSpore's strategy file of the run, or for several pipeline stages a folder with the file of
-            each; `dry_run(..., strategy_ckpt_config={"save_file": ...})` writes one.
-        folder (str): gets a file `delta.ckpt` in a folder `rank_N` for each rank; must be new or empty.
+        delta: values by name, or a checkpoint file.
+        strategy: MindSpore's strategy file of the run, or for several pipeline stages a folder with the file of each;
+            `dry_run(..., strategy_ckpt_config={"save_file": ...})` writes one.
+        folder: gets a file `delta.ckpt` in a folder `rank_N` for each rank; must be new or empty.
 
     Returns:
-        list of str, the files in order of the ranks.
+        The files in order of the ranks.
 
     Raises:
         TypeError: an argument is not a path, `delta` neither a dict of Tensors nor a path.

@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections import Counter
+from typing import Optional, Union
 
 from mindspore import Tensor, nn
 
@@ -12,6 +13,7 @@ from mindpet.files.checkpoints import read_checkpoint
 from mindpet.graph.distributed import gather_delta
 from mindpet.network.parameters import matches, model_parameters, parameter_paths
 from mindpet.network.values import load
+from mindpet.utils.hints import PathLike
 from mindpet.utils.quote import quote
 from mindpet.utils.validate import FLOAT_TYPES, Checker
 
@@ -52,7 +54,14 @@ OPTIMIZER_NAMES = (
 )
 
 
-def load_delta(network, *files, strict=True, dec_key=None, dec_mode="AES-GCM", crc_check=False):
+def load_delta(
+    network: nn.Cell,
+    *files: Union[PathLike, tuple[PathLike, PathLike]],
+    strict: bool = True,
+    dec_key: Optional[bytes] = None,
+    dec_mode: str = "AES-GCM",
+    crc_check: bool = False,
+) -> None:
     """Load checkpoints of the base and of the delta into a network.
 
     Keys are paths in the network, see `mindpet.network.parameters.model_parameters`; a parameter's own name will do,
@@ -65,13 +74,13 @@ def load_delta(network, *files, strict=True, dec_key=None, dec_mode="AES-GCM", c
     `load_delta(network, (base_folder, base_strategy), delta_folder)`.
 
     Args:
-        network (Cell): the model, its delta in place.
-        files (Union[str, tuple]): paths that end in '.ckpt' or '.safetensors'; folders with a folder `rank_N` for each
-            rank; or pairs of such a folder and its strategy file.
-        strict (bool): whether missing and surplus keys are an error; else they are a warning. Default: True.
-        dec_key (bytes): key of encrypted files; slices cannot be encrypted. Default: None.
-        dec_mode (str): 'AES-GCM', 'AES-CBC' or 'SM4-CBC'. Default: 'AES-GCM'.
-        crc_check (bool): whether to check the CRC that the files were saved with. Default: False.
+        network: the model, its delta in place.
+        files: paths that end in '.ckpt' or '.safetensors'; folders with a folder `rank_N` for each rank; or pairs of
+            such a folder and its strategy file.
+        strict: whether missing and surplus keys are an error; else they are a warning. Default: True.
+        dec_key: key of encrypted files; slices cannot be encrypted. Default: None.
+        dec_mode: 'AES-GCM', 'AES-CBC' or 'SM4-CBC'. Default: 'AES-GCM'.
+        crc_check: whether to check the CRC that the files were saved with. Default: False.
 
     Raises:
         TypeError: an argument has the wrong type.
