@@ -2,7 +2,9 @@
 
 import difflib
 import re
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, Callable, Optional, Union
 
 from mindspore import nn
 
@@ -23,30 +25,23 @@ class Layer:
     """A Cell of a network, wherever it stands.
 
     Attributes:
-        cell (Cell): the layer.
-        paths (list of str): dotted paths from the network; several if the Cell is shared.
-        places (list of tuple): (parent Cell, key), one for each path.
+        cell: the layer.
+        paths: dotted, from the network; several if the Cell is shared.
+        places: (parent Cell, key), one for each path.
     """
 
     cell: nn.Cell
-    paths: list
-    places: list
+    paths: list[str]
+    places: list[tuple[nn.Cell, str]]
 
     @property
-    def path(self):
+    def path(self) -> str:
         """The first path."""
         return self.paths[0]
 
 
-def list_layers(network):
-    """Every Cell below a network, in its order; a shared Cell is one entry with all of its paths.
-
-    Args:
-        network (Cell): the network.
-
-    Returns:
-        list of Layer.
-    """
+def list_layers(network: nn.Cell) -> list[Layer]:
+    """Every Cell below a network, in its order; a shared Cell is one entry with all of its paths."""
     layers = {}
 
     def walk(parent, prefix, above):
@@ -62,21 +57,27 @@ def list_layers(network):
     return list(layers.values())
 
 
-def find_targets(network, config, supported, unmatched=None, deltas=()):
+def find_targets(
+    network: nn.Cell,
+    config: Any,
+    supported: Callable[[nn.Cell], bool],
+    unmatched: Optional[list[str]] = None,
+    deltas: tuple[type, ...] = (),
+) -> list[Layer]:
     """The layers that a configuration means.
 
     A list matches a path or its end after a dot, a str is a regular expression for the whole path, 'all-linear' is
     every linear layer but output layers.
 
     Args:
-        network (Cell): the base network.
+        network: the base network.
         config (TargetConfig): says which layers.
-        supported (callable): whether a Cell can carry the method.
-        unmatched (list): where to note, for a file, entries that match nothing. Default: None, to refuse them.
-        deltas (tuple): classes of Cells that carry a delta already. Default: ().
+        supported: whether a Cell can carry the method.
+        unmatched: where to note, for a file, entries that match nothing. Default: None, to refuse them.
+        deltas: classes of Cells that carry a delta already. Default: ().
 
     Returns:
-        list of Layer, in the network's order.
+        The layers in the network's order.
 
     Raises:
         NoMatchError: an entry matches no layer, the nearest names are in the message; with `unmatched`, if there is
@@ -110,13 +111,13 @@ def find_targets(network, config, supported, unmatched=None, deltas=()):
     return found
 
 
-def check_patterns(config, layers, unmatched=None):
+def check_patterns(config: Any, layers: Sequence[Layer], unmatched: Optional[list[str]] = None) -> None:
     """Refuse keys of `rank_pattern` and `alpha_pattern`, and entries of `choices`, that fit none of the layers.
 
     Args:
         config (PeftConfig): the configuration.
-        layers (list of Layer): its targets.
-        unmatched (list): where to note such keys instead, for a file. Default: None.
+        layers: its targets.
+        unmatched: where to note such keys instead, for a file. Default: None.
 
     Raises:
         NoMatchError: a key fits no layer; the nearest names are in the message.
@@ -132,7 +133,7 @@ def check_patterns(config, layers, unmatched=None):
         raise NoMatchError(f"{type(config).__name__}: " + "; ".join(problems) + ".")
 
 
-def default_targets(layers):
+def default_targets(layers: Sequence[Layer]) -> list[str]:
     """The names of the layers that get a delta if the configuration says nothing.
 
     Raises:
@@ -182,25 +183,25 @@ def _is_linear(cell):
     return kind is not None and kind.name == "linear"
 
 
-def ends_with(path, entry):
+def ends_with(path: str, entry: str) -> bool:
     """Whether a path is an entry, or ends like it after a dot."""
     return path == entry or path.endswith(f".{entry}")
 
 
-def exactly(path):
+def exactly(path: str) -> str:
     """The key of `rank_pattern` or `alpha_pattern` that fits this path alone, here and in Hugging Face PEFT."""
     return f"^{re.escape(path)}$"
 
 
-def exact_targets(paths, known=None):
+def exact_targets(paths: Iterable[str], known: Optional[Iterable[str]] = None) -> Union[list[str], str]:
     """What `target_modules` must be to mean these paths alone, here and in Hugging Face PEFT.
 
     Args:
-        paths (iterable of str): the paths.
-        known (iterable of str): every path that there is. Default: None, if that is not known.
+        paths: what is meant.
+        known: every path that there is. Default: None, if that is not known.
 
     Returns:
-        list of str, or, where one is the end of a path that is not meant, the str of a regular expression.
+        The paths, or, where one is the end of a path that is not meant, a regular expression.
     """
     paths = sorted(set(paths))
     others = None if known is None else set(known).difference(paths)
@@ -209,14 +210,14 @@ def exact_targets(paths, known=None):
     return paths
 
 
-def names_module(entries, path):
+def names_module(entries: Union[Collection[str], str, None], path: str) -> bool:
     """Whether a list of names or a regular expression, as `target_modules` is one, means a path; None means none."""
     if isinstance(entries, str):
         return re.fullmatch(entries, path) is not None
     return any(ends_with(path, entry) for entry in entries or ())
 
 
-def chooses(entries, path):
+def chooses(entries: Union[Collection[str], str, None], path: str) -> bool:
     """Whether entries that choose some of the targets mean a path: a regular expression, or a list of ends of names.
 
     As in Hugging Face PEFT an end may be inside of a part of the path: 'proj' chooses 'c_proj'. None chooses none.
@@ -224,7 +225,7 @@ def chooses(entries, path):
     return names_module(entries, path) if isinstance(entries, str) else path.endswith(tuple(entries or ()))
 
 
-def pattern_value(patterns, path, default):
+def pattern_value(patterns: dict[str, Any], path: str, default: Any) -> Any:
     """The value for a path in `rank_pattern` or `alpha_pattern`: of the first key that is the path or its end.
 
     A key is a regular expression.
@@ -240,7 +241,7 @@ def _is_in_patterns(patterns, path):
     return pattern_value(dict.fromkeys(patterns, True), path, False)
 
 
-def listed(entries):
+def listed(entries: Union[Collection[str], str, None]) -> list[str]:
     """Entries that are one str, several, or None, as a list."""
     return [entries] if isinstance(entries, str) else sorted(entries or ())
 
@@ -272,7 +273,7 @@ def _layer_numbers(config, layers, problems):
     return lambda path: path in exact or (found[path] is not None and int(found[path].group(1)) in wanted)
 
 
-def no_match(name, entry, layers):
+def no_match(name: str, entry: str, layers: Sequence[Layer]) -> str:
     """What to say of an entry that fits nothing."""
     names = {part for layer in layers for path in layer.paths for part in (path, path.rsplit(".", 1)[-1])}
     near = difflib.get_close_matches(entry, sorted(names), n=3)
