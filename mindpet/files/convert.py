@@ -5,6 +5,7 @@ import math
 import os
 import pathlib
 import re
+from typing import Any, Optional
 
 import mindspore as ms
 import numpy as np
@@ -24,6 +25,7 @@ from mindpet.files.tensors import TensorFile, save_tensors
 from mindpet.network.match import Layer, check_patterns, exact_targets, listed
 from mindpet.network.parameters import TRAINED, matches
 from mindpet.utils.files import atomic
+from mindpet.utils.hints import Arrays, PathLike, Shape
 from mindpet.utils.parse import read_json
 from mindpet.utils.quote import printable, quote
 
@@ -39,7 +41,7 @@ STATISTICS = ("running_mean", "running_var")
 CONSTANTS = [pattern for method in METHODS.values() for pattern in method.constants]
 
 
-def read_delta(path):
+def read_delta(path: PathLike) -> Arrays:
     """The tensors of a file of MindSpore, by their names.
 
     Raises:
@@ -56,7 +58,7 @@ def read_delta(path):
     return {name: param.asnumpy() for name, param in read_checkpoint(path).items()}
 
 
-def write_delta(path, tensors):
+def write_delta(path: PathLike, tensors: Arrays) -> None:
     """Write a file of MindSpore as a whole; its ending says which."""
     path = pathlib.Path(path)
     if path.suffix == ".safetensors":
@@ -68,18 +70,19 @@ def write_delta(path, tensors):
         ms.save_checkpoint([{"name": name, "data": Tensor(value)} for name, value in tensors.items()], staged)
 
 
-def read_adapter(path, config=None, names=None, force=False):
+def read_adapter(
+    path: PathLike, config: Optional[PeftConfig] = None, names: Optional[NameMap] = None, force: bool = False
+) -> tuple[PeftConfig, Arrays, dict[str, Any]]:
     """An adapter from a folder of Hugging Face PEFT or mindpet, or from a delta file of mindpet.
 
     Args:
-        path (str): the folder or the file.
-        config (PeftConfig): of a delta file, which does not hold its own. Default: None.
-        names (NameMap): from the names in a delta file to those of the PyTorch model. Default: None.
-        force (bool): whether a folder's files need not be those of its passport, and numbers not finite.
-            Default: False.
+        path: of the folder or the file.
+        config: of a delta file, which does not hold its own. Default: None.
+        names: from the names in a delta file to those of the PyTorch model. Default: None.
+        force: whether a folder's files need not be those of its passport, and numbers not finite. Default: False.
 
     Returns:
-        tuple: configuration, dict of key -> numpy.ndarray as in a file of Hugging Face PEFT, and the folder's passport.
+        The configuration, the tensors by key as in a file of Hugging Face PEFT, and the folder's passport.
 
     Raises:
         FileNotFoundError, CheckpointError: it cannot be read; its tensors are not those that its configuration says,
@@ -112,15 +115,15 @@ def read_adapter(path, config=None, names=None, force=False):
     return config, tensors, passport
 
 
-def wanted_tensors(config, tensors):
+def wanted_tensors(config: PeftConfig, tensors: Arrays) -> dict[str, Shape]:
     """What an adapter must have by its configuration, as far as that can be told without a network.
 
     Args:
-        config (PeftConfig): the configuration.
-        tensors (dict): key -> numpy.ndarray, of the adapter: they tell the layers, and the sizes of these.
+        config: of the adapter.
+        tensors: of the adapter, by key: they tell the layers, and the sizes of these.
 
     Returns:
-        dict of key -> shape.
+        Shapes by key.
     """
     wanted, method = {}, method_of(config)
     keys = parse_keys(tensors, config)
@@ -157,7 +160,7 @@ def _layer_shapes(config, path, shapes):
     return {keys[name]: shape for name, shape in wanted.items()}
 
 
-def in_modules_to_save(path, config):
+def in_modules_to_save(path: str, config: PeftConfig) -> bool:
     """Whether a parameter is in a module that the adapter has as a whole; Hugging Face PEFT looks at ends of names."""
     entries = (*listed(config.modules_to_save), *TASK_HEADS.get(config.task_type, ()))
     parts = path.split(".")
@@ -188,11 +191,11 @@ def _unique(pairs):
     return dict(pairs)
 
 
-def from_delta(tensors, config, names):
+def from_delta(tensors: Arrays, config: PeftConfig, names: NameMap) -> tuple[PeftConfig, Arrays]:
     """An adapter from the tensors of a delta file; rank and targets are found in them.
 
     Returns:
-        tuple: configuration, and dict of key -> numpy.ndarray as in a file of Hugging Face PEFT.
+        The configuration, and the tensors by key as in a file of Hugging Face PEFT.
 
     Raises:
         CheckpointError: a prefix lacks a part of what it is computed from; two tensors would be the same.
@@ -291,17 +294,14 @@ def _whole(tensors, config):
     )
 
 
-def to_delta(tensors, config, names, prefix_path=None):
-    """The tensors of a delta file of mindpet, from those of a file of Hugging Face PEFT.
+def to_delta(tensors: Arrays, config: PeftConfig, names: NameMap, prefix_path: Optional[str] = None) -> Arrays:
+    """The tensors of a delta file of mindpet by name, from those of a file of Hugging Face PEFT.
 
     Args:
-        tensors (dict): key -> numpy.ndarray.
-        config (PeftConfig): of the adapter.
-        names (NameMap): between the network's names and those of the PyTorch model.
-        prefix_path (str): where the network has its prefix or its prompt. Default: None, see `Delta.usual_path`.
-
-    Returns:
-        dict of name -> numpy.ndarray.
+        tensors: by key.
+        config: of the adapter.
+        names: between the network's names and those of the PyTorch model.
+        prefix_path: where the network has its prefix or its prompt. Default: None, see `Delta.usual_path`.
     """
     result, keys, layers = [], parse_keys(tensors, config), target_paths(tensors, config)
     for key, value in tensors.items():
@@ -319,16 +319,23 @@ def to_delta(tensors, config, names, prefix_path=None):
     return _unique(result)
 
 
-def convert(source, target, config=None, name_map=None, prefix_path=None, force=False):
+def convert(
+    source: PathLike,
+    target: PathLike,
+    config: Optional[PeftConfig] = None,
+    name_map: Optional[NameMap] = None,
+    prefix_path: Optional[str] = None,
+    force: bool = False,
+) -> None:
     """A folder of Hugging Face PEFT or mindpet into a delta file of mindpet, or a delta file into such a folder.
 
     Args:
-        source (str): folder or file.
-        target (str): a file that ends in .ckpt or .safetensors, or a folder.
-        config (PeftConfig): of a delta file, which does not hold its own. Default: None.
-        name_map (NameMap): between the network's names and those of the PyTorch model. Default: None, see `NameMap`.
-        prefix_path (str): where the network has its prefix or its prompt. Default: None, see `Delta.usual_path`.
-        force (bool): see `read_adapter`. Default: False.
+        source: folder or file.
+        target: a file that ends in .ckpt or .safetensors, or a folder.
+        config: of a delta file, which does not hold its own. Default: None.
+        name_map: between the network's names and those of the PyTorch model. Default: None, see `NameMap`.
+        prefix_path: where the network has its prefix or its prompt. Default: None, see `Delta.usual_path`.
+        force: see `read_adapter`. Default: False.
 
     Raises:
         FileNotFoundError, CheckpointError, ConfigError: see `read_adapter`.
@@ -344,14 +351,11 @@ def convert(source, target, config=None, name_map=None, prefix_path=None, force=
         save_adapter(target, config, tensors, {})
 
 
-def inspect(path):
+def inspect(path: PathLike) -> str:
     """What is in a folder or file of an adapter, and for which base, as text. Of safetensors only the header is read.
 
     Args:
-        path (str): folder of an adapter, or a .ckpt or .safetensors file.
-
-    Returns:
-        str.
+        path: folder of an adapter, or a .ckpt or .safetensors file.
 
     Raises:
         FileNotFoundError, CheckpointError, ConfigError: it cannot be read.
@@ -410,7 +414,7 @@ def _require(path, content, names, problems=()):
         raise ConfigError(f"{path}: {'; '.join(problems)} (a configuration of {content['peft_type']}).")
 
 
-def load_config(path):
+def load_config(path: PathLike) -> PeftConfig:
     """The configuration of a delta file in a JSON file that somebody wrote, or that a library wrote for an adapter.
 
     Raises:

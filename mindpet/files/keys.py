@@ -1,7 +1,9 @@
 """How the tensors of a delta are called in an adapter's file."""
 
+from collections.abc import Iterable
 from typing import NamedTuple, Optional
 
+from mindpet.delta._config import PeftConfig
 from mindpet.delta.registry import method_of
 
 
@@ -9,31 +11,23 @@ class Key(NamedTuple):
     """What a key of an adapter's file says.
 
     Attributes:
-        path (str): of the layer in the PyTorch model; None for a tensor that layers share.
-        name (str): of the parameter in the Delta.
-        kinds (tuple): of layers whose Delta has a parameter of this name in a file.
+        path: of the layer in the PyTorch model; None for a tensor that layers share.
+        name: of the parameter in the Delta.
+        kinds: of layers whose Delta has a parameter of this name in a file.
     """
 
     path: Optional[str]
     name: str
-    kinds: tuple
+    kinds: tuple[str, ...]
 
 
-def shared_key(file):
+def shared_key(file: str) -> str:
     """The key of a tensor that the layers share."""
     return f"base_model.{file}"
 
 
-def parse_keys(keys, config):
-    """The keys that are of deltas, with what they say.
-
-    Args:
-        keys (iterable of str): of an adapter's file.
-        config (PeftConfig): of the adapter.
-
-    Returns:
-        dict of key -> Key.
-    """
+def parse_keys(keys: Iterable[str], config: PeftConfig) -> dict[str, Key]:
+    """The keys of an adapter's file that are of deltas, with what they say."""
     kinds, shared = {}, {}  # (name in a file, name in the Delta), (key, name in the Delta) -> kinds
     for kind, delta in method_of(config).deltas.items():
         for name, file in (delta.file_names or {}).items():
@@ -51,6 +45,6 @@ def parse_keys(keys, config):
     return found
 
 
-def target_paths(keys, config):
+def target_paths(keys: Iterable[str], config: PeftConfig) -> list[str]:
     """The paths of the layers that have a delta in a file, in its order."""
     return list(dict.fromkeys(key.path for key in parse_keys(keys, config).values() if key.path is not None))

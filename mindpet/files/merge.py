@@ -6,12 +6,15 @@ import json
 import pathlib
 import shutil
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 from tqdm import tqdm
 
+from mindpet.delta._base import Delta
+from mindpet.delta._config import PeftConfig
 from mindpet.delta.registry import method_of
 from mindpet.errors import CheckpointError, MergeError
 from mindpet.files.adapter import check_finite, take_base_layers
@@ -23,6 +26,7 @@ from mindpet.files.tensors import TYPES, TensorFile, write_tensors
 from mindpet.network.kinds import LayerKind
 from mindpet.network.match import ALL_LINEAR, names_module
 from mindpet.utils.files import together
+from mindpet.utils.hints import Arrays, PathLike, Shape
 from mindpet.utils.parse import read_json
 from mindpet.utils.quote import quote
 from mindpet.utils.validate import is_int
@@ -38,11 +42,11 @@ class MergedLayer:
     """What storing a merged weight costs.
 
     Attributes:
-        path (str): of the layer.
-        dtype (str): that the weight is stored in.
-        largest_change (float): largest absolute change of the weight, in float32.
-        largest_error (float): largest absolute difference between the stored weight and the one in float32.
-        unchecked (str): why the merged layer could not be compared with the layer and its deltas; None if it was.
+        path: of the layer.
+        dtype: that the weight is stored in.
+        largest_change: largest absolute change of the weight, in float32.
+        largest_error: largest absolute difference between the stored weight and the one in float32.
+        unchecked: why the merged layer could not be compared with the layer and its deltas; None if it was.
     """
 
     path: str
@@ -51,7 +55,7 @@ class MergedLayer:
     largest_error: float
     unchecked: Optional[str] = None
 
-    def __str__(self):
+    def __str__(self) -> str:
         unchecked = f", not probed: {self.unchecked}" if self.unchecked else ""
         return (
             f"{self.path}: {self.dtype}, change up to {self.largest_change:.3g}, error up to {self.largest_error:.3g}"
@@ -59,7 +63,7 @@ class MergedLayer:
         )
 
 
-def describe(path, stored, before, after, kind):
+def describe(path: str, stored: np.ndarray, before: np.ndarray, after: np.ndarray, kind: LayerKind) -> MergedLayer:
     """The MergedLayer of a merged weight."""
     back = kind.to_matrix(stored.astype(np.float32))
     return MergedLayer(path, stored.dtype.name, float(np.abs(after - before).max()), float(np.abs(back - after).max()))
@@ -69,13 +73,13 @@ class Base:
     """The files of a base model, and their tensors by name.
 
     Args:
-        path (str): a .ckpt or .safetensors file, or a folder of .safetensors files.
+        path: a .ckpt or .safetensors file, or a folder of .safetensors files.
 
     Raises:
         FileNotFoundError, CheckpointError: there is nothing to read, or it is damaged; a tensor is there twice.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: PathLike):
         self.path = pathlib.Path(path)
         if self.path.is_dir():
             files = _files_of(self.path)
@@ -96,7 +100,7 @@ class Base:
         self.shapes = {name: shard.shapes[name] for name, shard in self.where.items()}
         self.dtypes = {name: shard.dtypes[name] for name, shard in self.where.items()}
 
-    def read(self, name):
+    def read(self, name: str) -> np.ndarray:
         """A tensor."""
         return self.where[name].read(name)
 
@@ -142,23 +146,28 @@ class _Checkpoint:
         return self.values[name]
 
 
-def merge(base, adapter, output, config=None, name_map=None, progressbar=True, force=False):
+def merge(
+    base: PathLike,
+    adapter: PathLike,
+    output: PathLike,
+    config: Optional[PeftConfig] = None,
+    name_map: Optional[NameMap] = None,
+    progressbar: bool = True,
+    force: bool = False,
+) -> list[MergedLayer]:
     """Fold an adapter into the files of its base, one tensor in memory at a time (a .ckpt is read as a whole).
 
     What comes out is like the base: a folder with the same files, or a file of the same kind.
 
     Args:
-        base (str): a .ckpt or .safetensors file, or a folder of .safetensors files and what belongs to them.
-        adapter (str): a folder of Hugging Face PEFT or mindpet, or a delta file of mindpet.
-        output (str): must not exist; of a file, with the same ending as the base.
-        config (PeftConfig): of a delta file. Default: None.
-        name_map (NameMap): from the base's names to those of the adapter. Default: None, see `NameMap`.
-        progressbar (bool): whether to show progress, on a terminal. Default: True.
-        force (bool): whether to merge an adapter that was trained on another base, or whose files are not those of
-            its passport. Default: False.
-
-    Returns:
-        list of MergedLayer.
+        base: a .ckpt or .safetensors file, or a folder of .safetensors files and what belongs to them.
+        adapter: a folder of Hugging Face PEFT or mindpet, or a delta file of mindpet.
+        output: must not exist; of a file, with the same ending as the base.
+        config: of a delta file. Default: None.
+        name_map: from the base's names to those of the adapter. Default: None, see `NameMap`.
+        progressbar: whether to show progress, on a terminal. Default: True.
+        force: whether to merge an adapter that was trained on another base, or whose files are not those of its
+            passport. Default: False.
 
     Raises:
         FileNotFoundError, FileExistsError: a file is missing or in the way.
@@ -220,9 +229,9 @@ class Places:
     """Where the tensors of an adapter are in a base, whose names may begin otherwise: all of them alike.
 
     Args:
-        files (Base): the base.
-        names (NameMap): from the base's names to those of the adapter.
-        paths (list of str): of the weights that the adapter changes.
+        files: of the base.
+        names: from the base's names to those of the adapter.
+        paths: of the weights that the adapter changes.
 
     Attributes:
         start (tuple): what the adapter's names begin with, and what the base's begin with in its place.
@@ -231,7 +240,7 @@ class Places:
         MergeError: the adapter fits several places.
     """
 
-    def __init__(self, files, names, paths):
+    def __init__(self, files: Base, names: NameMap, paths: Sequence[str]):
         self.known, self._shapes = {}, files.shapes
         for name in files.shapes:
             self.known.setdefault(names.to_torch(name), []).append(name)
@@ -255,11 +264,11 @@ class Places:
         cut, put = start
         return put + path[len(cut) :] if path.startswith(cut) else None
 
-    def new(self, path):
+    def new(self, path: str) -> str:
         """The name that a tensor gets which the base does not have."""
         return self._name(path, self.start) or path
 
-    def lacking(self, config, paths):
+    def lacking(self, config: PeftConfig, paths: set[str]) -> list[str]:
         """The layers of the base that a configuration means by their names, beside those at `paths`."""
         if config.target_modules == ALL_LINEAR or config.layers_to_transform is not None:
             return []  # the names do not tell
@@ -277,7 +286,7 @@ class Places:
             and not in_modules_to_save(f"{path}.weight", config)
         )
 
-    def find(self, path):
+    def find(self, path: str) -> Optional[str]:
         """The name in the base, or None.
 
         Raises:
@@ -324,41 +333,43 @@ class FileDelta:
     """A delta of an adapter's file, and the layer in the base that it is for.
 
     Attributes:
-        path (str): of the layer, as the adapter has it.
-        kinds (set): what the layer may be.
-        values (dict): name -> numpy.ndarray, float32.
-        weight (str): name of the layer's weight in the base.
-        cls (type): the Delta.
-        arguments (dict): delta arguments.
-        kind (LayerKind): of the layer.
+        path: of the layer, as the adapter has it.
+        kinds: what the layer may be.
+        values: by name, float32.
+        weight: name of the layer's weight in the base.
+        cls: the Delta.
+        arguments: delta arguments.
+        kind: of the layer.
     """
 
     path: str
-    kinds: set
-    values: dict = field(default_factory=dict)
+    kinds: set[str]
+    values: Arrays = field(default_factory=dict)
     weight: Optional[str] = None
-    cls: Optional[type] = None
-    arguments: Optional[dict] = None
+    cls: Optional[type[Delta]] = None
+    arguments: Optional[dict[str, Any]] = None
     kind: Optional[LayerKind] = None
 
-    def fits(self, stored, turned):
+    def fits(self, stored: Shape, turned: bool) -> bool:
         """Whether the values can be of a layer whose weight has a shape in the base, or the one the other way round."""
         return self.cls.fits(stored[::-1] if turned else stored, self.values, **self.arguments)
 
 
-def assign_places(adapter, tensors, config, files, places):
+def assign_places(
+    adapter: PathLike, tensors: Arrays, config: PeftConfig, files: Base, places: Places
+) -> tuple[dict[str, tuple[FileDelta, bool]], Arrays]:
     """Which tensor of the base each tensor of an adapter goes to.
 
     Args:
-        adapter (str): for the message.
-        tensors (dict): key -> numpy.ndarray, of the adapter; weights of the base itself are taken out.
-        config (PeftConfig): of the adapter.
-        files (Base): the base.
-        places (Places): of the adapter in the base.
+        adapter: for the message.
+        tensors: of the adapter, by key; weights of the base itself are taken out.
+        config: of the adapter.
+        files: of the base.
+        places: of the adapter in the base.
 
     Returns:
-        tuple: dict of name in the base -> (FileDelta, whether it is the layer's weight, and not its bias); dict of name
-        -> whole value.
+        By the name in the base: the delta, and whether it is for the layer's weight and not its bias; and the whole
+        values.
 
     Raises:
         CheckpointError: the adapter has other weights of the base than this one.

@@ -8,10 +8,12 @@ from typing import Callable
 
 import numpy as np
 
+from mindpet.delta._config import PeftConfig
 from mindpet.delta.lora import LoraConfig, LoraDelta
 from mindpet.errors import CheckpointError
 from mindpet.files.keys import target_paths
 from mindpet.network.match import exactly
+from mindpet.utils.hints import Arrays
 
 # MindSpore's names of parameters -> PyTorch's, at the end of a name.
 LEAVES = {
@@ -28,13 +30,13 @@ EMBEDDING = re.compile(r"(?i)(^|[._])(embed\w*|wte|wpe)$")
 NORM = re.compile(r"(^|\.)(LayerNorm|ln_\w+)$")
 
 
-def to_torch(name):
+def to_torch(name: str) -> str:
     """The PyTorch name of a parameter or Cell whose path is the same in both."""
     head, _, leaf = name.rpartition(".")
     return f"{head}.{LEAVES[leaf]}" if head and leaf in LEAVES else name
 
 
-def to_mindspore(name):
+def to_mindspore(name: str) -> str:
     """The inverse of `to_torch`, for networks that call embeddings and norms as the examples do."""
     head, _, leaf = name.rpartition(".")
     if NORM.search(head) and leaf in ("weight", "bias"):
@@ -50,21 +52,19 @@ class NameMap:
     """How paths of Cells, and names of parameters, differ between a MindSpore network and the PyTorch model.
 
     Args:
-        to_torch (callable): from a name in the network, of a Cell or a Parameter, to that in the PyTorch model.
-            Default: the end of a name is translated (`embedding_table`, `gamma`, `beta`), what is before it is the
-            same.
-        to_mindspore (callable): the inverse, which is needed for files without a network only. Default: that of the
-            default.
-        fused (dict): name of a linear layer that the PyTorch model has several in place of, as `to_torch` gives it,
-            without what comes before the last dot -> dict of their names and numbers of output features, in the order
-            in which the layer has them: `{"w_qkv": {"q_proj": 4096, "k_proj": 1024, "v_proj": 1024}}`. Default: {}.
+        to_torch: from a name in the network, of a Cell or a Parameter, to that in the PyTorch model. Default: the end
+            of a name is translated (`embedding_table`, `gamma`, `beta`), what is before it is the same.
+        to_mindspore: the inverse, which is needed for files without a network only. Default: that of the default.
+        fused: name of a linear layer that the PyTorch model has several in place of, as `to_torch` gives it, without
+            what comes before the last dot -> dict of their names and numbers of output features, in the order in which
+            the layer has them: `{"w_qkv": {"q_proj": 4096, "k_proj": 1024, "v_proj": 1024}}`. Default: {}.
     """
 
-    to_torch: Callable = to_torch
-    to_mindspore: Callable = to_mindspore
-    fused: dict = field(default_factory=dict)
+    to_torch: Callable[[str], str] = to_torch
+    to_mindspore: Callable[[str], str] = to_mindspore
+    fused: dict[str, dict[str, int]] = field(default_factory=dict)
 
-    def fuse(self, tensors, config):
+    def fuse(self, tensors: Arrays, config: PeftConfig) -> tuple[Arrays, PeftConfig]:
         """The tensors and the configuration of a LoRA file, with one layer in place of those that are fused.
 
         The layers' A stand below one another, their B are the blocks of one B.
@@ -94,7 +94,7 @@ class NameMap:
         _refuse_others(tensors, config, {part for parts in self.fused.values() for part in parts})
         return tensors, config
 
-    def split(self, tensors, config):
+    def split(self, tensors: Arrays, config: PeftConfig) -> tuple[Arrays, PeftConfig]:
         """The inverse of `fuse`: layers apart, in place of those that are fused. Columns of B that are zero go."""
         tensors, config = dict(tensors), copy.deepcopy(config)
         for name, parts in self.fused.items():
