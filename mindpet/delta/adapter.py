@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any, Optional
 
 import mindspore as ms
 from mindspore import nn
@@ -11,6 +12,7 @@ from mindpet.delta._config import TargetConfig
 from mindpet.delta.low_rank_adapter import LowRankAdapterDense, LowRankAdapterLayer
 from mindpet.layers.activation import ACTIVATIONS, get_activation
 from mindpet.layers.linear import Dense
+from mindpet.utils.hints import ActivationLike, InitLike, Operators, Strategy
 from mindpet.utils.sharding import apply_strategies
 from mindpet.utils.validate import Checker
 
@@ -22,8 +24,8 @@ class BottleneckConfig(TargetConfig):
     """Bottleneck adapters, Houlsby et al. 2019, arXiv:1902.00751.
 
     Args beyond those of PeftConfig and TargetConfig:
-        bottleneck_size (int): features inside. Default: 64.
-        non_linearity (str): activation inside, see `mindpet.layers.get_activation`. Default: 'gelu'.
+        bottleneck_size: features inside. Default: 64.
+        non_linearity: activation inside, see `mindpet.layers.get_activation`. Default: 'gelu'.
     """
 
     peft_type, method_name = "ADAPTER", "adapter"
@@ -32,10 +34,10 @@ class BottleneckConfig(TargetConfig):
     bottleneck_size: int = 64
     non_linearity: str = "gelu"
 
-    def delta_arguments(self, path):
+    def delta_arguments(self, path: str) -> dict[str, Any]:
         return {"bottleneck_size": self.bottleneck_size, "non_linearity": self.non_linearity}
 
-    def check_fields(self, check):
+    def check_fields(self, check: Checker) -> None:
         super().check_fields(check)
         check.positive_int(bottleneck_size=self.bottleneck_size)
         check.choice("non_linearity", self.non_linearity, ACTIVATIONS)
@@ -54,11 +56,11 @@ class AdapterLayer(ResidualAdapter):
     W_up and both biases start as zeros, so a fresh adapter is the identity.
 
     Args:
-        hidden_size (int): features of the input and the output.
-        bottleneck_size (int): features inside. Default: 64.
-        non_linearity (str): name of the activation inside, see `mindpet.layers.get_activation`. Default: 'gelu'.
-        param_init_type (mindspore.dtype): type of the parameters: float16, float32 or bfloat16. Default: float32.
-        compute_dtype (mindspore.dtype): type of the computation: float16, float32 or bfloat16. Default: float16.
+        hidden_size: features of the input and the output.
+        bottleneck_size: features inside. Default: 64.
+        non_linearity: name of the activation inside, see `mindpet.layers.get_activation`. Default: 'gelu'.
+        param_init_type: type of the parameters: float16, float32 or bfloat16. Default: float32.
+        compute_dtype: type of the computation: float16, float32 or bfloat16. Default: float16.
 
     Parameters:
         mindpet_delta_adapter_block.mindpet_delta_adapter_down_sampler: weight `(bottleneck_size, hidden_size)`, bias;
@@ -77,11 +79,11 @@ class AdapterLayer(ResidualAdapter):
 
     def __init__(
         self,
-        hidden_size,
-        bottleneck_size=64,
-        non_linearity="gelu",
-        param_init_type=ms.float32,
-        compute_dtype=ms.float16,
+        hidden_size: int,
+        bottleneck_size: int = 64,
+        non_linearity: str = "gelu",
+        param_init_type: ms.Type = ms.float32,
+        compute_dtype: ms.Type = ms.float16,
     ):
         check = Checker(type(self).__name__)
         check.positive_int(hidden_size=hidden_size, bottleneck_size=bottleneck_size)
@@ -107,7 +109,7 @@ class AdapterLayer(ResidualAdapter):
         return self.mindpet_delta_adapter_block(rows)
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         """The operator behind each slot of `shard()`, and the axes of its inputs; see `mindpet.utils.sharding`."""
         down, non_linearity, up = self.mindpet_delta_adapter_block
         return {
@@ -121,32 +123,32 @@ class AdapterLayer(ResidualAdapter):
 
     def shard(
         self,
-        strategy_matmul_down_sampler=None,
-        strategy_bias_down_sampler=None,
-        strategy_non_linearity=None,
-        strategy_matmul_up_sampler=None,
-        strategy_bias_up_sampler=None,
-        strategy_residual_add=None,
-    ):
+        strategy_matmul_down_sampler: Optional[Strategy] = None,
+        strategy_bias_down_sampler: Optional[Strategy] = None,
+        strategy_non_linearity: Optional[Strategy] = None,
+        strategy_matmul_up_sampler: Optional[Strategy] = None,
+        strategy_bias_up_sampler: Optional[Strategy] = None,
+        strategy_residual_add: Optional[Strategy] = None,
+    ) -> "AdapterLayer":
         """Set the strategies of the operators, each a tuple with one tuple of ints for each input, or None.
 
         Args:
-            strategy_matmul_down_sampler (tuple): of the down matmul (transpose_b). Default: None.
-            strategy_bias_down_sampler (tuple): of the down bias addition. Default: None.
-            strategy_non_linearity (tuple): of the activation inside. Default: None.
-            strategy_matmul_up_sampler (tuple): of the up matmul (transpose_b). Default: None.
-            strategy_bias_up_sampler (tuple): of the up bias addition. Default: None.
-            strategy_residual_add (tuple): of the residual addition. Default: None.
+            strategy_matmul_down_sampler: of the down matmul (transpose_b). Default: None.
+            strategy_bias_down_sampler: of the down bias addition. Default: None.
+            strategy_non_linearity: of the activation inside. Default: None.
+            strategy_matmul_up_sampler: of the up matmul (transpose_b). Default: None.
+            strategy_bias_up_sampler: of the up bias addition. Default: None.
+            strategy_residual_add: of the residual addition. Default: None.
 
         Returns:
-            AdapterLayer, itself.
+            Itself.
 
         Raises:
             TypeError, ValueError: see `mindpet.utils.sharding.apply_strategies`; LogSoftmax cannot be sharded.
         """
         return apply_strategies(self, locals())
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return f"{super().extend_repr()}, bottleneck_size={self.bottleneck_size}, non_linearity={self.non_linearity}"
 
 
@@ -168,7 +170,7 @@ class AdapterDelta(Delta):
         return self.mindpet_delta_adapter(out)
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         return self.mindpet_delta_adapter.operators
 
 
@@ -182,17 +184,16 @@ class AdapterDense(DeltaDense, AdapterDelta):
     computed.
 
     Args:
-        in_channels (int): features of the input.
-        out_channels (int): features of the output.
-        weight_init (Union[Tensor, str, Initializer, Number]): of the weight W. Default: 'normal'.
-        bias_init (Union[Tensor, str, Initializer, Number]): of the bias b. Default: 'zeros'.
-        has_bias (bool): whether there is a bias. Default: True.
-        activation (Union[str, Cell, Primitive, None]): applied before the adapter. Default: None.
-        bottleneck_size (int): features inside the adapter. Default: 64.
-        non_linearity (str): name of the activation inside the adapter. Default: 'gelu'.
-        param_init_type (mindspore.dtype): type of the adapter's parameters: float16, float32 or bfloat16.
-            Default: float32.
-        compute_dtype (mindspore.dtype): type of the computation: float16, float32 or bfloat16. Default: float16.
+        in_channels: features of the input.
+        out_channels: features of the output.
+        weight_init: of the weight W. Default: 'normal'.
+        bias_init: of the bias b. Default: 'zeros'.
+        has_bias: whether there is a bias. Default: True.
+        activation: applied before the adapter. Default: None.
+        bottleneck_size: features inside the adapter. Default: 64.
+        non_linearity: name of the activation inside the adapter. Default: 'gelu'.
+        param_init_type: type of the adapter's parameters: float16, float32 or bfloat16. Default: float32.
+        compute_dtype: type of the computation: float16, float32 or bfloat16. Default: float16.
 
     Parameters:
         weight `(out_channels, in_channels)`, bias `(out_channels,)`, and mindpet_delta_adapter, an `AdapterLayer`.
@@ -212,16 +213,16 @@ class AdapterDense(DeltaDense, AdapterDelta):
 
     def __init__(
         self,
-        in_channels,
-        out_channels,
-        weight_init="normal",
-        bias_init="zeros",
-        has_bias=True,
-        activation=None,
-        bottleneck_size=64,
-        non_linearity="gelu",
-        param_init_type=ms.float32,
-        compute_dtype=ms.float16,
+        in_channels: int,
+        out_channels: int,
+        weight_init: InitLike = "normal",
+        bias_init: InitLike = "zeros",
+        has_bias: bool = True,
+        activation: ActivationLike = None,
+        bottleneck_size: int = 64,
+        non_linearity: str = "gelu",
+        param_init_type: ms.Type = ms.float32,
+        compute_dtype: ms.Type = ms.float16,
     ):
         check = Checker(type(self).__name__)
         check.positive_int(bottleneck_size=bottleneck_size)
@@ -243,7 +244,7 @@ class AdapterDense(DeltaDense, AdapterDelta):
         self.non_linearity = non_linearity
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         """The operator behind each slot of `shard()`, and the axes of its inputs; see `mindpet.utils.sharding`."""
         return {
             "strategy_matmul_org": (self.matmul, "ni,oi"),
@@ -254,28 +255,28 @@ class AdapterDense(DeltaDense, AdapterDelta):
 
     def shard(
         self,
-        strategy_matmul_org=None,
-        strategy_bias_org=None,
-        strategy_activation_org=None,
-        strategy_matmul_down_sampler=None,
-        strategy_bias_down_sampler=None,
-        strategy_non_linearity=None,
-        strategy_matmul_up_sampler=None,
-        strategy_bias_up_sampler=None,
-        strategy_residual_add=None,
-    ):
+        strategy_matmul_org: Optional[Strategy] = None,
+        strategy_bias_org: Optional[Strategy] = None,
+        strategy_activation_org: Optional[Strategy] = None,
+        strategy_matmul_down_sampler: Optional[Strategy] = None,
+        strategy_bias_down_sampler: Optional[Strategy] = None,
+        strategy_non_linearity: Optional[Strategy] = None,
+        strategy_matmul_up_sampler: Optional[Strategy] = None,
+        strategy_bias_up_sampler: Optional[Strategy] = None,
+        strategy_residual_add: Optional[Strategy] = None,
+    ) -> "AdapterDense":
         """Set the strategies of the operators, each a tuple with one tuple of ints for each input, or None.
 
         Args:
-            strategy_matmul_org (tuple): of the base matmul (transpose_b). Default: None.
-            strategy_bias_org (tuple): of the base bias addition. Default: None.
-            strategy_activation_org (tuple): of the base activation. Default: None.
+            strategy_matmul_org: of the base matmul (transpose_b). Default: None.
+            strategy_bias_org: of the base bias addition. Default: None.
+            strategy_activation_org: of the base activation. Default: None.
             strategy_matmul_down_sampler, strategy_bias_down_sampler, strategy_non_linearity,
-                strategy_matmul_up_sampler, strategy_bias_up_sampler, strategy_residual_add (tuple): of the adapter,
-                see `AdapterLayer.shard`. Default: None.
+                strategy_matmul_up_sampler, strategy_bias_up_sampler, strategy_residual_add: of the adapter, see
+                `AdapterLayer.shard`. Default: None.
 
         Returns:
-            AdapterDense, itself.
+            Itself.
 
         Raises:
             TypeError, ValueError: see `mindpet.utils.sharding.apply_strategies`; LogSoftmax cannot be sharded.

@@ -1,7 +1,8 @@
 """Prompt tuning: trained vectors in front of the embeddings of the input."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Optional
+from typing import Any, Optional
 
 import mindspore as ms
 import numpy as np
@@ -9,8 +10,10 @@ from mindspore import nn, ops
 from mindspore.common.initializer import Normal
 
 from mindpet.delta._base import PROMPT, Delta, delta_parameter
-from mindpet.delta._config import PromptLearningConfig
+from mindpet.delta._config import PeftConfig, PromptLearningConfig
 from mindpet.errors import ConfigError, NotPositiveIntError
+from mindpet.network.kinds import InputEmbeddingKind
+from mindpet.utils.hints import Arrays, InitLike, Shape
 from mindpet.utils.quote import quote
 from mindpet.utils.validate import Checker
 
@@ -23,9 +26,9 @@ class PromptTuningConfig(PromptLearningConfig):
     """Prompt tuning, Lester et al. 2021, arXiv:2104.08691.
 
     Args beyond those of PromptLearningConfig:
-        prompt_tuning_init (str): 'RANDOM': normal numbers with deviation 1. Default: 'RANDOM'.
-        prompt_tuning_init_text (str): kept for Hugging Face PEFT; must be None. Default: None.
-        tokenizer_name_or_path (str), tokenizer_kwargs (dict): kept for Hugging Face PEFT. Default: None.
+        prompt_tuning_init: 'RANDOM': normal numbers with deviation 1. Default: 'RANDOM'.
+        prompt_tuning_init_text: kept for Hugging Face PEFT; must be None. Default: None.
+        tokenizer_name_or_path, tokenizer_kwargs: kept for Hugging Face PEFT. Default: None.
     """
 
     peft_type, method_name = "PROMPT_TUNING", "prompt_tuning"
@@ -35,19 +38,19 @@ class PromptTuningConfig(PromptLearningConfig):
     tokenizer_name_or_path: Optional[str] = None
     tokenizer_kwargs: Optional[dict] = None
 
-    def delta_arguments(self, path):
+    def delta_arguments(self, path: str) -> dict[str, Any]:
         return {"tokens": self.num_virtual_tokens}
 
     @staticmethod
-    def network_sizes(kinds):
+    def network_sizes(kinds: Sequence[InputEmbeddingKind]) -> dict[str, int]:
         return {"token_dim": kinds[0].token_dim, "num_transformer_submodules": len(kinds)}
 
     @property
-    def table_shape(self):
+    def table_shape(self) -> Optional[Shape]:
         sizes = (self.num_virtual_tokens, self.token_dim)
         return None if None in sizes else (sizes[0] * (self.num_transformer_submodules or 1), sizes[1])
 
-    def of_delta_file(self, shapes, tensors):
+    def of_delta_file(self, shapes: dict[str, dict[str, Shape]], tensors: Arrays) -> tuple[PeftConfig, Arrays]:
         """The configuration with the sizes of the prompt; one that says others is refused."""
         config, tensors = super().of_delta_file(shapes, tensors)
         shape, parts = tensors[PROMPT].shape, self.num_transformer_submodules or 1
@@ -62,7 +65,7 @@ class PromptTuningConfig(PromptLearningConfig):
             )
         return config, tensors
 
-    def check_fields(self, check):
+    def check_fields(self, check: Checker) -> None:
         super().check_fields(check)
         check.choice("prompt_tuning_init", self.prompt_tuning_init, INITS)
         for name, kind in (
@@ -74,7 +77,7 @@ class PromptTuningConfig(PromptLearningConfig):
             fits = value is None or isinstance(value, kind)
             check.require(fits, TypeError, name, value, f"a {kind.__name__} or None")
 
-    def check_supported(self, from_file=False):
+    def check_supported(self, from_file: bool = False) -> None:
         super().check_supported(from_file)
         if self.prompt_tuning_init != "RANDOM" and not (from_file or self.inference_mode):
             raise ConfigError(
@@ -92,10 +95,10 @@ class PromptEmbedding(nn.Cell):
     Source: Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", arXiv:2104.08691, section 2.
 
     Args:
-        tokens (int): vectors in front.
-        features (int): of an embedding.
-        init (Union[Tensor, str, Initializer, Number]): of the vectors. Default: Normal(1.0).
-        param_init_type (mindspore.dtype): type of the vectors: float16, float32 or bfloat16. Default: float32.
+        tokens: vectors in front.
+        features: of an embedding.
+        init: of the vectors. Default: Normal(1.0).
+        param_init_type: type of the vectors: float16, float32 or bfloat16. Default: float32.
 
     Parameters:
         mindpet_delta_prompt `(tokens, features)`.
@@ -112,7 +115,7 @@ class PromptEmbedding(nn.Cell):
         ValueError: `init` has the wrong shape or an unknown name.
     """
 
-    def __init__(self, tokens, features, init=Normal(1.0), param_init_type=ms.float32):
+    def __init__(self, tokens: int, features: int, init: InitLike = Normal(1.0), param_init_type: ms.Type = ms.float32):
         check = Checker(type(self).__name__)
         check.positive_int(NotPositiveIntError, tokens=tokens, features=features)
         check.initial("init", init, (tokens, features))
@@ -127,14 +130,14 @@ class PromptEmbedding(nn.Cell):
         prompt = self.expand_dims(ops.cast(self.mindpet_delta_prompt, embeddings.dtype), 0)
         return self.concat((self.tile(prompt, (embeddings.shape[0], 1, 1)), embeddings))
 
-    def shard(self, batch):
+    def shard(self, batch: int) -> "PromptEmbedding":
         """Cut the result over the batch; the vectors are the same on every rank.
 
         Args:
-            batch (int): slices of the batch.
+            batch: slices of the batch.
 
         Returns:
-            PromptEmbedding, itself.
+            Itself.
         """
         layout = (batch, 1, 1)
         self.expand_dims.shard(((1, 1),))
@@ -142,7 +145,7 @@ class PromptEmbedding(nn.Cell):
         self.concat.shard((layout, layout))
         return self
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return f"tokens={self.tokens}, features={self.features}"
 
 
@@ -158,15 +161,15 @@ class PromptDelta(PromptEmbedding, Delta):
     usual_path = "prompt"
 
     @classmethod
-    def create(cls, cell, kind, tokens):
+    def create(cls, cell: nn.Cell, kind: InputEmbeddingKind, tokens: int) -> "PromptDelta":
         return cls(tokens, kind.token_dim)
 
     @classmethod
-    def to_file(cls, values):
+    def to_file(cls, values: dict[str, Arrays]) -> Arrays:
         """One table of all prompts, `(prompts * tokens, features)`; Hugging Face PEFT has two for two submodules."""
         return {PROMPT: np.concatenate([own[TABLE] for own in values.values()])}
 
     @classmethod
-    def from_file(cls, tensors, paths):
+    def from_file(cls, tensors: Arrays, paths: Sequence[str]) -> dict[str, Arrays]:
         parts = np.split(tensors[PROMPT], len(paths))
         return {path: {TABLE: np.ascontiguousarray(part)} for path, part in zip(paths, parts)}

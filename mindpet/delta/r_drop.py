@@ -1,7 +1,7 @@
 """R-Drop: two dropout passes of each sample are pulled together by the loss."""
 
 import mindspore as ms
-from mindspore import nn, ops
+from mindspore import Tensor, nn, ops
 
 
 class RDropLoss(nn.Cell):
@@ -47,13 +47,6 @@ class RDropLoss(nn.Cell):
         return ops.cross_entropy(logits, label_ids) + alpha * kl_sum.mean() / 4
 
 
-def rdrop_repeat(*tensors):
-    """Each row of each tensor twice, side by side: `(N, *) -> (2N, *)`.
-
-    Args:
-        tensors (Tensor): a batch: inputs, masks, labels.
-
-    Returns:
-        tuple of Tensor, one for each argument.
-    """
+def rdrop_repeat(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Each row of each tensor of a batch (inputs, masks, labels) twice, side by side: `(N, *) -> (2N, *)`."""
     return tuple([ops.repeat_interleave(tensor, 2, 0) for tensor in tensors])

@@ -2,7 +2,7 @@
 
 import numbers
 import os
-from typing import Union
+from typing import Any, Union
 
 import numpy as np
 from mindspore import Tensor, nn
@@ -15,3 +15,4 @@ ActivationLike = Union[str, nn.Cell, Primitive, None]
 Arrays = dict[str, np.ndarray]
 Shape = tuple[int, ...]
 Strategy = tuple[Shape, ...]  # of an operator: for each input into how many slices each axis is cut
+Operators = dict[str, tuple[Any, str]]  # see `mindpet.utils.sharding`

@@ -14,6 +14,7 @@ import mindspore as ms
 from mindspore import nn, ops
 
 from mindpet.layers.activation import activation_operators
+from mindpet.utils.hints import Operators
 from mindpet.utils.validate import Checker, is_int
 
 PARALLEL_MODES = (ms.ParallelMode.SEMI_AUTO_PARALLEL, ms.ParallelMode.AUTO_PARALLEL)
@@ -65,7 +66,7 @@ def apply_strategies(cell: nn.Cell, strategies: dict[str, Any]) -> nn.Cell:
     return cell
 
 
-def slot_table(cell: Any) -> dict[str, tuple]:
+def slot_table(cell: Any) -> Operators:
     """The table `operators` of a Cell of this package; empty for any other object."""
     return cell.operators if isinstance(getattr(type(cell), "operators", None), property) else {}
 
