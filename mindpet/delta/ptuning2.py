@@ -62,8 +62,8 @@ class PrefixEncoder(nn.Cell):
         num_layers: layers of the network.
         num_heads: key and value heads of a layer.
         kv_channels: features of a head.
-        prefix_projection: whether a network of two Dense layers computes the prefixes from the embedding. Default:
-            False.
+        prefix_projection: whether a network of two Dense layers computes the prefixes from the embedding.
+            Default: False.
         projection_dim: features between those two layers. Default: 128.
         dropout_prob: probability in [0, 1) of zeroing an element while training. Default: 0.0.
         out_perm: order of the axes (batch, token, slot, head, channel) in the result. Its first entry must be 2, the

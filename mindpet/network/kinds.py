@@ -135,7 +135,7 @@ KINDS = {
 
 
 def register_layer(
-    cls,
+    cls: Union[type, str],
     name: str = "linear",
     weight: str = "weight",
     bias: str = "bias",

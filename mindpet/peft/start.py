@@ -4,9 +4,13 @@ from dataclasses import dataclass
 from typing import Callable
 
 import numpy as np
+from mindspore import Parameter
 
 from mindpet.errors import ConfigError
 from mindpet.network.values import value_of
+from mindpet.peft.plan import Plan
+from mindpet.peft.slot import AdapterSlot
+from mindpet.utils.hints import Arrays
 
 
 @dataclass(frozen=True)
@@ -14,29 +18,26 @@ class Start:
     """Values of an adapter that come from one Parameter of the base.
 
     Attributes:
-        base (Parameter): the Parameter.
-        paths (tuple): of the values.
-        inputs (tuple): paths of further values of the adapter that they are computed with.
-        compute (callable): from a dict by path with the values of `paths` and `inputs` to these, a dict by path.
-        is_lasting (bool): whether some are not in the adapter's file, and computed from the base again. Default: False.
+        base: the Parameter.
+        paths: of the values.
+        inputs: paths of further values of the adapter that they are computed with.
+        compute: from the values of `paths` and `inputs` to those of `paths`, by path.
+        is_lasting: whether some are not in the adapter's file, and computed from the base again. Default: False.
     """
 
-    base: object
-    paths: tuple
-    inputs: tuple
-    compute: Callable
+    base: Parameter
+    paths: tuple[str, ...]
+    inputs: tuple[str, ...]
+    compute: Callable[[Arrays], Arrays]
     is_lasting: bool = False
 
 
-def starts(plan, slot):
+def starts(plan: Plan, slot: AdapterSlot) -> list[Start]:
     """The Starts of an adapter.
 
     Args:
-        plan (Plan): of the adapter.
-        slot (AdapterSlot): of the adapter; it may have been made for another one.
-
-    Returns:
-        list of Start.
+        plan: of the adapter.
+        slot: of the adapter; it may have been made for another one.
     """
     copies = [_of_copy(path, plan.trained[base]) for path, base in slot.copies.items()]
     targets = [target for target in plan.targets if target.delta.start_names(**target.arguments)]

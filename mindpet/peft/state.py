@@ -2,11 +2,13 @@
 
 import copy
 import re
+from typing import Optional
 
 import mindspore as ms
 import numpy as np
+from mindspore import nn
 
-from mindpet.delta._config import TASK_HEADS, TargetConfig
+from mindpet.delta._config import TASK_HEADS, PeftConfig, TargetConfig
 from mindpet.delta.lora import APPROXIMATE_INITS
 from mindpet.errors import CheckpointError
 from mindpet.files.adapter import check_finite, check_tensors, take_base_layers
@@ -14,9 +16,12 @@ from mindpet.files.keys import shared_key, target_paths
 from mindpet.files.names import PREFIX, NameMap
 from mindpet.network.match import ALL_LINEAR, ends_with, list_layers, listed
 from mindpet.network.values import value_of
+from mindpet.peft.plan import Plan
+from mindpet.peft.slot import AdapterSlot
+from mindpet.utils.hints import Arrays, PathLike
 
 
-def file_keys(slot, names):
+def file_keys(slot: AdapterSlot, names: NameMap) -> dict[str, str]:
     """Where an adapter's values stand in its file one by one, path of a Parameter -> key; see `whole_tensors`."""
     keys, plan = {}, slot.plan
     start = plan.config.key_start
@@ -36,12 +41,12 @@ def file_keys(slot, names):
     return keys
 
 
-def whole_tensors(slot, values):
-    """The tensors of a file that are of all layers together: key -> numpy.ndarray.
+def whole_tensors(slot: AdapterSlot, values: Arrays) -> Arrays:
+    """The tensors of a file that are of all layers together, by key.
 
     Args:
-        slot (AdapterSlot): of the adapter.
-        values (dict): path -> numpy.ndarray, of its parameters.
+        slot: of the adapter.
+        values: of its parameters, by path.
     """
     found = {}
     for cls, paths in _by_class(slot.plan).items():
@@ -57,18 +62,15 @@ def _by_class(plan):
     return found
 
 
-def load(folder, found, slot, names, force=False):
-    """The values of an adapter's parameters from its file.
+def load(folder: PathLike, found: Arrays, slot: AdapterSlot, names: NameMap, force: bool = False) -> Arrays:
+    """The values of an adapter's parameters by path, from its file.
 
     Args:
-        folder (str): of the adapter, for the message.
-        found (dict): key -> numpy.ndarray, what is in its file.
-        slot (AdapterSlot): of the adapter.
-        names (NameMap): to the names in the file.
-        force (bool): whether NaN and infinite numbers are let through. Default: False.
-
-    Returns:
-        dict of name -> numpy.ndarray.
+        folder: of the adapter, for the message.
+        found: what is in its file, by key.
+        slot: of the adapter.
+        names: to the names in the file.
+        force: whether NaN and infinite numbers are let through. Default: False.
 
     Raises:
         CheckpointError: see `check_tensors`; a tensor has NaN or infinite numbers, or gets them in the type of the
@@ -95,7 +97,7 @@ def load(folder, found, slot, names, force=False):
     return values
 
 
-def refuse_slices(network):
+def refuse_slices(network: nn.Cell) -> None:
     """Refuse to save parameters that are cut over ranks.
 
     Raises:
@@ -109,7 +111,7 @@ def refuse_slices(network):
         )
 
 
-def auto_mapping(network):
+def auto_mapping(network: nn.Cell) -> Optional[dict[str, str]]:
     """Where the network's class is found, if it has `from_pretrained`; see `AutoPeftModel`."""
     cls = type(network)
     if not hasattr(cls, "from_pretrained"):
@@ -117,17 +119,14 @@ def auto_mapping(network):
     return {"base_model_class": cls.__name__, "parent_library": cls.__module__}
 
 
-def to_network(config, tensors, network, names):
+def to_network(config: PeftConfig, tensors: Arrays, network: nn.Cell, names: NameMap) -> PeftConfig:
     """A configuration in a file with the names of the network.
 
     Args:
-        config (PeftConfig): names layers as the PyTorch model does.
-        tensors (dict): key -> numpy.ndarray, what is in its file: it tells the layers.
-        network (Cell): the network, without deltas.
-        names (NameMap): between the names.
-
-    Returns:
-        PeftConfig.
+        config: names layers as the PyTorch model does.
+        tensors: what is in its file, by key: it tells the layers.
+        network: the network, without deltas.
+        names: between the names.
     """
     layers, config = list_layers(network), copy.copy(config)
     theirs = {layer.path: names.to_torch(layer.path) for layer in layers}
@@ -145,18 +144,17 @@ def to_network(config, tensors, network, names):
     return config
 
 
-def portable(tensors, config, plan, network, names):
+def portable(
+    tensors: Arrays, config: PeftConfig, plan: Plan, network: nn.Cell, names: NameMap
+) -> tuple[Arrays, PeftConfig]:
     """What is written to a file, so that Hugging Face PEFT finds the same layers and all of their tensors.
 
     Args:
-        tensors (dict): key -> numpy.ndarray, of the adapter.
-        config (PeftConfig): of the adapter, after `NameMap.split`.
-        plan (Plan): of the adapter.
-        network (Cell): the base network.
-        names (NameMap): to the names of the PyTorch model.
-
-    Returns:
-        tuple: dict of key -> numpy.ndarray, and PeftConfig.
+        tensors: of the adapter, by key.
+        config: of the adapter, after `NameMap.split`.
+        plan: of the adapter.
+        network: the base network.
+        names: to the names of the PyTorch model.
     """
     config, layers = copy.copy(config), list_layers(network)
     is_renamed = names != NameMap()

@@ -4,8 +4,11 @@ import contextlib
 import functools
 import threading
 import weakref
+from collections.abc import Iterator
+from typing import Callable
 
 from mindpet.errors import AdapterError
+from mindpet.peft.placement import Placement
 
 
 class Turns:
@@ -24,7 +27,7 @@ class Turns:
         return type(self)()
 
     @contextlib.contextmanager
-    def call(self, placement):
+    def call(self, placement: Placement) -> Iterator[None]:
         """A context for a call of the network.
 
         Raises:
@@ -41,18 +44,15 @@ class Turns:
                 )
             yield
 
-    def change(self, owner):
-        """A context for a change.
-
-        Args:
-            owner (str): for the message.
+    def change(self, owner: str) -> contextlib.AbstractContextManager[None]:
+        """A context for a change; `owner` is for the message.
 
         Raises:
             AdapterError: another thread calls the network, or changes what it computes.
         """
         return self._take(self._changes, (self._calls, self._changes), owner)
 
-    def choose(self, name):
+    def choose(self, name: str) -> None:
         """Note that this thread made an adapter the active one."""
         self._chosen[threading.current_thread()] = name
 
@@ -73,7 +73,7 @@ class Turns:
                 own.remove(me)
 
 
-def alone(method):
+def alone(method: Callable) -> Callable:
     """A method of a PeftModel that needs the network for itself."""
 
     @functools.wraps(method)
