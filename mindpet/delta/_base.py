@@ -358,7 +358,7 @@ class PrefixDelta(Delta):
     @classmethod
     def to_file(cls, values: dict[str, Arrays]) -> Arrays:
         """One table of all layers, `(tokens, layers * 2 * width)`: of layer i the keys in slot 2i, the values next."""
-        return {PROMPT: np.concatenate([cls.computed(own) for own in values.values()], 1)}
+        return {PROMPT: np.concatenate([cls.computed(layer) for layer in values.values()], 1)}
 
     @classmethod
     def from_file(cls, tensors: Arrays, paths: Sequence[str]) -> dict[str, Arrays]:

@@ -84,7 +84,7 @@ class PeftConfig:
     revision: Optional[str] = None
     inference_mode: bool = False
     modules_to_save: Optional[Union[list[str], str]] = None
-    unknown: dict = field(default_factory=dict)
+    unknown: dict[str, Any] = field(default_factory=dict)
 
     # Of a method's class; no fields, for they cannot be chosen.
     peft_type = None  # the method's name in a file

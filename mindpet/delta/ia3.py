@@ -105,10 +105,10 @@ class IA3Delta(Delta):
 
     @classmethod
     def problems(cls, cell: nn.Cell, kind: LayerKind, is_sharded: bool, feedforward: bool, **others: Any) -> list[str]:
-        found = ["no factors before a convolution in groups"] if feedforward and kind.groups_of(cell) > 1 else []
+        problems = ["no factors before a convolution in groups"] if feedforward and kind.groups_of(cell) > 1 else []
         if not feedforward and not kind.adds_bias and kind.bias_of(cell) is not None:
-            found.append("no factors on an output without its bias, which would not be multiplied")
-        return found
+            problems.append("no factors on an output without its bias, which would not be multiplied")
+        return problems
 
     @classmethod
     def fold(cls, matrix: np.ndarray, values: Arrays, feedforward: bool, **others: Any) -> np.ndarray:

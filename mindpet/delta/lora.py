@@ -334,21 +334,21 @@ class LoraDelta(Delta):
         init: Any,
         **others: Any,
     ) -> list[str]:
-        groups, found = kind.groups_of(cell), []
+        groups, problems = kind.groups_of(cell), []
         if rank % groups:
-            found.append(f"the rank, {rank}, must be a multiple of its {groups} groups")
+            problems.append(f"the rank, {rank}, must be a multiple of its {groups} groups")
         if use_dora and groups > 1:
-            found.append("no DoRA beside a convolution in groups")
+            problems.append("no DoRA beside a convolution in groups")
         if use_dora and is_sharded:
-            found.append("no DoRA beside a layer with strategies")
+            problems.append("no DoRA beside a layer with strategies")
         scale = cls.constants(rank, alpha, use_rslora)[SCALING]
         with np.errstate(over="ignore"):
             held = abs(float(scale.astype(ms.dtype_to_nptype(kind.compute_dtype))))
         if not 0 < held < math.inf:
-            found.append(f"the scale, {scale:g}, must be a number of {kind.compute_dtype}, in which it computes")
+            problems.append(f"the scale, {scale:g}, must be a number of {kind.compute_dtype}, in which it computes")
         if kind.name != "linear" and starts_from_weight(init):
-            found.append(f"init_lora_weights={init!r} is for linear layers")
-        return found
+            problems.append(f"init_lora_weights={init!r} is for linear layers")
+        return problems
 
     @classmethod
     def start_names(cls, init: Any = True, use_dora: bool = False, **others: Any) -> tuple[str, ...]:
@@ -359,16 +359,16 @@ class LoraDelta(Delta):
         cls, matrix: np.ndarray, values: Arrays, init: Any = True, use_dora: bool = False, **others: Any
     ) -> Arrays:
         """What PiSSA and OLoRA start from, see `start_from_weight`, and DoRA's magnitude with which its gain is one."""
-        found = {}
+        fresh = {}
         if starts_from_weight(init):
             if not np.isfinite(matrix).all():
                 raise ConfigError(f"init_lora_weights={init!r}, but the weight has NaN or infinite numbers.")
             lora_a, lora_b = start_from_weight(matrix, init, len(values[A]), float(values[SCALING]))
-            found = {A: lora_a, B: lora_b, START_A: lora_a, START_B: lora_b}
+            fresh = {A: lora_a, B: lora_b, START_A: lora_a, START_B: lora_b}
         if use_dora:
-            tuned = cls.fold(matrix, {name: value for name, value in {**values, **found}.items() if name != MAGNITUDE})
-            found[MAGNITUDE] = np.linalg.norm(tuned, axis=1).reshape(values[MAGNITUDE].shape)
-        return found
+            tuned = cls.fold(matrix, {name: value for name, value in {**values, **fresh}.items() if name != MAGNITUDE})
+            fresh[MAGNITUDE] = np.linalg.norm(tuned, axis=1).reshape(values[MAGNITUDE].shape)
+        return fresh
 
     @classmethod
     def fold(cls, matrix: np.ndarray, values: Arrays, **arguments: Any) -> np.ndarray:
@@ -452,8 +452,8 @@ class LoraEmbedding(LoraDelta):
 
     @classmethod
     def problems(cls, cell: nn.Cell, kind: LayerKind, is_sharded: bool, lora_bias: bool, **others: Any) -> list[str]:
-        found = ["an embedding has no lora_bias"] if lora_bias else []
-        return found + super().problems(cell, kind, is_sharded, **others)
+        problems = ["an embedding has no lora_bias"] if lora_bias else []
+        return problems + super().problems(cell, kind, is_sharded, **others)
 
     def update(self, x, lora_a, lora_b):
         return self.lora_b_matmul(self.lora_a_matmul(lora_a, ops.reshape(x, (-1,)), 1), lora_b)

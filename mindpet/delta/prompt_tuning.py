@@ -167,7 +167,7 @@ class PromptDelta(PromptEmbedding, Delta):
     @classmethod
     def to_file(cls, values: dict[str, Arrays]) -> Arrays:
         """One table of all prompts, `(prompts * tokens, features)`; Hugging Face PEFT has two for two submodules."""
-        return {PROMPT: np.concatenate([own[TABLE] for own in values.values()])}
+        return {PROMPT: np.concatenate([prompt[TABLE] for prompt in values.values()])}
 
     @classmethod
     def from_file(cls, tensors: Arrays, paths: Sequence[str]) -> dict[str, Arrays]:

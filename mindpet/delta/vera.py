@@ -170,12 +170,12 @@ def _matrix_shape(cell, kind):
 def _projections(ins, outs, rank, seed):
     """A `(rank, ins)` and B `(outs, rank)`, Kaiming uniform: of variance 2 / columns."""
     rng = np.random.default_rng(seed)
-    found = {}
+    matrices = {}
     for name, shape in ((A, (rank, ins)), (B, (outs, rank))):
         bound = np.sqrt(6 / shape[1])
         value = rng.uniform(-bound, bound, shape).astype(np.float32)
-        found[name] = Parameter(Tensor(value), name=name, requires_grad=False)
-    return found
+        matrices[name] = Parameter(Tensor(value), name=name, requires_grad=False)
+    return matrices
 
 
 class VeraDense(DeltaDense, VeraDelta):

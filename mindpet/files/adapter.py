@@ -86,28 +86,28 @@ def check_finite(folder: PathLike, values: Arrays, types: dict[str, np.dtype]) -
     problems = []
     for name, value in values.items():
         with np.errstate(over="ignore"):
-            own = value.astype(types.get(name, value.dtype))
-        if not np.isfinite(own.astype(np.float32)).all():
-            problems.append(f"{name} as {own.dtype.name}")
+            held = value.astype(types.get(name, value.dtype))
+        if not np.isfinite(held.astype(np.float32)).all():
+            problems.append(f"{name} as {held.dtype.name}")
     if problems:
         raise CheckpointError(
             f"{folder}: NaN or infinite numbers (with force they are used all the same):\n  " + "\n  ".join(problems)
         )
 
 
-def take_base_layers(folder: PathLike, found: Arrays, weights: dict[str, Union[Parameter, np.ndarray]]) -> None:
-    """Take out of `found` weights of the base, which Hugging Face PEFT saves with deltas of embeddings.
+def take_base_layers(folder: PathLike, tensors: Arrays, weights: dict[str, Union[Parameter, np.ndarray]]) -> None:
+    """Take out of `tensors` weights of the base, which Hugging Face PEFT saves with deltas of embeddings.
 
     Args:
         folder: for the message.
-        found: by key.
+        tensors: by key.
         weights: of the layers, by their path in the PyTorch model.
 
     Raises:
         CheckpointError: they are not those of this base.
     """
     for path, weight in weights.items():
-        theirs = found.pop(f"{PREFIX}{path}.base_layer.weight", None)
+        theirs = tensors.pop(f"{PREFIX}{path}.base_layer.weight", None)
         if theirs is not None and (theirs.shape != weight.shape or fingerprint(theirs) != fingerprint(weight)):
             raise CheckpointError(
                 f"{folder}: trained on another base: the weight {list(weight.shape)} of {path} is not the same."
@@ -115,23 +115,23 @@ def take_base_layers(folder: PathLike, found: Arrays, weights: dict[str, Union[P
 
 
 def check_tensors(
-    folder: PathLike, found: Arrays, wanted: dict[str, Shape], what: str = "the network, which is unchanged"
+    folder: PathLike, tensors: Arrays, wanted: dict[str, Shape], what: str = "the network, which is unchanged"
 ) -> None:
     """Refuse tensors that do not fit.
 
     Args:
         folder: for the message.
-        found: by key.
+        tensors: by key.
         wanted: shapes by key.
         what: what they must fit, for the message. Default: 'the network, which is unchanged'.
 
     Raises:
         CheckpointError: tensors are missing, surplus, or of the wrong shape or type; all are in the message.
     """
-    problems = [f"missing: {key} {list(shape)}" for key, shape in wanted.items() if key not in found]
-    problems += [f"surplus: {key} {list(found[key].shape)}" for key in found if key not in wanted]
+    problems = [f"missing: {key} {list(shape)}" for key, shape in wanted.items() if key not in tensors]
+    problems += [f"surplus: {key} {list(tensors[key].shape)}" for key in tensors if key not in wanted]
     for key, shape in wanted.items():
-        value = found.get(key)
+        value = tensors.get(key)
         if value is not None and value.shape != tuple(shape):
             problems.append(f"{key}: {list(shape)} is needed, but it is {list(value.shape)}")
         elif value is not None and value.dtype.kind in "iubc":

@@ -71,8 +71,8 @@ def check_checkpoint(path: PathLike) -> None:
         if not parts or parts[-1].tensor_type == "str":
             continue
         shape, dtype = list(parts[-1].dims), parts[-1].tensor_type
-        found = sum(len(part.tensor_content) for part in parts)
+        length = sum(len(part.tensor_content) for part in parts)
         is_shape = all(size >= 0 for size in shape) and math.prod(max(size, 1) for size in shape) < LARGEST
         size = 1 if shape == [0] else math.prod(shape)  # so a scalar is written
-        if dtype not in SIZES or not is_shape or found != size * SIZES[dtype]:
-            raise CheckpointError(f"{path}: {name}: {found} bytes cannot be {shape} of {dtype[:20]!r}.")
+        if dtype not in SIZES or not is_shape or length != size * SIZES[dtype]:
+            raise CheckpointError(f"{path}: {name}: {length} bytes cannot be {shape} of {dtype[:20]!r}.")

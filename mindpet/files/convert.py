@@ -129,8 +129,8 @@ def wanted_tensors(config: PeftConfig, tensors: Arrays) -> dict[str, Shape]:
     keys = parse_keys(tensors, config)
     layers = set(target_paths(tensors, config))
     if config.is_prompt_learning:
-        own = tensors[PROMPT].shape if PROMPT in tensors else ("tokens", "features")
-        wanted[PROMPT] = config.table_shape or own
+        stored = tensors[PROMPT].shape if PROMPT in tensors else ("tokens", "features")
+        wanted[PROMPT] = config.table_shape or stored
     elif any(delta.file_names for delta in method.deltas.values()):
         for path in sorted(layers) or ["*"]:
             here = {key: tensors[key].shape for key in keys if keys[key].path in (path, None)}
@@ -153,8 +153,8 @@ def _layer_shapes(config, path, shapes):
     keys = parse_keys(shapes, config)
     kinds = [kind for kind in method_of(config).deltas if all(kind in key.kinds for key in keys.values())]
     delta = method_of(config).deltas[(kinds or list(method_of(config).deltas))[0]]
-    own = {key.name: shapes[name] for name, key in keys.items()}
-    wanted = delta.file_shapes(own, **config.delta_arguments(path))
+    known = {key.name: shapes[name] for name, key in keys.items()}
+    wanted = delta.file_shapes(known, **config.delta_arguments(path))
     keys = {name: f"{config.key_start}{path}.{file}" for name, file in delta.file_names.items()}
     keys.update({name: shared_key(file) for name, file in delta.shared_names.items()})
     return {keys[name]: shape for name, shape in wanted.items()}
@@ -209,7 +209,7 @@ def from_delta(tensors: Arrays, config: PeftConfig, names: NameMap) -> tuple[Pef
         return config.of_delta_file({}, {**_whole(tensors, config), **heads})
     deltas = {name: match for name in tensors if (match := DELTA_KEY.fullmatch(name))}
     targets = {names.to_torch(match["path"]) for match in deltas.values()}
-    found, shapes, shared = [], {}, {}
+    content, shapes, shared = [], {}, {}
     for name, value in tensors.items():
         if name in deltas:
             path, local = names.to_torch(deltas[name]["path"]), deltas[name]["name"]
@@ -218,22 +218,22 @@ def from_delta(tensors: Arrays, config: PeftConfig, names: NameMap) -> tuple[Pef
                 continue
             file_names = _file_names(config, path)
             local = local if local in file_names else local.lower()  # LoRA's A and B of hand-made layers
-            found.append((f"{PREFIX}{path}.{file_names.get(local, local)}", value))
+            content.append((f"{PREFIX}{path}.{file_names.get(local, local)}", value))
             shapes.setdefault(path, {})[local] = value.shape
         else:
             path, _, leaf = names.to_torch(name).rpartition(".")
             # Hugging Face PEFT keeps the layer itself inside of its own as `base_layer`.
             inner = ".".join(filter(None, (path, "base_layer" if path in targets else "", leaf)))
-            found.append((PREFIX + inner, value))
-    found += [(key, _only(own)) for key, own in shared.items()]
+            content.append((PREFIX + inner, value))
+    content += [(key, _only(copies)) for key, copies in shared.items()]
     if shapes:
         check_patterns(config, [Layer(None, [path], []) for path in shapes])
-    config, found = config.of_delta_file(shapes, _unique(found))
-    found, config = names.split(found, config)
-    paths = target_paths(found, config)
+    config, content = config.of_delta_file(shapes, _unique(content))
+    content, config = names.split(content, config)
+    paths = target_paths(content, config)
     if paths:
         config.target_modules = config.target_modules or exact_targets(paths)
-    return config, found
+    return config, content
 
 
 def _only(values):
@@ -282,7 +282,7 @@ def _whole(tensors, config):
         match = WHOLE_KEY.fullmatch(key)
         if match:
             values.setdefault(match["path"] or "", {})[match["name"]] = value
-    names = {name for own in values.values() for name in own}
+    names = {name for parts in values.values() for name in parts}
     for method in METHODS.values():
         # Prefixes of both methods are the same in a file of Hugging Face PEFT, and so may be their configuration.
         is_meant = isinstance(config, method.config) or issubclass(method.config, type(config))
@@ -308,8 +308,8 @@ def to_delta(tensors: Arrays, config: PeftConfig, names: NameMap, prefix_path: O
         if key == PROMPT:
             delta = _whole_delta(method_of(config.computed()))
             path = delta.usual_path if prefix_path is None else prefix_path
-            found = delta.from_file({PROMPT: value}, [path])[path]
-            result += [(".".join(filter(None, (path, name))), own) for name, own in found.items()]
+            parts = delta.from_file({PROMPT: value}, [path])[path]
+            result += [(".".join(filter(None, (path, name))), part) for name, part in parts.items()]
         elif key in keys:
             path = layers[0] if keys[key].path is None else keys[key].path
             result.append((f"{names.to_mindspore(path)}.{keys[key].name}", value))
@@ -397,14 +397,14 @@ def _methods(shapes, config):
     """The methods that names of tensors, or the configuration, tell of, and of LoRA the ranks."""
     first = re.compile(r".*lora_(embedding_)?[aA](\.weight)?")
     ranks = [shape[0] for name, shape in shapes.items() if shape and first.fullmatch(name)]
-    found = [f"LORA, rank {', '.join(map(str, sorted(set(ranks))))}, {len(ranks)} layers"] if ranks else []
-    own = (method for method in METHODS.values() if method.cells and method.name != "lora")
-    found += [
-        method.config.peft_type.value for method in own if any(matches(name, method.trainable) for name in shapes)
+    lines = [f"LORA, rank {', '.join(map(str, sorted(set(ranks))))}, {len(ranks)} layers"] if ranks else []
+    others = (method for method in METHODS.values() if method.cells and method.name != "lora")
+    lines += [
+        method.config.peft_type.value for method in others if any(matches(name, method.trainable) for name in shapes)
     ]
     whole = [config] if config else [method.config() for method in METHODS.values() if _whole_delta(method)]
     names = sorted({one.to_dict()["peft_type"] for one in whole})
-    return found + [" or ".join(names)] * (PROMPT in shapes)
+    return lines + [" or ".join(names)] * (PROMPT in shapes)
 
 
 def _require(path, content, names, problems=()):

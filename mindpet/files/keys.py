@@ -34,15 +34,15 @@ def parse_keys(keys: Iterable[str], config: PeftConfig) -> dict[str, Key]:
             kinds.setdefault((file, name), []).append(kind)
         for name, file in delta.shared_names.items():
             shared.setdefault((shared_key(file), name), []).append(kind)
-    found = {}
+    parsed = {}
     for key in keys:
-        for (own, name), of in shared.items():
-            if key == own:
-                found[key] = Key(None, name, tuple(of))
+        for (whole, name), of in shared.items():
+            if key == whole:
+                parsed[key] = Key(None, name, tuple(of))
         for (file, name), of in kinds.items():
             if key.startswith(config.key_start) and key.endswith(f".{file}"):
-                found[key] = Key(key[len(config.key_start) : -len(file) - 1], name, tuple(of))
-    return found
+                parsed[key] = Key(key[len(config.key_start) : -len(file) - 1], name, tuple(of))
+    return parsed
 
 
 def target_paths(keys: Iterable[str], config: PeftConfig) -> list[str]:

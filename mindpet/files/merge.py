@@ -120,17 +120,17 @@ def _files_of(folder):
 def _weight_map(index):
     """The dict of tensor -> file in an index, whose files are in its folder or below."""
     content = read_json(index, CheckpointError)
-    found = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
-        raise CheckpointError(f"{index}: 'weight_map' must be an object of names of files, but is {quote(found)}.")
-    names = {name: pathlib.PurePosixPath(name) for name in found.values()}
+    files = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+        raise CheckpointError(f"{index}: 'weight_map' must be an object of names of files, but is {quote(files)}.")
+    names = {name: pathlib.PurePosixPath(name) for name in files.values()}
     wrong = [name for name, path in names.items() if path.is_absolute() or ".." in path.parts or str(path) != name]
     wrong += [name for name, path in names.items() if path.suffix != ".safetensors" and name not in wrong]
     if wrong:
         raise CheckpointError(
             f"{index}: must name .safetensors files in its folder or below, but names {quote(sorted(wrong))}."
         )
-    return found
+    return files
 
 
 class _Checkpoint:
@@ -249,8 +249,8 @@ class Places:
         hits = {start: sum(self._name(path, start) in self.known for path in paths) for start in starts}
         best = [start for start in starts if hits[start] == max(hits.values())]
         if len(best) > 1:
-            found = [self._name(path, start) for start in best for path in paths if self._name(path, start)]
-            raise MergeError(f"it cannot be told which tensor of the base {paths[0]} is: one of {quote(found)}.")
+            candidates = [self._name(path, start) for start in best for path in paths if self._name(path, start)]
+            raise MergeError(f"it cannot be told which tensor of the base {paths[0]} is: one of {quote(candidates)}.")
         self.start = best[0] if best else self.start
 
     def _starts(self, path):
@@ -275,8 +275,8 @@ class Places:
         cut, put = self.start
         paths = {
             cut + name[len(put) : -len(".weight")]
-            for name, own in self.known.items()
-            if name.startswith(put) and name.endswith(".weight") and len(self._shapes[own[0]]) > 1
+            for name, names in self.known.items()
+            if name.startswith(put) and name.endswith(".weight") and len(self._shapes[names[0]]) > 1
         } - paths
         return sorted(
             path
@@ -292,10 +292,10 @@ class Places:
         Raises:
             MergeError: several tensors of the base are called so.
         """
-        found = self.known.get(self._name(path, self.start), ())
-        if len(found) > 1:
-            raise MergeError(f"several tensors of the base are {path}: {quote(found)}.")
-        return found[0] if found else None
+        names = self.known.get(self._name(path, self.start), ())
+        if len(names) > 1:
+            raise MergeError(f"several tensors of the base are {path}: {quote(names)}.")
+        return names[0] if names else None
 
 
 class _BaseValues(collections.abc.Mapping):
@@ -306,10 +306,10 @@ class _BaseValues(collections.abc.Mapping):
         self._prints = passport.get("base", {}).get("parameters", {})
 
     def __getitem__(self, name):
-        own = self._places.find(self._names.to_torch(name))
-        if own is None:
+        stored = self._places.find(self._names.to_torch(name))
+        if stored is None:
             raise KeyError(name)
-        value, expected = self._files.read(own), self._prints[name]
+        value, expected = self._files.read(stored), self._prints[name]
         dtype = expected.rpartition(" ")[0].rpartition(" ")[2]
         if value.dtype.name in FLOATS:
             with np.errstate(over="ignore"):
@@ -501,9 +501,9 @@ def _tied(layers, files):
 
 def _fold(name, value, layer, is_weight, report):
     """A merged tensor."""
-    own = value.astype(np.float32)
+    base = value.astype(np.float32)
     if is_weight:
-        before = layer.kind.to_matrix(own)
+        before = layer.kind.to_matrix(base)
         values = layer.values
         if not set(layer.cls.start_names(**layer.arguments)) <= set(values):
             values = {**layer.cls.start(before, values, **layer.arguments), **values}
@@ -511,7 +511,7 @@ def _fold(name, value, layer, is_weight, report):
         result = layer.kind.from_matrix(after, value.shape).astype(value.dtype)
         report.append(describe(name, result, before, after, layer.kind))
     else:
-        result = layer.cls.fold_bias(own, layer.values, **layer.arguments).astype(value.dtype)
+        result = layer.cls.fold_bias(base, layer.values, **layer.arguments).astype(value.dtype)
     if not np.isfinite(result.astype(np.float32)).all():
         raise MergeError(f"{name} would hold NaN or infinite numbers as {value.dtype.name}; nothing was written.")
     return result

@@ -55,8 +55,8 @@ def write_passport(staged: pathlib.Path, folder: PathLike, passport: dict[str, A
 
 
 def _digests(folder):
-    found = (pathlib.Path(folder) / name for name in (CONFIG_NAME, WEIGHTS_NAME))
-    return {path.name: hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() for path in found}
+    files = (pathlib.Path(folder) / name for name in (CONFIG_NAME, WEIGHTS_NAME))
+    return {path.name: hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() for path in files}
 
 
 def check_files(folder: PathLike) -> dict[str, Any]:

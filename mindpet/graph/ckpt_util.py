@@ -277,7 +277,7 @@ class _AtomicManager(CheckpointManager):
         self.latest = ""
         self._given = None if callable(prefix) else prefix
         self.prefix = None if callable(prefix) else _free_prefix(directory, prefix)
-        self._own = {}  # path -> its identity, in order of time
+        self._published = {}  # path -> its identity, in order of time
         self._folder = None  # for staging
         self._staged = None  # a file that is or will be complete, and its prefix
         self._doomed = []
@@ -295,9 +295,11 @@ class _AtomicManager(CheckpointManager):
     def update_ckpoint_filelist(self, directory, prefix):
         """List the files that may go. MindSpore calls this before each save."""
         self._doomed = []
-        self._own = {path: identity for path, identity in self._own.items() if _identity(path) == identity}
+        self._published = {path: identity for path, identity in self._published.items() if _identity(path) == identity}
         # MindSpore counts no files of a callable prefix, and no breakpoints.
-        self._ckpoint_filelist = [path for path in self._own if self._given is not None and "_breakpoint." not in path]
+        self._ckpoint_filelist = [
+            path for path in self._published if self._given is not None and "_breakpoint." not in path
+        ]
 
     def remove_oldest_ckpoint_file(self):
         """Remove the file that was published first."""
@@ -344,10 +346,10 @@ class _AtomicManager(CheckpointManager):
             path = self._give_name(staged, prefix)
         finally:
             self.close_staging()
-        self._own[path] = _identity(path)
+        self._published[path] = _identity(path)
         self.latest = path
         for old in self._doomed:
-            if _identity(old) == self._own[old]:
+            if _identity(old) == self._published[old]:
                 try:
                     os.unlink(old)
                 except FileNotFoundError:
@@ -361,7 +363,7 @@ class _AtomicManager(CheckpointManager):
         name = os.path.basename(staged)
         path = os.path.join(self.directory, name)
         while True:
-            is_own = self._given is None or (path in self._own and _identity(path) == self._own[path])
+            is_own = self._given is None or (path in self._published and _identity(path) == self._published[path])
             try:
                 files.publish(staged, path, replace=is_own)
                 return path
@@ -381,8 +383,8 @@ def _identity(path):
 def _free_prefix(directory, prefix):
     """`prefix`, or if there are checkpoints of it, with the next number behind it."""
     taken = re.compile(rf"{re.escape(prefix)}(?:_(\d+))?-\d.*\.(?:ckpt|safetensors)")
-    found = [taken.fullmatch(name) for name in os.listdir(directory)]
-    numbers = [int(match[1] or 0) for match in found if match]
+    matched = [taken.fullmatch(name) for name in os.listdir(directory)]
+    numbers = [int(match[1] or 0) for match in matched if match]
     return f"{prefix}_{max(numbers) + 1}" if numbers else prefix
 
 

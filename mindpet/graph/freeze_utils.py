@@ -145,12 +145,12 @@ def _unmatched(params, fixed, include, exclude):
     problems = []
     for which, patterns in (("include", include or ()), ("exclude", exclude or ())):
         for pattern in patterns:
-            found = {name for name in params if _fits(name, [pattern])}
-            if not found:
+            fitting = {name for name in params if _fits(name, [pattern])}
+            if not fitting:
                 near = f"; nearest: {_nearest(pattern, params)}" if len(problems) < MOST_HINTS else ""
                 problems.append(f"pattern {quote(pattern)} of '{which}' matches no parameter{near}")
-            elif which == "exclude" and found <= fixed:
-                rule = f"matches only running statistics, which no optimizer may have: {sorted(found)}"
+            elif which == "exclude" and fitting <= fixed:
+                rule = f"matches only running statistics, which no optimizer may have: {sorted(fitting)}"
                 problems.append(f"pattern {quote(pattern)} of '{which}' {rule}")
     return problems
 
@@ -161,8 +161,8 @@ def _missing_delta(method, params):
         for other in METHODS.values()
         if other.cells and any(matches(name, other.trainable) for name in params)
     ]
-    found = f"deltas in the network: {present}" if present else f"nearest: {_nearest(method.trainable[0], params)}"
-    return f"mode {method.name!r} finds no parameter like {list(method.trainable)}; {found}"
+    hint = f"deltas in the network: {present}" if present else f"nearest: {_nearest(method.trainable[0], params)}"
+    return f"mode {method.name!r} finds no parameter like {list(method.trainable)}; {hint}"
 
 
 def _nearest(pattern, params):

@@ -53,8 +53,8 @@ def summary(network: nn.Cell, optimizer: Optional[nn.Optimizer] = None) -> Summa
     params = model_parameters(network)
     trainable = [param for param in params.values() if param.requires_grad]
     gradient_bytes = _nbytes(trainable)
-    own = set(map(id, params.values()))
-    state = [param for param in optimizer.get_parameters() if id(param) not in own] if optimizer else None
+    known = set(map(id, params.values()))
+    state = [param for param in optimizer.get_parameters() if id(param) not in known] if optimizer else None
     return Summary(
         sum(param.size for param in trainable),
         sum(param.size for param in params.values()),

@@ -92,14 +92,14 @@ def load_delta(
     _check_load_arguments(network, files, strict)
     params = model_parameters(network)
     names = _known_names(network, params)
-    found = {}
+    content = {}
     for file in files:
-        found.update(_read(file, names, dec_key, dec_mode, crc_check))
-    values = {names[key]: value for key, value in found.items() if key in names}
+        content.update(_read(file, names, dec_key, dec_mode, crc_check))
+    values = {names[key]: value for key, value in content.items() if key in names}
     missing = _required(params, alone=len(files) == 1) - set(values)
-    surplus = [key for key in found if key not in names and not _is_extra(key, found)]
+    surplus = [key for key in content if key not in names and not _is_extra(key, content)]
     problems = [f"missing: {name} {params[name].shape}" for name in params if name in missing]
-    problems += [f"surplus: {key} {found[key].shape}" for key in surplus]
+    problems += [f"surplus: {key} {content[key].shape}" for key in surplus]
     misfits = [
         f"{name}: {_text(params[name])} in the network, {_text(value)} in the file"
         for name, value in values.items()
@@ -151,7 +151,7 @@ def _read(file, names, dec_key, dec_mode, crc_check):
     for key in content:
         name = _canonical(key)
         keys.setdefault(names.get(name, name), []).append(key)
-    twice = [found for found in keys.values() if len(found) > 1]
+    twice = [alike for alike in keys.values() if len(alike) > 1]
     if twice:
         raise CheckpointError(f"load_delta: {file}: keys that mean the same parameter: {quote(twice)}.")
     return {_canonical(key): value for key, value in content.items()}
@@ -171,10 +171,10 @@ def _known_names(network, params):
     deltas share may have the path of any of them: a file that was converted has it at the first that it names.
     """
     names = {_canonical(key): key for key in params}
-    own = Counter(_canonical(param.name) for param in params.values())
+    counts = Counter(_canonical(param.name) for param in params.values())
     for key, param in params.items():
         name = _canonical(param.name)
-        if own[name] == 1 and not name.partition(".")[0].isdigit():
+        if counts[name] == 1 and not name.partition(".")[0].isdigit():
             names.setdefault(name, key)
     saved = [pattern for method in METHODS.values() for pattern in method.saved]
     shared = {id(param): key for key, param in params.items() if matches(key, saved)}
@@ -195,10 +195,10 @@ def _required(params, alone):
     return {name for name in variable if matches(name, deltas) or (frozen and params[name].requires_grad)}
 
 
-def _is_extra(key, found):
+def _is_extra(key, content):
     """Whether a key is state of an optimizer or an appended scalar."""
     prefix, _, rest = key.partition(".")
-    return key in OPTIMIZER_NAMES or found[key].ndim == 0 or (prefix in OPTIMIZER_PREFIXES and rest in found)
+    return key in OPTIMIZER_NAMES or content[key].ndim == 0 or (prefix in OPTIMIZER_PREFIXES and rest in content)
 
 
 def _fits(param, value):

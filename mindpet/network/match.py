@@ -93,22 +93,22 @@ def find_targets(
     wanted = _matcher("target_modules", targets, layers, missing)
     excluded = _matcher("exclude_modules", config.exclude_modules, layers, missing)
     numbered = _layer_numbers(config, layers, missing)
-    found, torn = [], []
+    targeted, torn = [], []
     for layer in layers:
         hits = [wanted(layer, path) and not excluded(layer, path) and numbered(path) for path in layer.paths]
         if any(hits) and not all(hits):
             named = [path for path, hit in zip(layer.paths, hits) if hit]
             torn.append(f"{named} is the same layer as {sorted(set(layer.paths) - set(named))}: match all or none")
         elif any(hits):
-            found.append(layer)
-    if unmatched is not None and (found or torn):
+            targeted.append(layer)
+    if unmatched is not None and (targeted or torn):
         unmatched += missing
         missing = []
     if missing or torn:
         error = NoMatchError if missing else ConfigError
         raise error(f"{type(config).__name__}: " + "; ".join(missing + torn) + ".")
-    _check_supported(config, found, supported, deltas)
-    return found
+    _check_supported(config, targeted, supported, deltas)
+    return targeted
 
 
 def check_patterns(config: Any, layers: Sequence[Layer], unmatched: Optional[list[str]] = None) -> None:
@@ -260,17 +260,17 @@ def _layer_numbers(config, layers, problems):
     names = [names] if isinstance(names, str) else list(names)
     # The number after the name of the list of layers; without a name, the first number in the path.
     starts = [rf"(?:.*\.)?{name}\." for name in names] or [r"(?:[^.]+\.)*?"]
-    found = {
+    matched = {
         path: next(filter(None, (re.match(rf"{start}(\d+)\.", f"{path}.") for start in starts)), None)
         for layer in layers
         for path in layer.paths
     }
-    numbers = {int(match.group(1)) for match in found.values() if match}
+    numbers = {int(match.group(1)) for match in matched.values() if match}
     missing = [number for number in wanted if number not in numbers]
     if missing:
         known = f"those of {names}" if names else "the numbers"
         problems.append(f"'layers_to_transform': no layer {missing}; {known} are {sorted(numbers)}")
-    return lambda path: path in exact or (found[path] is not None and int(found[path].group(1)) in wanted)
+    return lambda path: path in exact or (matched[path] is not None and int(matched[path].group(1)) in wanted)
 
 
 def no_match(name: str, entry: str, layers: Sequence[Layer]) -> str:
@@ -281,12 +281,12 @@ def no_match(name: str, entry: str, layers: Sequence[Layer]) -> str:
     return f"'{name}': no layer matches {quote(entry)}{hint}"
 
 
-def _check_supported(config, found, supported, deltas):
+def _check_supported(config, layers, supported, deltas):
     """Refuse layers that cannot carry the method, or carry a delta already."""
-    wrapped = [layer.path for layer in found if isinstance(layer.cell, deltas)]
+    wrapped = [layer.path for layer in layers if isinstance(layer.cell, deltas)]
     other = [
         f"{layer.path} ({why_not(layer.cell) or type(layer.cell).__name__})"
-        for layer in found
+        for layer in layers
         if not supported(layer.cell) and layer.path not in wrapped
     ]
     problems = [f"carry a delta already: {wrapped}"] if wrapped else []

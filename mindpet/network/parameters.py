@@ -57,13 +57,13 @@ def running_statistics(network: nn.Cell) -> dict[str, Parameter]:
     They are buffers, not weights: the network writes them while it trains, and no optimizer may have them. A Cell with
     two Parameters `moving_mean` and `moving_variance`, or `running_mean` and `running_var`, counts as a BatchNorm.
     """
-    found = set()
+    ids = set()
     for cell, _, _ in _cells(network, "", "", set()):
         held = {name: param for name, param in cell._params.items() if param is not None}
         for names in STATISTICS:
             if held.keys() >= set(names[:2]):
-                found.update(id(held.get(TRAINED + name, held.get(name))) for name in names)
-    return {key: param for key, param in model_parameters(network).items() if id(param) in found}
+                ids.update(id(held.get(TRAINED + name, held.get(name))) for name in names)
+    return {key: param for key, param in model_parameters(network).items() if id(param) in ids}
 
 
 def outer_prefix(network: nn.Cell) -> str:
@@ -104,8 +104,8 @@ def _places(cells):
         in_tuple = {id(param): f"{name}." for name, params in tuples.items() for param in params}
         for name, param in cell._params.items():
             if param is not None and (id(param) not in places or places[id(param)].in_tuple):
-                own = full + in_tuple.get(id(param), "") + name
-                places[id(param)] = _Place(param, path + name, own, not path, id(param) in in_tuple)
+                whole = full + in_tuple.get(id(param), "") + name
+                places[id(param)] = _Place(param, path + name, whole, not path, id(param) in in_tuple)
     return list(places.values())
 
 
@@ -129,8 +129,8 @@ def _component(cell, path, name, child):
 def _outer_prefix(places):
     """The most frequent difference between names and paths."""
     pairs = [(place.param.name, place.path) for place in places]
-    found = Counter(name[: -len(path)] for name, path in pairs if f".{name}".endswith(f".{path}"))
-    return max(found, key=found.get, default="")
+    starts = Counter(name[: -len(path)] for name, path in pairs if f".{name}".endswith(f".{path}"))
+    return max(starts, key=starts.get, default="")
 
 
 def _key(place, outer, tops):

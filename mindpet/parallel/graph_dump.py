@@ -59,8 +59,8 @@ class Node:
     @property
     def instance(self) -> str:
         """The instance name, for a primitive that is an attribute of a Cell the name of that attribute."""
-        found = _INSTANCE.search(self.text)
-        return found.group(1) if found else ""
+        match = _INSTANCE.search(self.text)
+        return match.group(1) if match else ""
 
     @property
     def operands(self) -> list[str]:
@@ -69,20 +69,20 @@ class Node:
 
     def attribute(self, name: str) -> Optional[str]:
         """The text of an attribute, or None."""
-        found = re.search(rf'\b{name}: (?:"([^"]*)"|(\(.*?\))[,}}]|([^,}}]*))', self.text)
-        return next((part for part in found.groups() if part is not None), None) if found else None
+        match = re.search(rf'\b{name}: (?:"([^"]*)"|(\(.*?\))[,}}]|([^,}}]*))', self.text)
+        return next((part for part in match.groups() if part is not None), None) if match else None
 
     @property
     def strategy(self) -> Optional[Strategy]:
         """The strategy that the front end uses, a tuple of tuples, or None: it stands in the last braces."""
-        found = re.search(r"\{in_strategy: \(([^{}]*)\)\}$", self.text)
-        return parse_layouts(found.group(1)) if found else None
+        match = re.search(r"\{in_strategy: \(([^{}]*)\)\}$", self.text)
+        return parse_layouts(match.group(1)) if match else None
 
     @property
     def asked_strategy(self) -> Optional[Strategy]:
         """The strategy that was set by `shard`, a tuple of tuples, or None."""
-        found = re.search(r"primitive_attrs: \{[^{}]*?\bin_strategy: \((\([^{}]*?\))\)[,}]", self.text)
-        return parse_layouts(found.group(1)) if found else None
+        match = re.search(r"primitive_attrs: \{[^{}]*?\bin_strategy: \((\([^{}]*?\))\)[,}]", self.text)
+        return parse_layouts(match.group(1)) if match else None
 
     @property
     def tensors(self) -> list[tuple[str, Shape]]:
@@ -116,8 +116,8 @@ def read_nodes(path: PathLike) -> Iterator[Node]:
             elif line.startswith("  %"):
                 if node:
                     yield node
-                found = _NODE.match(line)
-                node = Node(graph, found.group(1), found.group(2), line.rstrip()) if found else None
+                match = _NODE.match(line)
+                node = Node(graph, match.group(1), match.group(2), line.rstrip()) if match else None
             elif node and line.startswith("      : "):
                 node.types = line.strip()
             elif node and line.startswith("      # In file "):
@@ -132,9 +132,9 @@ def count_runs(nodes: Iterable[Node], entry: str) -> dict[str, int]:
     """How often each graph runs in a step: graph -> count. A block that is compiled once can be called many times."""
     calls = collections.defaultdict(collections.Counter)
     for node in nodes:
-        found = _CALL.search(node.text)
-        if found:
-            calls[node.graph][found.group(1) or found.group(2)] += 1
+        match = _CALL.search(node.text)
+        if match:
+            calls[node.graph][match.group(1) or match.group(2)] += 1
     runs = collections.Counter()
 
     def run(graph, times):
@@ -155,7 +155,7 @@ def read_header(path: PathLike) -> tuple[str, dict[str, Shape]]:
                 entry = line.split("@", 1)[1].strip()
             elif line.startswith("subgraph @"):
                 break
-            found = _PARAMETER.match(line)
-            if found:
-                shapes[found.group(2)] = _ints(found.group(1))
+            match = _PARAMETER.match(line)
+            if match:
+                shapes[match.group(2)] = _ints(match.group(1))
     return entry, shapes

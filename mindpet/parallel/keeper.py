@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from typing import Optional
+from typing import Any, Optional
 
 SET_DEATH_SIGNAL, SET_CHILD_SUBREAPER = 1, 36  # of prctl(2)
 LONGEST_WAIT = 1e8  # seconds; the functions of the operating system have a limit
@@ -50,7 +50,7 @@ def die_with(parent: int, number: int) -> None:
         os._exit(1)
 
 
-def run(folder: str, request: bytes, command: list[str], timeout: float) -> dict:
+def run(folder: str, request: bytes, command: list[str], timeout: float) -> dict[str, Any]:
     """Run a command to its end, or kill it.
 
     Args:
@@ -125,13 +125,13 @@ def kill_all() -> None:
 
 def children() -> list[int]:
     """The processes whose parent this is."""
-    found = []
+    pids = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
             after_name = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
             if after_name and int(after_name[1]) == os.getpid():
-                found.append(int(pid))
-    return found
+                pids.append(int(pid))
+    return pids
 
 
 def make_folder(folder: str) -> int:

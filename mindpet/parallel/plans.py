@@ -51,7 +51,9 @@ class Names:
         path, name = _cell_path(node.scope), node.attribute(NAME)
         if (path, name) not in self.primitives:
             # An operator that the front end has replaced has lost its name: it is the Cell's only one of its type.
-            same = [key for key, found in self.primitives.items() if key[0] == path and found.name == node.operator]
+            same = [
+                key for key, candidate in self.primitives.items() if key[0] == path and candidate.name == node.operator
+            ]
             if len(same) != 1:
                 return self._in_network(path), "", None
             path, name = same[0]
@@ -121,15 +123,15 @@ def operator_plans(
 def collective_plans(nodes: Sequence[Node], runs: dict[str, int], names: Names, rank: int) -> list[CollectivePlan]:
     """The CollectivePlan of each node that communicates; `rank` is whose graph it is."""
     results = {(node.graph, node.number): node for node in nodes}
-    found = [node for node in nodes if node.operator in COLLECTIVES]
+    communicating = [node for node in nodes if node.operator in COLLECTIVES]
     forward = {}  # id of a node -> (cause, path of the Cell)
-    for node in found:
+    for node in communicating:
         if not node.attribute("forward_unique_id"):
             source = results.get((node.graph, next(iter(node.operands), None)))
             forward[id(node)] = _forward_cause(node, source, names)
-    numbered = {node.attribute("unique_id"): forward[id(node)] for node in found if id(node) in forward}
+    numbered = {node.attribute("unique_id"): forward[id(node)] for node in communicating if id(node) in forward}
     plans = []
-    for node in found:
+    for node in communicating:
         parameter = node.attribute("mirror_user_id")
         if id(node) in forward:
             phase, (cause, cell) = "forward", forward[id(node)]

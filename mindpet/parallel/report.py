@@ -21,8 +21,8 @@ class ParameterPlan:
         shape: full shape.
         slice: shape on this rank.
         device_matrix: how the ranks are arranged; empty if the parameter has no layout, so is whole.
-        tensor_map: for each axis of the shape the axis of the device matrix that cuts it, counted from the right, or
-            -1.
+        tensor_map: for each axis of the shape the axis of the device matrix that cuts it, counted from the right
+            or -1.
         optimizer_shards: into how many parts `enable_parallel_optimizer` cuts the slice further. 1: none.
         bytes: on this rank.
     """

@@ -101,7 +101,7 @@ def combine(
         values[f"{path}.{A}"], values[f"{path}.{B}"] = np.ascontiguousarray(lora_a), np.ascontiguousarray(lora_b)
     ranks = {path: len(values[f"{path}.{A}"]) for path in layers}
     most = max(ranks.values())
-    others = {exactly(path): own for path, own in ranks.items() if own != most}
+    others = {exactly(path): rank for path, rank in ranks.items() if rank != most}
     config = LoraConfig(
         r=most,
         lora_alpha=most,

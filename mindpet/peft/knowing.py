@@ -51,8 +51,8 @@ class KnowsAdapters:
 
         As in Hugging Face PEFT, a module that is trained as a whole counts twice, a bias once.
         """
-        own = self._adapter_ids()
-        total = sum(param.size for param in self.network.get_parameters() if id(param) not in own)
+        of_adapters = self._adapter_ids()
+        total = sum(param.size for param in self.network.get_parameters() if id(param) not in of_adapters)
         for adapter in self.adapters.values():
             slot, modules = adapter.slot, tuple(f"{layer.path}." for layer in adapter.plan.modules_to_save)
             counted = set(slot.trained) - {path for path in slot.copies if not path.startswith(modules)}

@@ -136,10 +136,12 @@ def shared_weights(network: nn.Cell, owners: dict[str, list[Place]]) -> dict[str
     Returns:
         The places that are not, by path.
     """
-    everywhere = {(id(cell), key): found for found in parameter_places("", network).values() for _, cell, key in found}
+    everywhere = {
+        (id(cell), key): places for places in parameter_places("", network).values() for _, cell, key in places
+    }
     shared = {}
-    for path, own in owners.items():
-        meant = [(id(cell), key) for _, cell, key in own]
+    for path, places in owners.items():
+        meant = [(id(cell), key) for _, cell, key in places]
         others = [place for place in everywhere[meant[0]] if (id(place[1]), place[2]) not in meant]
         if others:
             shared[path] = others
@@ -155,14 +157,14 @@ def untie(network: nn.Cell, owners: dict[str, list[Place]]) -> list[tuple[Parame
         The new Parameters, each with the one that it is a copy of.
     """
     outer, made = outer_prefix(network), []
-    for path, own in owners.items():
-        others = shared_weights(network, {path: own}).get(path)
+    for path, meant in owners.items():
+        others = shared_weights(network, {path: meant}).get(path)
         if not others:
             continue
-        _, cell, key = own[0]
+        _, cell, key = meant[0]
         param = cell._params[key]
-        is_namesake = any(f"{outer}{place}.{key}" == param.name for place, _, key in own)
-        places = others if is_namesake else own
+        is_namesake = any(f"{outer}{place}.{key}" == param.name for place, _, key in meant)
+        places = others if is_namesake else meant
         name = ".".join(filter(None, (outer.rstrip("."), places[0][0], places[0][2])))
         copy = Parameter(Tensor(param.asnumpy()), name=name, requires_grad=param.requires_grad)
         for _, cell, key in places:

@@ -336,9 +336,9 @@ class Placement:
             adapter.follow(param)
         if self.merged and id(param) in self.merged:
             _, _, one, merged = self.merged[id(param)]
-            own = value_of(param)
-            if digest(own) != merged:
-                self._set_merged(param, one, one.apply(own, self._deltas(self.merged_names, one.path)))
+            value = value_of(param)
+            if digest(value) != merged:
+                self._set_merged(param, one, one.apply(value, self._deltas(self.merged_names, one.path)))
         if self.slot is not None and self.slot.hidden:
             if any(start.base is param for start in self.adapters[self.active].starts):
                 self.slot.hide(copies=self.disabled)
@@ -404,8 +404,8 @@ class Placement:
             AdapterError: at the end, if parameters of the merged delta were written to.
         """
         merged, self.merged, self.merged_names = self.merged, None, []
-        for param, own, _, _ in merged.values():
-            assign(param, Tensor(own))
+        for param, value, _, _ in merged.values():
+            assign(param, Tensor(value))
         if self.active is None:
             return
         try:
@@ -415,12 +415,12 @@ class Placement:
 
     def _deltas(self, names, path):
         """What is folded into the layer at a path, a list of FoldedDelta."""
-        found = []
+        deltas = []
         for adapter in (self.adapters[name] for name in names):
             for target in (target for target in adapter.plan.targets if target.path == path):
-                values = {name: adapter.value(own) for name, own in adapter.slot.names[path].items()}
-                found.append(FoldedDelta(target.delta, target.arguments, in_float32(values)))
-        return found
+                values = {name: adapter.value(key) for name, key in adapter.slot.names[path].items()}
+                deltas.append(FoldedDelta(target.delta, target.arguments, in_float32(values)))
+        return deltas
 
     def _check_mergeable(self, chosen, tied):
         problems = []

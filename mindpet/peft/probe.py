@@ -158,15 +158,15 @@ def _attributes(cell, values):
 
     Python looks there before it asks `Cell.__getattr__` (MindSpore 2.7 to 2.10).
     """
-    own = vars(cell)
-    before = {name: own[name] for name in values if name in own}
-    own.update(values)
+    held = vars(cell)
+    before = {name: held[name] for name in values if name in held}
+    held.update(values)
     try:
         yield
     finally:
         for name in values:
-            del own[name]
-        own.update(before)
+            del held[name]
+        held.update(before)
 
 
 def _error(kind, dtype, merged):

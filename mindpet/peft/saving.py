@@ -179,9 +179,9 @@ class SavesAdapters:
 
     def _refuse_lost(self):
         """Refuse to save while a parameter trains that would be in no file."""
-        own = self._adapter_ids()
+        of_adapters = self._adapter_ids()
         params = model_parameters(self.network)
-        lost = [path for path, param in params.items() if param.requires_grad and id(param) not in own]
+        lost = [path for path, param in params.items() if param.requires_grad and id(param) not in of_adapters]
         if lost:
             raise AdapterError(
                 f"save_pretrained: {lost} are trainable, but belong to no adapter, and would not be saved; name their "
@@ -191,8 +191,8 @@ class SavesAdapters:
     def _base_values(self, plan=None):
         """path -> Parameter, or the base's own value, of all but modules that a plan trains as a whole."""
         trained = plan.trained.items() if plan else ()
-        own = [param for path, param in trained if path in plan.buffers or _is_inside(path, plan)]
-        left_out = self._adapter_ids() | set(map(id, own))
+        copied = [param for path, param in trained if path in plan.buffers or _is_inside(path, plan)]
+        left_out = self._adapter_ids() | set(map(id, copied))
         return {
             path: self._placement.base_value(param) if self._placement.merged else param
             for path, param in self.network.parameters_and_names()
@@ -202,7 +202,7 @@ class SavesAdapters:
     def _tensors(self, adapter, config):
         """The tensors and the configuration of an adapter as they stand in its files."""
         keys = state.file_keys(adapter.slot, self.name_map)
-        tensors = {key: adapter.value(own).copy() for own, key in keys.items()}
+        tensors = {key: adapter.value(path).copy() for path, key in keys.items()}
         tensors.update(state.whole_tensors(adapter.slot, adapter.values))
         with self._placement.bare():
             tensors, config = self.name_map.split(tensors, config)

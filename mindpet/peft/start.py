@@ -56,10 +56,10 @@ def _of_target(target, slot):
     def compute(values):
         matrix = target.kind.to_matrix(value_of(weight).astype(np.float32))
         try:
-            found = delta.start(matrix, slot.values_of(target.path, values), **target.arguments)
+            fresh = delta.start(matrix, slot.values_of(target.path, values), **target.arguments)
         except ConfigError as error:
             raise ConfigError(f"{target.path}: {error}") from error
-        return {names[name]: np.ascontiguousarray(value, np.float32) for name, value in found.items()}
+        return {names[name]: np.ascontiguousarray(value, np.float32) for name, value in fresh.items()}
 
     is_lasting = any(name not in delta.file_names for name in started)
     return Start(weight, tuple(names[name] for name in started), tuple(names.values()), compute, is_lasting)

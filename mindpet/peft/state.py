@@ -27,11 +27,11 @@ def file_keys(slot: AdapterSlot, names: NameMap) -> dict[str, str]:
     start = plan.config.key_start
     for target in plan.targets:
         cls, path = target.delta, names.to_torch(target.path)
-        for name, own in slot.names[target.path].items():
+        for name, param in slot.names[target.path].items():
             if name in cls.shared_names:
-                keys[own] = shared_key(cls.shared_names[name])
+                keys[param] = shared_key(cls.shared_names[name])
             elif cls.file_names is None or name in cls.file_names:
-                keys[own] = f"{start}{path}.{(cls.file_names or {}).get(name, name)}"
+                keys[param] = f"{start}{path}.{(cls.file_names or {}).get(name, name)}"
     targets = {target.path for target in plan.targets}
     for name, base in slot.copies.items():
         path, _, leaf = names.to_torch(base).rpartition(".")
@@ -48,26 +48,26 @@ def whole_tensors(slot: AdapterSlot, values: Arrays) -> Arrays:
         slot: of the adapter.
         values: of its parameters, by path.
     """
-    found = {}
+    tensors = {}
     for cls, paths in _by_class(slot.plan).items():
-        found.update(cls.to_file({path: slot.values_of(path, values) for path in paths}))
-    return found
+        tensors.update(cls.to_file({path: slot.values_of(path, values) for path in paths}))
+    return tensors
 
 
 def _by_class(plan):
     """Delta class -> paths of the targets that have it."""
-    found = {}
+    paths = {}
     for target in plan.targets:
-        found.setdefault(target.delta, []).append(target.path)
-    return found
+        paths.setdefault(target.delta, []).append(target.path)
+    return paths
 
 
-def load(folder: PathLike, found: Arrays, slot: AdapterSlot, names: NameMap, force: bool = False) -> Arrays:
+def load(folder: PathLike, tensors: Arrays, slot: AdapterSlot, names: NameMap, force: bool = False) -> Arrays:
     """The values of an adapter's parameters by path, from its file.
 
     Args:
         folder: of the adapter, for the message.
-        found: what is in its file, by key.
+        tensors: what is in its file, by key.
         slot: of the adapter.
         names: to the names in the file.
         force: whether NaN and infinite numbers are let through. Default: False.
@@ -86,12 +86,12 @@ def load(folder: PathLike, found: Arrays, slot: AdapterSlot, names: NameMap, for
     wanted.update({key: value.shape for key, value in whole.items()})
     layers = [target for target in plan.targets if target.is_layer]
     weights = {names.to_torch(target.path): target.kind.weight_of(target.cell) for target in layers}
-    take_base_layers(folder, found, weights)
-    check_tensors(folder, found, wanted)
-    values = {path: found[key] for path, key in keys.items()}
+    take_base_layers(folder, tensors, weights)
+    check_tensors(folder, tensors, wanted)
+    values = {path: tensors[key] for path, key in keys.items()}
     for cls, paths in _by_class(plan).items() if whole else ():
-        for path, own in cls.from_file(found, paths).items():
-            values.update({slot.names[path][name]: value for name, value in own.items()})
+        for path, parts in cls.from_file(tensors, paths).items():
+            values.update({slot.names[path][name]: value for name, value in parts.items()})
     if not force:
         check_finite(folder, values, {name: ms.dtype_to_nptype(slot.params[name].dtype) for name in slot.copies})
     return values
@@ -132,15 +132,15 @@ def to_network(config: PeftConfig, tensors: Arrays, network: nn.Cell, names: Nam
     theirs = {layer.path: names.to_torch(layer.path) for layer in layers}
     if isinstance(config, TargetConfig) and names != NameMap():
         paths = {theirs[layer.path]: layer.paths for layer in layers}
-        pairs = [(path, own) for path in target_paths(tensors, config) for own in paths.get(path, ())]
+        pairs = [(path, ours) for path in target_paths(tensors, config) for ours in paths.get(path, ())]
         config = config.with_targets(pairs, [path for layer in layers for path in layer.paths])
-    found = []
+    modules = []
     for entry in listed(config.modules_to_save):
         # Hugging Face PEFT looks at the end of a name, also inside of a part of it.
-        own = [path for path, name in theirs.items() if name.endswith(entry) and _has_module(tensors, name)]
+        inside = [path for path, name in theirs.items() if name.endswith(entry) and _has_module(tensors, name)]
         usual = [layer.path for layer in layers if any(ends_with(path, entry) for path in layer.paths)]
-        found += [entry] if not own or own == usual else own
-    config.modules_to_save = found or None
+        modules += [entry] if not inside or inside == usual else inside
+    config.modules_to_save = modules or None
     return config
 
 
@@ -164,11 +164,11 @@ def portable(
     if isinstance(config, TargetConfig):
         chosen = any(getattr(config, name) is not None for name in ("layers_to_transform", *config.not_in_peft))
         if is_renamed or config.target_modules == ALL_LINEAR or chosen:
-            own = {
+            renamed = {
                 names.to_torch(layer.path): [(layer.path, names.to_torch(path)) for path in layer.paths]
                 for layer in plan.targets
             }
-            pairs = [pair for path in target_paths(tensors, config) for pair in own.get(path, [(path, path)])]
+            pairs = [pair for path in target_paths(tensors, config) for pair in renamed.get(path, [(path, path)])]
             config = config.with_targets(pairs, known)
         if re.fullmatch(APPROXIMATE_INITS, str(getattr(config, "init_lora_weights", None))):
             config.init_lora_weights = "pissa"

@@ -36,8 +36,8 @@ def get_peft_model_state_dict(
         KeyError: a key of the adapter is not in `state_dict`.
     """
     check_model(model)
-    found = {key: Tensor(value) for key, value in model.adapter_tensors(adapter_name).items()}
-    return found if state_dict is None else {key: state_dict[key] for key in found}
+    tensors = {key: Tensor(value) for key, value in model.adapter_tensors(adapter_name).items()}
+    return tensors if state_dict is None else {key: state_dict[key] for key in tensors}
 
 
 def set_peft_model_state_dict(

@@ -57,7 +57,7 @@ class Turns:
         self._chosen[threading.current_thread()] = name
 
     @contextlib.contextmanager
-    def _take(self, own, others, owner):
+    def _take(self, mine, others, owner):
         me = threading.current_thread()
         with self._lock:
             if any(thread is not me for kind in others for thread in kind):
@@ -65,12 +65,12 @@ class Turns:
                     f"{owner}: another thread is using the model. Calls may run at the same time, but not beside a "
                     "change of what is computed, an open disable_adapter() or a batch with 'adapter_names'."
                 )
-            own.append(me)
+            mine.append(me)
         try:
             yield
         finally:
             with self._lock:
-                own.remove(me)
+                mine.remove(me)
 
 
 def alone(method: Callable) -> Callable:

@@ -98,9 +98,9 @@ def remove_left(path: PathLike) -> None:
     with contextlib.suppress(OSError):
         entries = list(path.parent.iterdir())
     for entry in entries:
-        found = STAGED.fullmatch(entry.name)
-        is_mine = found and found["name"] == path.name and found["host"] == _host()
-        if is_mine and not _is_writing(int(found["process"]), entry.name):
+        match = STAGED.fullmatch(entry.name)
+        is_mine = match and match["name"] == path.name and match["host"] == _host()
+        if is_mine and not _is_writing(int(match["process"]), entry.name):
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry, ignore_errors=True)
             else:
