@@ -199,10 +199,10 @@ def why_not(cell: nn.Cell) -> Optional[str]:
     cls, record = _registered(cell)
     if cls is None:
         return None
-    own = [name for name in _methods(cls) if getattr(type(cell), name, None) is not getattr(cls, name)]
-    if own:
+    changed = [name for name in _methods(cls) if getattr(type(cell), name, None) is not getattr(cls, name)]
+    if changed:
         return (
-            f"{type(cell).__name__} has {' and '.join(own)} of its own, so it may compute something else than a "
+            f"{type(cell).__name__} has {' and '.join(changed)} of its own, so it may compute something else than a "
             f"{cls.__name__}; if it does not, register_layer({type(cell).__name__}) says so"
         )
     weight = getattr(cell, record.weight, None)
@@ -233,14 +233,14 @@ def _registered(cell):
 @functools.cache
 def _methods(cls):
     """Names of `construct` and of the methods that it calls, and so on: what an object of a class computes with."""
-    found, names = [], ["construct"]
+    methods, names = [], ["construct"]
     while names:
         name = names.pop()
         method = getattr(cls, name, None)
-        if inspect.isfunction(method) and name not in found:
-            found.append(name)
+        if inspect.isfunction(method) and name not in methods:
+            methods.append(name)
             names += inspect.unwrap(method).__code__.co_names
-    return found
+    return methods
 
 
 def _value(value, cell):

@@ -15,11 +15,9 @@ from mindpet.errors import MergeError
 from mindpet.files.merge import MergedLayer, describe
 from mindpet.network.kinds import LayerKind
 from mindpet.network.parameters import outer_prefix
-from mindpet.peft.plan import Target, parameter_places
+from mindpet.peft.plan import Place, Target, parameter_places
 from mindpet.peft.probe import probe_merge
 from mindpet.utils.hints import Arrays
-
-Place = tuple[str, nn.Cell, str]  # of a Parameter: path of a Cell, the Cell, attribute
 
 
 class FoldedDelta(NamedTuple):
