@@ -57,13 +57,7 @@ class Delta(nn.Cell):
 
     @classmethod
     def create(cls, cell: nn.Cell, kind: LayerKind, **arguments: Any) -> "Delta":
-        """A Delta for a layer.
-
-        Args:
-            cell: the layer.
-            kind: of the layer.
-            arguments: of `setup`.
-        """
+        """A Delta for a layer; the arguments are those of `setup`."""
         delta = cls(auto_prefix=False)
         delta.kind, delta.compute_dtype = kind, kind.compute_dtype
         delta.setup(cell, **arguments)
@@ -92,14 +86,7 @@ class Delta(nn.Cell):
 
     @classmethod
     def problems(cls, cell: nn.Cell, kind: LayerKind, is_sharded: bool, **arguments: Any) -> list[str]:
-        """What speaks against this delta in a place.
-
-        Args:
-            cell: the layer.
-            kind: of the layer.
-            is_sharded: whether operators of the layer have strategies.
-            arguments: delta arguments.
-        """
+        """What speaks against this delta in a layer; it is sharded if operators of it have strategies."""
         return []
 
     def construct(self, x, out):

@@ -130,7 +130,7 @@ class AdapterLayer(ResidualAdapter):
         strategy_bias_up_sampler: Optional[Strategy] = None,
         strategy_residual_add: Optional[Strategy] = None,
     ) -> "AdapterLayer":
-        """Set the strategies of the operators, each a tuple with one tuple of ints for each input, or None.
+        """Set the strategies of the operators; None leaves one alone.
 
         Args:
             strategy_matmul_down_sampler: of the down matmul (transpose_b). Default: None.
@@ -265,7 +265,7 @@ class AdapterDense(DeltaDense, AdapterDelta):
         strategy_bias_up_sampler: Optional[Strategy] = None,
         strategy_residual_add: Optional[Strategy] = None,
     ) -> "AdapterDense":
-        """Set the strategies of the operators, each a tuple with one tuple of ints for each input, or None.
+        """Set the strategies of the operators; None leaves one alone.
 
         Args:
             strategy_matmul_org: of the base matmul (transpose_b). Default: None.

@@ -657,7 +657,7 @@ class LoRADense(DeltaDense, LoraDelta):
         strategy_lora_add: Optional[Strategy] = None,
         strategy_activation: Optional[Strategy] = None,
     ) -> "LoRADense":
-        """Set the strategies of the operators, each a tuple with one tuple of ints for each input, or None.
+        """Set the strategies of the operators; None leaves one alone.
 
         Args:
             strategy_org_dense_matmul: of the base matmul (transpose_b). Default: None.

@@ -183,7 +183,7 @@ class LowRankAdapterLayer(ResidualAdapter):
         strategy_bias_up_sampler: Optional[Strategy] = None,
         strategy_residual_add: Optional[Strategy] = None,
     ) -> "LowRankAdapterLayer":
-        """Set the strategies of the operators, each a tuple with one tuple of ints for each input, or None.
+        """Set the strategies of the operators; None leaves one alone.
 
         Args:
             strategy_matmul_down_sampler_weight: of the product of the down matrices. Default: None.
@@ -344,7 +344,7 @@ class LowRankAdapterDense(DeltaDense, LowRankAdapterDelta):
         strategy_bias_up_sampler: Optional[Strategy] = None,
         strategy_residual_add: Optional[Strategy] = None,
     ) -> "LowRankAdapterDense":
-        """Set the strategies of the operators, each a tuple with one tuple of ints for each input, or None.
+        """Set the strategies of the operators; None leaves one alone.
 
         Args:
             strategy_matmul_org: of the base matmul (transpose_b). Default: None.

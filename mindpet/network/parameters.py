@@ -80,11 +80,11 @@ class _Place(NamedTuple):
     """Where a Parameter is.
 
     Attributes:
-        param (Parameter): the Parameter.
-        path (str): of attributes, as in names.
-        full (str): the same with nothing left out.
-        is_top (bool): whether all components before the attribute are left out.
-        in_tuple (bool): whether a ParameterTuple holds it there; a training cell has one of all that it trains.
+        param: the Parameter.
+        path: of attributes, as in names.
+        full: the same with nothing left out.
+        is_top: whether all components before the attribute are left out.
+        in_tuple: whether a ParameterTuple holds it there; a training cell has one of all that it trains.
     """
 
     param: Parameter

@@ -77,13 +77,7 @@ class ParameterPatch:
 
 
 class ConstructPatch:
-    """Another `construct` of a layer, that calls the layer's own and a delta.
-
-    Args:
-        cell: the layer.
-        kind: of the layer.
-        delta: for the layer.
-    """
+    """Another `construct` of a layer, that calls the layer's own and a delta."""
 
     def __init__(self, cell: nn.Cell, kind: LayerKind, delta: Delta):
         self.cell, self.kind, self.delta = cell, kind, delta

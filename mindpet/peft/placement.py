@@ -98,9 +98,6 @@ class Adapter:
 class Placement:
     """The adapters of a network, and what of them is in it. `PeftModel` is the interface.
 
-    Args:
-        network: the network.
-
     Attributes:
         adapters (dict): name -> Adapter.
         active (str): name of the active adapter, or None.
