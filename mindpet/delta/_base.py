@@ -86,7 +86,7 @@ class Delta(nn.Cell):
 
     @classmethod
     def problems(cls, cell: nn.Cell, kind: LayerKind, is_sharded: bool, **arguments: Any) -> list[str]:
-        """What speaks against this delta in a layer; it is sharded if operators of it have strategies."""
+        """What speaks against this delta in a place; `is_sharded` says whether operators there have strategies."""
         return []
 
     def construct(self, x, out):
