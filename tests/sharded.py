@@ -26,6 +26,9 @@ LOW_RANK = {"reduction_factor": 32, "low_rank_size": 2, **FLOAT}
 CELLS = {
     "lora": lambda **kw: LoRADense(64, 128, 4, 8, **{"activation": "relu", **FLOAT, **kw}),
     "adapter": lambda **kw: AdapterDense(64, 128, bottleneck_size=4, **{"activation": "gelu", **FLOAT, **kw}),
+    "adapter_parallel": lambda **kw: AdapterDense(
+        64, 128, bottleneck_size=4, form="parallel", scale="learned", **{"activation": "gelu", **FLOAT, **kw}
+    ),
     "low_rank_adapter": lambda **kw: LowRankAdapterDense(64, 128, **{"activation": "silu", **LOW_RANK, **kw}),
     "adapter_layer": lambda **kw: AdapterLayer(128, 4, **{**FLOAT, **kw}),
     "low_rank_adapter_layer": lambda **kw: LowRankAdapterLayer(128, **{**LOW_RANK, **kw}),
@@ -33,9 +36,14 @@ CELLS = {
     "ia3_feedforward": lambda **kw: IA3Dense(64, 128, True, **{"activation": "relu", **FLOAT, **kw}),
     "vera": lambda **kw: VeraDense(64, 128, 4, **{"activation": "relu", **FLOAT, **kw}),
 }
-DENSE = ("lora", "ia3", "ia3_feedforward", "vera", "adapter", "low_rank_adapter")
+DENSE = ("lora", "ia3", "ia3_feedforward", "vera", "adapter", "adapter_parallel", "low_rank_adapter")
 # Of what is no method of its own, the method.
-MODES = {"ia3_feedforward": "ia3", "adapter_layer": "adapter", "low_rank_adapter_layer": "low_rank_adapter"}
+MODES = {
+    "ia3_feedforward": "ia3",
+    "adapter_parallel": "adapter",
+    "adapter_layer": "adapter",
+    "low_rank_adapter_layer": "low_rank_adapter",
+}
 # The cut axes of every parameter, and the size of what is not a size of SIZES.
 BASE = {"weight": "oi", "bias": "o"}
 ADAPTER = {
@@ -64,6 +72,7 @@ PARAMETERS = {
         "mindpet_delta_vera_lambda_d": "r",
     },
     "adapter": {**BASE, **ADAPTER},
+    "adapter_parallel": {**BASE, **ADAPTER, "down_sampler.weight": "ri", "mindpet_delta_adapter_scale": "f"},
     "low_rank_adapter": {**BASE, **LOW_RANK_ADAPTER},
     "adapter_layer": ADAPTER,
     "low_rank_adapter_layer": LOW_RANK_ADAPTER,
@@ -152,7 +161,7 @@ def expected_collectives(name, report, counts, ranks, rows=1):
     """
     n, i, o = (counts.get(axis, 1) for axis in "nio")
     rows = rows * SIZES["n"] // n
-    delta_sum = {"lora": i, "vera": i, "ia3": 1, "ia3_feedforward": 1}.get(name, o)
+    delta_sum = {"lora": i, "vera": i, "adapter_parallel": i, "ia3": 1, "ia3_feedforward": 1}.get(name, o)
     inner = ("AllReduce", delta_sum, 4 * rows * SIZES["r"])
     found = [("forward", "AllReduce", i, 4 * rows * SIZES["o"] // o)] if name in DENSE and i > 1 else []
     found += [("forward", *inner)] if delta_sum > 1 else []

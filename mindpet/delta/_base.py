@@ -336,7 +336,7 @@ class PrefixDelta(Delta):
             heads: slices of the key and value heads.
 
         Returns:
-            Itself.
+            PrefixDelta, itself.
         """
         layout = (batch, heads, 1, 1)
         self.concat.shard((layout, layout))
@@ -368,7 +368,7 @@ class PrefixDelta(Delta):
 
 
 class ResidualAdapter(nn.Cell):
-    """`h + bottleneck(h)`: what adapters put after a layer. A method overrides `bottleneck(rows)`.
+    """`h + bottleneck(h)` after a layer, or `h + bottleneck(x)` beside it. A method overrides `bottleneck(rows)`.
 
     Args:
         hidden_size: features of the input and the output.
@@ -377,6 +377,8 @@ class ResidualAdapter(nn.Cell):
             untrained bottleneck that gives zeros leaves the input bit for bit.
     """
 
+    form = "sequential"  # or 'parallel', with the layer's input x
+
     def __init__(self, hidden_size: int, param_init_type: ms.Type, compute_dtype: ms.Type):
         super().__init__()
         self.hidden_size = hidden_size
@@ -384,9 +386,10 @@ class ResidualAdapter(nn.Cell):
         self.compute_dtype = compute_dtype
         self.residual_add = ops.Add()
 
-    def construct(self, hidden):
+    def construct(self, hidden, x=None):
         rows = to_rows(hidden)
-        delta = ops.cast(self.bottleneck(ops.cast(rows, self.compute_dtype)), hidden.dtype)
+        entering = to_rows(x) if self.form == "parallel" else rows
+        delta = ops.cast(self.bottleneck(ops.cast(entering, self.compute_dtype)), hidden.dtype)
         return from_rows(self.residual_add(rows, delta), hidden)
 
     def reset(self) -> None:
@@ -394,7 +397,7 @@ class ResidualAdapter(nn.Cell):
         set_zeros(*self.get_parameters())
 
     def bottleneck(self, rows):
-        """The delta on rows of the compute type: `(rows, hidden_size) -> (rows, hidden_size)`."""
+        """The delta on rows of the compute type: `(rows, features of x) -> (rows, hidden_size)`."""
         raise NotImplementedError
 
     def extend_repr(self) -> str:
@@ -405,8 +408,8 @@ class ResidualAdapter(nn.Cell):
 
 
 def out_features(cell: nn.Cell, kind: LayerKind) -> int:
-    """Features of a layer's output."""
-    return kind.weight_of(cell).shape[-1 if kind.transposed else 0]
+    """Features of a place's output."""
+    return kind.out_features(cell)
 
 
 def set_zeros(*params: Parameter) -> None:

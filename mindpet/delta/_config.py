@@ -6,7 +6,7 @@ import enum
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
@@ -130,9 +130,33 @@ class PeftConfig:
         """Whether the method adds tokens or keys and values, rather than layers."""
         return isinstance(self, PromptLearningConfig)
 
+    @property
+    def parts(self) -> list["PeftConfig"]:
+        """The configurations of the adapter's methods; this one alone, if it is no union of several."""
+        return [self]
+
+    def with_parts(self, parts: Iterable["PeftConfig"]) -> "PeftConfig":
+        """This configuration with others in place of its `parts`."""
+        (part,) = parts
+        return part
+
     def delta_arguments(self, path: str) -> dict[str, Any]:
         """The keywords of `Delta.setup` for the layer at `path`."""
         return {}
+
+    def kinds_of_targets(self, kinds: Collection[str]) -> Collection[str]:
+        """Those of the method's kinds of places, names in `mindpet.network.kinds`, that this configuration is for."""
+        return kinds
+
+    def complete(self, kinds: Sequence[Any]) -> None:
+        """Set what a network tells.
+
+        Args:
+            kinds: of its Cells with a slot, see `mindpet.network.kinds.SLOTS`; all alike.
+
+        Raises:
+            ConfigError: a field says otherwise, or is missing.
+        """
 
     def computed(self) -> "PeftConfig":
         """The configuration of this adapter as a file has it: what was computed is there, and not what it is from."""
@@ -396,14 +420,6 @@ class PromptLearningConfig(PeftConfig):
     key_start = "base_model."  # Hugging Face PEFT does not wrap the model twice
 
     def complete(self, kinds: Sequence[Any]) -> None:
-        """Set what a network tells.
-
-        Args:
-            kinds: of all attentions, or of the input embedding, see `mindpet.network.kinds.SLOTS`; all alike.
-
-        Raises:
-            ConfigError: a field says otherwise; `num_virtual_tokens` is missing.
-        """
         problems = []
         for name, value in self.network_sizes(kinds).items():
             if getattr(self, name) is None:

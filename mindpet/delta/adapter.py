@@ -1,13 +1,14 @@
-"""Adapter: a bottleneck with a residual, after a frozen Dense layer."""
+"""Adapter: a bottleneck that is added to what a frozen layer or block puts out, after it or beside it."""
 
 from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import mindspore as ms
-from mindspore import nn
+from mindspore import nn, ops
 
-from mindpet.delta._base import Delta, DeltaDense, ResidualAdapter, out_features
+from mindpet.delta._base import Delta, DeltaDense, ResidualAdapter, delta_parameter
 from mindpet.delta._config import TargetConfig
 from mindpet.delta.low_rank_adapter import LowRankAdapterDense, LowRankAdapterLayer
 from mindpet.layers.activation import ACTIVATIONS, get_activation
@@ -19,13 +20,24 @@ from mindpet.utils.validate import Checker
 __all__ = ["AdapterDense", "AdapterLayer", "LowRankAdapterDense", "LowRankAdapterLayer"]
 
 
+FORMS = ("sequential", "parallel")
+LEARNED, SCALE = "learned", "mindpet_delta_adapter_scale"  # a scale that trains
+
+
 @dataclass
 class BottleneckConfig(TargetConfig):
-    """Bottleneck adapters, Houlsby et al. 2019, arXiv:1902.00751.
+    """Bottleneck adapters, Houlsby et al. 2019, arXiv:1902.00751; beside their place: He et al. 2022, arXiv:2110.04366.
+
+    `target_modules` names layers or, by the path of a Cell that has linear layers, blocks: with 'sequential' after each
+    attention and each feed-forward block it is Houlsby's adapter, after the feed-forward block alone Pfeiffer's
+    (arXiv:2005.00247); with 'parallel' and a scale beside the feed-forward block it is the scaled parallel adapter.
 
     Args beyond those of PeftConfig and TargetConfig:
         bottleneck_size: features inside. Default: 64.
         non_linearity: activation inside, see `mindpet.layers.get_activation`. Default: 'gelu'.
+        form: 'sequential': computed from what the place puts out; 'parallel': from what it takes in.
+            Default: 'sequential'.
+        scale: factor of what is added, or 'learned' for one that trains, and starts as 1. Default: 1.0.
     """
 
     peft_type, method_name = "ADAPTER", "adapter"
@@ -33,14 +45,33 @@ class BottleneckConfig(TargetConfig):
 
     bottleneck_size: int = 64
     non_linearity: str = "gelu"
+    form: str = "sequential"
+    scale: Union[float, str] = 1.0
 
     def delta_arguments(self, path: str) -> dict[str, Any]:
-        return {"bottleneck_size": self.bottleneck_size, "non_linearity": self.non_linearity}
+        return {
+            "bottleneck_size": self.bottleneck_size,
+            "non_linearity": self.non_linearity,
+            "form": self.form,
+            "scale": self.scale,
+        }
+
+    def kinds_of_targets(self, kinds: Collection[str]) -> list[str]:
+        # What an embedding takes in are no features.
+        return [kind for kind in kinds if not (kind == "embedding" and self.form == "parallel")]
 
     def check_fields(self, check: Checker) -> None:
         super().check_fields(check)
         check.positive_int(bottleneck_size=self.bottleneck_size)
         check.choice("non_linearity", self.non_linearity, ACTIVATIONS)
+        check_form(check, self.form, self.scale)
+
+
+def check_form(check: Checker, form: Any, scale: Any) -> None:
+    """Note what is wrong with the form and the scale of an adapter."""
+    check.choice("form", form, FORMS)
+    if scale != LEARNED:
+        check.nonzero_number(scale=scale)
 
 
 AdapterConfig = BottleneckConfig  # its name until 1.1
@@ -50,10 +81,11 @@ class AdapterLayer(ResidualAdapter):
     """A bottleneck adapter.
 
     .. math::
-        y = h + W_{up} non\\_linearity(W_{down} h + b_{down}) + b_{up}
+        y = h + s \\, (W_{up} non\\_linearity(W_{down} x + b_{down}) + b_{up})
 
-    Source: Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP", arXiv:1902.00751, section 2.1.
-    W_up and both biases start as zeros, so a fresh adapter is the identity.
+    Source: Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP", arXiv:1902.00751, section 2.1; with
+    another x and with s He et al. 2022, "Towards a Unified View of Parameter-Efficient Transfer Learning",
+    arXiv:2110.04366, section 3.3. W_up and both biases start as zeros, so a fresh adapter is the identity.
 
     Args:
         hidden_size: features of the input and the output.
@@ -61,20 +93,25 @@ class AdapterLayer(ResidualAdapter):
         non_linearity: name of the activation inside, see `mindpet.layers.get_activation`. Default: 'gelu'.
         param_init_type: type of the parameters: float16, float32 or bfloat16. Default: float32.
         compute_dtype: type of the computation: float16, float32 or bfloat16. Default: float16.
+        form: 'sequential' for x = h, or 'parallel'. Default: 'sequential'.
+        in_channels: features of x. Default: None, for `hidden_size`.
+        scale: s, or 'learned' for one that trains, and starts as 1. Default: 1.0.
 
     Parameters:
-        mindpet_delta_adapter_block.mindpet_delta_adapter_down_sampler: weight `(bottleneck_size, hidden_size)`, bias;
-        mindpet_delta_adapter_block.mindpet_delta_adapter_up_sampler: weight `(hidden_size, bottleneck_size)`, bias.
+        mindpet_delta_adapter_block.mindpet_delta_adapter_down_sampler: weight `(bottleneck_size, in_channels)`, bias;
+        mindpet_delta_adapter_block.mindpet_delta_adapter_up_sampler: weight `(hidden_size, bottleneck_size)`, bias;
+        mindpet_delta_adapter_scale `(1,)`, if it is learned.
 
     Inputs:
         hidden: `(*, hidden_size)`.
+        x: `(*, in_channels)`, what the layer or block took in that puts out `hidden`, if `form` is 'parallel'.
 
     Outputs:
         `(*, hidden_size)`, in the type of `hidden`.
 
     Raises:
-        TypeError: a size is not an int, `non_linearity` not a str, a type none of the three.
-        ValueError: a size below 1, an unknown `non_linearity`.
+        TypeError: a size is not an int, `non_linearity` not a str, `scale` no number, a type none of the three.
+        ValueError: a size below 1, an unknown `non_linearity`, a `scale` of zero.
     """
 
     def __init__(
@@ -84,19 +121,28 @@ class AdapterLayer(ResidualAdapter):
         non_linearity: str = "gelu",
         param_init_type: ms.Type = ms.float32,
         compute_dtype: ms.Type = ms.float16,
+        form: str = "sequential",
+        in_channels: Optional[int] = None,
+        scale: Union[float, str] = 1.0,
     ):
+        in_channels = hidden_size if in_channels is None else in_channels
         check = Checker(type(self).__name__)
-        check.positive_int(hidden_size=hidden_size, bottleneck_size=bottleneck_size)
+        check.positive_int(hidden_size=hidden_size, bottleneck_size=bottleneck_size, in_channels=in_channels)
         check.choice("non_linearity", non_linearity, ACTIVATIONS)
+        check_form(check, form, scale)
         check.float_type(param_init_type=param_init_type, compute_dtype=compute_dtype)
         check.done()
         super().__init__(hidden_size, param_init_type, compute_dtype)
         self.bottleneck_size = bottleneck_size
         self.non_linearity = non_linearity
+        self.form, self.in_channels = form, in_channels
+        self.scale, self.scale_mul = scale, None if scale == 1 else ops.Mul()
+        if scale == LEARNED:
+            self.mindpet_delta_adapter_scale = delta_parameter("ones", (1,), param_init_type, SCALE)
         self.mindpet_delta_adapter_block = nn.SequentialCell(
             OrderedDict(
                 mindpet_delta_adapter_down_sampler=Dense(
-                    hidden_size, bottleneck_size, "xavier_uniform", dtype=param_init_type, compute_dtype=compute_dtype
+                    in_channels, bottleneck_size, "xavier_uniform", dtype=param_init_type, compute_dtype=compute_dtype
                 ),
                 mindpet_delta_adapter_non_linear=get_activation(non_linearity),
                 mindpet_delta_adapter_up_sampler=Dense(
@@ -106,18 +152,22 @@ class AdapterLayer(ResidualAdapter):
         )
 
     def bottleneck(self, rows):
-        return self.mindpet_delta_adapter_block(rows)
+        delta = self.mindpet_delta_adapter_block(rows)
+        if self.scale == LEARNED:
+            return self.scale_mul(delta, ops.cast(self.mindpet_delta_adapter_scale, self.compute_dtype))
+        return delta if self.scale == 1 else self.scale_mul(delta, self.scale)
 
     @property
     def operators(self) -> Operators:
         """The operator behind each slot of `shard()`, and the axes of its inputs; see `mindpet.utils.sharding`."""
         down, non_linearity, up = self.mindpet_delta_adapter_block
         return {
-            "strategy_matmul_down_sampler": (down.matmul, "no,ro"),
+            "strategy_matmul_down_sampler": (down.matmul, "ni,ri" if self.form == "parallel" else "no,ro"),
             "strategy_bias_down_sampler": (down.bias_add, "nr,r"),
             "strategy_non_linearity": (non_linearity, "nr"),
             "strategy_matmul_up_sampler": (up.matmul, "nr,or"),
             "strategy_bias_up_sampler": (up.bias_add, "no,o"),
+            "strategy_scale_mul": (self.scale_mul, "no,k" if self.scale == LEARNED else "no,"),
             "strategy_residual_add": (self.residual_add, "no,no"),
         }
 
@@ -129,6 +179,7 @@ class AdapterLayer(ResidualAdapter):
         strategy_matmul_up_sampler: Optional[Strategy] = None,
         strategy_bias_up_sampler: Optional[Strategy] = None,
         strategy_residual_add: Optional[Strategy] = None,
+        strategy_scale_mul: Optional[Strategy] = None,
     ) -> "AdapterLayer":
         """Set the strategies of the operators; None leaves one alone.
 
@@ -139,9 +190,11 @@ class AdapterLayer(ResidualAdapter):
             strategy_matmul_up_sampler: of the up matmul (transpose_b). Default: None.
             strategy_bias_up_sampler: of the up bias addition. Default: None.
             strategy_residual_add: of the residual addition. Default: None.
+            strategy_scale_mul: of the product with the scale, `((rows, out), ())`, or `((rows, out), (1,))` if it is
+                learned. Default: None.
 
         Returns:
-            Itself.
+            AdapterLayer, itself.
 
         Raises:
             TypeError, ValueError: see `mindpet.utils.sharding.apply_strategies`; LogSoftmax cannot be sharded.
@@ -149,25 +202,29 @@ class AdapterLayer(ResidualAdapter):
         return apply_strategies(self, locals())
 
     def extend_repr(self) -> str:
-        return f"{super().extend_repr()}, bottleneck_size={self.bottleneck_size}, non_linearity={self.non_linearity}"
+        return (
+            f"{super().extend_repr()}, bottleneck_size={self.bottleneck_size}, non_linearity={self.non_linearity}, "
+            f"form={self.form}, scale={self.scale}"
+        )
 
 
 class AdapterDelta(Delta):
-    """An `AdapterLayer` behind a layer, also behind its activation.
+    """An `AdapterLayer` behind a layer or block, or beside it; also behind its activation.
 
     Delta arguments:
-        bottleneck_size (int), non_linearity (str): see `AdapterLayer`.
+        bottleneck_size (int), non_linearity, form (str), scale (Union[float, str]): see `AdapterLayer`.
         dtype (mindspore.dtype): of the parameters. Default: float32.
     """
 
-    def setup(self, cell, bottleneck_size, non_linearity, dtype=ms.float32):
-        features = out_features(cell, self.kind)
+    def setup(self, cell, bottleneck_size, non_linearity, form="sequential", scale=1.0, dtype=ms.float32):
+        features, kind = self.kind.out_features(cell), self.kind
+        in_channels = kind.in_features(cell) if form == "parallel" else features
         self.mindpet_delta_adapter = AdapterLayer(
-            features, bottleneck_size, non_linearity, dtype, self.kind.compute_dtype
+            features, bottleneck_size, non_linearity, dtype, kind.compute_dtype, form, in_channels, scale
         )
 
     def after(self, x, out):
-        return self.mindpet_delta_adapter(out)
+        return self.mindpet_delta_adapter(out, x)
 
     @property
     def operators(self) -> Operators:
@@ -175,12 +232,13 @@ class AdapterDelta(Delta):
 
 
 class AdapterDense(DeltaDense, AdapterDelta):
-    """A Dense layer followed by an adapter.
+    """A Dense layer followed by an adapter, or with one beside it.
 
     .. math::
-        y = AdapterLayer(activation(x W^T + b))
+        y = AdapterLayer(activation(x W^T + b), x)
 
-    Source: Houlsby et al. 2019, arXiv:1902.00751, section 2.1. A fresh AdapterDense computes what the Dense layer
+    Source: Houlsby et al. 2019, arXiv:1902.00751, section 2.1; He et al. 2022, arXiv:2110.04366, for the parallel form
+    and the scale, see `AdapterLayer`. A fresh AdapterDense computes what the Dense layer
     computed.
 
     Args:
@@ -194,6 +252,8 @@ class AdapterDense(DeltaDense, AdapterDelta):
         non_linearity: name of the activation inside the adapter. Default: 'gelu'.
         param_init_type: type of the adapter's parameters: float16, float32 or bfloat16. Default: float32.
         compute_dtype: type of the computation: float16, float32 or bfloat16. Default: float16.
+        form: 'sequential': after the layer; 'parallel': beside it. Default: 'sequential'.
+        scale: factor of what the adapter adds, or 'learned'. Default: 1.0.
 
     Parameters:
         weight `(out_channels, in_channels)`, bias `(out_channels,)`, and mindpet_delta_adapter, an `AdapterLayer`.
@@ -223,10 +283,13 @@ class AdapterDense(DeltaDense, AdapterDelta):
         non_linearity: str = "gelu",
         param_init_type: ms.Type = ms.float32,
         compute_dtype: ms.Type = ms.float16,
+        form: str = "sequential",
+        scale: Union[float, str] = 1.0,
     ):
         check = Checker(type(self).__name__)
         check.positive_int(bottleneck_size=bottleneck_size)
         check.choice("non_linearity", non_linearity, ACTIVATIONS)
+        check_form(check, form, scale)
         super().__init__(
             in_channels,
             out_channels,
@@ -239,6 +302,8 @@ class AdapterDense(DeltaDense, AdapterDelta):
             check,
             bottleneck_size=bottleneck_size,
             non_linearity=non_linearity,
+            form=form,
+            scale=scale,
         )
         self.bottleneck_size = bottleneck_size
         self.non_linearity = non_linearity
@@ -264,6 +329,7 @@ class AdapterDense(DeltaDense, AdapterDelta):
         strategy_matmul_up_sampler: Optional[Strategy] = None,
         strategy_bias_up_sampler: Optional[Strategy] = None,
         strategy_residual_add: Optional[Strategy] = None,
+        strategy_scale_mul: Optional[Strategy] = None,
     ) -> "AdapterDense":
         """Set the strategies of the operators; None leaves one alone.
 
@@ -272,11 +338,11 @@ class AdapterDense(DeltaDense, AdapterDelta):
             strategy_bias_org: of the base bias addition. Default: None.
             strategy_activation_org: of the base activation. Default: None.
             strategy_matmul_down_sampler, strategy_bias_down_sampler, strategy_non_linearity,
-                strategy_matmul_up_sampler, strategy_bias_up_sampler, strategy_residual_add: of the adapter, see
-                `AdapterLayer.shard`. Default: None.
+                strategy_matmul_up_sampler, strategy_bias_up_sampler, strategy_residual_add, strategy_scale_mul: of the
+                adapter, see `AdapterLayer.shard`. Default: None.
 
         Returns:
-            Itself.
+            AdapterDense, itself.
 
         Raises:
             TypeError, ValueError: see `mindpet.utils.sharding.apply_strategies`; LogSoftmax cannot be sharded.

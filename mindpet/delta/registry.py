@@ -85,7 +85,7 @@ METHODS = {
             "adapter",
             BottleneckConfig,
             ("*mindpet_delta_adapter*",),
-            {"linear": AdapterDelta, "embedding": AdapterDelta},
+            {"linear": AdapterDelta, "embedding": AdapterDelta, "block": AdapterDelta},
             (AdapterDense, AdapterLayer),
             identity=True,
         ),
@@ -142,7 +142,7 @@ for _method in METHODS.values():
 
 
 def method_of(config: PeftConfig) -> Method:
-    """The method of a configuration."""
+    """The method of a configuration that is no union, see `PeftConfig.parts`."""
     return METHODS[config.method_name]
 
 

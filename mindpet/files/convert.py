@@ -95,7 +95,7 @@ def read_adapter(
         config = PeftConfig.from_pretrained(path)
         config.check_supported(from_file=True)
         file = pathlib.Path(path) / CONFIG_NAME
-        _require(file, read_json(file, ConfigError), config.required + config.told_by_tensors)
+        _require(file, config, _lacking(config, read_json(file, ConfigError), with_told=True))
         tensors = read_tensors(path)
         passport = {} if force else check_files(path)
     else:
@@ -125,24 +125,24 @@ def wanted_tensors(config: PeftConfig, tensors: Arrays) -> dict[str, Shape]:
     Returns:
         Shapes by key.
     """
-    wanted, method = {}, method_of(config)
-    keys = parse_keys(tensors, config)
-    layers = set(target_paths(tensors, config))
-    if config.is_prompt_learning:
-        stored = tensors[PROMPT].shape if PROMPT in tensors else ("tokens", "features")
-        wanted[PROMPT] = config.table_shape or stored
-    elif any(delta.file_names for delta in method.deltas.values()):
-        for path in sorted(layers) or ["*"]:
-            here = {key: tensors[key].shape for key in keys if keys[key].path in (path, None)}
-            for key, shape in _layer_shapes(config, path, here).items():
-                if shape != here.get(key):
-                    wanted[key] = shape  # also where it fits another of the layers that share it
-                wanted.setdefault(key, shape)
-    by_own_names = not keys and not config.is_prompt_learning
+    wanted, own_names = {}, []  # patterns of parameters that are in a file by their own names
+    for part in config.parts:
+        keys, method = parse_keys(tensors, part), method_of(part)
+        if part.is_prompt_learning:
+            shape = tensors[PROMPT].shape if PROMPT in tensors else ("tokens", "features")
+            wanted[PROMPT] = part.table_shape or shape
+        elif any(delta.file_names for delta in method.deltas.values()):
+            for path in sorted(set(target_paths(tensors, part))) or ["*"]:
+                here = {key: tensors[key].shape for key in keys if keys[key].path in (path, None)}
+                for key, shape in _layer_shapes(part, path, here).items():
+                    if shape != here.get(key):
+                        wanted[key] = shape  # also where it fits another of the layers that share it
+                    wanted.setdefault(key, shape)
+        elif not keys:
+            own_names += method.trainable
     for key, value in tensors.items():
         path = key[len(config.key_start) :]
-        whole = in_modules_to_save(path, config) or _is_shared(path, config, layers)
-        whole = whole or (by_own_names and matches(path, method.trainable))
+        whole = in_modules_to_save(path, config) or _is_shared(path, config, tensors) or matches(path, own_names)
         if key.startswith(config.key_start) and whole:
             wanted.setdefault(key, value.shape)
     return wanted
@@ -168,14 +168,16 @@ def in_modules_to_save(path: str, config: PeftConfig) -> bool:
     return not re.search(r"(^|\.)(lora|mindpet)_", path) and any(module.endswith(entries) for module in modules)
 
 
-def _is_shared(path, config, layers):
+def _is_shared(path, config, tensors):
     """Whether an adapter may have its own value of a parameter of the base, or the base's own."""
+    biased = {layer for part in config.parts if part.trains_target_biases for layer in target_paths(tensors, part)}
     head, _, leaf = path.rpartition(".")
     layer, _, base = head.rpartition(".")
     layer = layer if base == "base_layer" else head
     if leaf == "bias":
-        return matches(path, config.trained_parameters) or (config.trains_target_biases and layer in layers)
-    return leaf in STATISTICS or (leaf == "weight" and base == "base_layer" and layer in layers)
+        return matches(path, config.trained_parameters) or layer in biased
+    is_base = leaf == "weight" and base == "base_layer"
+    return leaf in STATISTICS or (is_base and layer in target_paths(tensors, config))
 
 
 def _unique(pairs):
@@ -194,6 +196,9 @@ def _unique(pairs):
 def from_delta(tensors: Arrays, config: PeftConfig, names: NameMap) -> tuple[PeftConfig, Arrays]:
     """An adapter from the tensors of a delta file; rank and targets are found in them.
 
+    Those of a union of methods are taken apart by the names of the methods' parameters; what has no such name is the
+    base's, and goes with the first method that is no prefix or prompt.
+
     Returns:
         The configuration, and the tensors by key as in a file of Hugging Face PEFT.
 
@@ -202,13 +207,30 @@ def from_delta(tensors: Arrays, config: PeftConfig, names: NameMap) -> tuple[Pef
         ConfigError: `config` does not say what Hugging Face PEFT needs, or does not fit the tensors.
         NoMatchError: a pattern of `config` fits no layer.
     """
-    tensors = _known_names(tensors)
+    rest, content, parts = _known_names(tensors), {}, []
+    targets = {names.to_torch(match["path"]) for name in rest if (match := DELTA_KEY.fullmatch(name))}
+    first = next((part for part in config.parts if not part.is_prompt_learning), config.parts[0])
+    patterns = {id(part): (*method_of(part).trainable, *method_of(part).saved) for part in config.parts}
+    others = [pattern for part in config.parts if part is not first for pattern in patterns[id(part)]]
+    for part in config.parts:
+        chosen = {
+            name: value
+            for name, value in rest.items()
+            if (not matches(name, others) if part is first else matches(name, patterns[id(part)]))
+        }
+        part, chosen = _of_method(chosen, part, names, targets)
+        content.update(chosen)
+        parts.append(part)
+    return config.with_parts(parts), content
+
+
+def _of_method(tensors, config, names, targets):
+    """`from_delta` of one method; `targets` are the paths of the layers with a delta of any."""
     if config.is_prompt_learning:
         heads = ((f"{config.key_start}{names.to_torch(name)}", value) for name, value in tensors.items())
         heads = {name: value for name, value in heads if "mindpet" not in name}
         return config.of_delta_file({}, {**_whole(tensors, config), **heads})
     deltas = {name: match for name in tensors if (match := DELTA_KEY.fullmatch(name))}
-    targets = {names.to_torch(match["path"]) for match in deltas.values()}
     content, shapes, shared = [], {}, {}
     for name, value in tensors.items():
         if name in deltas:
@@ -303,16 +325,18 @@ def to_delta(tensors: Arrays, config: PeftConfig, names: NameMap, prefix_path: O
         names: between the network's names and those of the PyTorch model.
         prefix_path: where the network has its prefix or its prompt. Default: None, see `Delta.usual_path`.
     """
-    result, keys, layers = [], parse_keys(tensors, config), target_paths(tensors, config)
+    result, keys = [], parse_keys(tensors, config)
     for key, value in tensors.items():
         if key == PROMPT:
-            delta = _whole_delta(method_of(config.computed()))
+            (part,) = (part for part in config.computed().parts if part.is_prompt_learning)
+            delta = _whole_delta(method_of(part))
             path = delta.usual_path if prefix_path is None else prefix_path
             parts = delta.from_file({PROMPT: value}, [path])[path]
-            result += [(".".join(filter(None, (path, name))), part) for name, part in parts.items()]
+            result += [(".".join(filter(None, (path, name))), tensor) for name, tensor in parts.items()]
         elif key in keys:
-            path = layers[0] if keys[key].path is None else keys[key].path
-            result.append((f"{names.to_mindspore(path)}.{keys[key].name}", value))
+            path, name, _, part = keys[key]
+            path = target_paths(tensors, part)[0] if path is None else path
+            result.append((f"{names.to_mindspore(path)}.{name}", value))
         else:
             plain = re.sub(r"^base_model\.(model\.)?", "", key).replace(".base_layer.", ".")
             result.append((names.to_mindspore(plain), value))
@@ -402,16 +426,27 @@ def _methods(shapes, config):
     lines += [
         method.config.peft_type.value for method in others if any(matches(name, method.trainable) for name in shapes)
     ]
-    whole = [config] if config else [method.config() for method in METHODS.values() if _whole_delta(method)]
+    whole = (
+        [part for part in config.parts if part.is_prompt_learning]
+        if config
+        else [method.config() for method in METHODS.values() if _whole_delta(method)]
+    )
     names = sorted({one.to_dict()["peft_type"] for one in whole})
     return lines + [" or ".join(names)] * (PROMPT in shapes)
 
 
-def _require(path, content, names, problems=()):
-    """Refuse the content of a file that does not say a number that its method needs, and defaults are guesses for."""
-    problems = [*problems, *(f"{name!r} is missing" for name in names if name not in content)]
+def _lacking(config, content, with_told=False):
+    """Lines for what the content of a file does not say, but its methods need, and defaults are guesses for."""
+    lacking = []
+    for part, fields in zip(config.parts, content.get("configs", [content]) if config.parts != [config] else [content]):
+        names = part.required + (part.told_by_tensors if with_told else ())
+        lacking += [f"{name!r} is missing" for name in names if name not in fields]
+    return lacking
+
+
+def _require(path, config, problems):
     if problems:
-        raise ConfigError(f"{path}: {'; '.join(problems)} (a configuration of {content['peft_type']}).")
+        raise ConfigError(f"{path}: {'; '.join(problems)} (a configuration of {config.peft_name}).")
 
 
 def load_config(path: PathLike) -> PeftConfig:
@@ -429,9 +464,8 @@ def load_config(path: PathLike) -> PeftConfig:
         raise ConfigError(f"{path}: {error}") from error
     # Every library writes these, and nobody else has a reason to.
     is_written = {"base_model_name_or_path", "inference_mode"} <= content.keys()
-    _require(
-        path, content, config.required, [f"{name!r} is not known" for name in sorted(config.unknown) if not is_written]
-    )
+    unknown = [f"{name!r} is not known" for name in sorted(config.unknown) if not is_written]
+    _require(path, config, unknown + _lacking(config, content))
     if isinstance(config, LoraConfig) and "r" in content:
         config.rank_pattern = {**config.rank_pattern, ".*": config.r}  # not the default, but of every layer
     return config

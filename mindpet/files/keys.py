@@ -14,11 +14,13 @@ class Key(NamedTuple):
         path: of the layer in the PyTorch model; None for a tensor that layers share.
         name: of the parameter in the Delta.
         kinds: of layers whose Delta has a parameter of this name in a file.
+        config: of the method, one of the `parts` of that of the adapter.
     """
 
     path: Optional[str]
     name: str
     kinds: tuple[str, ...]
+    config: PeftConfig
 
 
 def shared_key(file: str) -> str:
@@ -27,21 +29,22 @@ def shared_key(file: str) -> str:
 
 
 def parse_keys(keys: Iterable[str], config: PeftConfig) -> dict[str, Key]:
-    """The keys of an adapter's file that are of deltas, with what they say."""
-    kinds, shared = {}, {}  # (name in a file, name in the Delta), (key, name in the Delta) -> kinds
-    for kind, delta in method_of(config).deltas.items():
-        for name, file in (delta.file_names or {}).items():
-            kinds.setdefault((file, name), []).append(kind)
-        for name, file in delta.shared_names.items():
-            shared.setdefault((shared_key(file), name), []).append(kind)
+    """The keys that are of deltas, with what they say."""
     parsed = {}
-    for key in keys:
-        for (whole, name), of in shared.items():
-            if key == whole:
-                parsed[key] = Key(None, name, tuple(of))
-        for (file, name), of in kinds.items():
-            if key.startswith(config.key_start) and key.endswith(f".{file}"):
-                parsed[key] = Key(key[len(config.key_start) : -len(file) - 1], name, tuple(of))
+    for part in config.parts:
+        kinds, shared = {}, {}  # (name in a file, name in the Delta), (key, name in the Delta) -> kinds
+        for kind, delta in method_of(part).deltas.items():
+            for name, file in (delta.file_names or {}).items():
+                kinds.setdefault((file, name), []).append(kind)
+            for name, file in delta.shared_names.items():
+                shared.setdefault((shared_key(file), name), []).append(kind)
+        for key in keys:
+            for (whole, name), of in shared.items():
+                if key == whole:
+                    parsed[key] = Key(None, name, tuple(of), part)
+            for (file, name), of in kinds.items():
+                if key.startswith(part.key_start) and key.endswith(f".{file}"):
+                    parsed[key] = Key(key[len(part.key_start) : -len(file) - 1], name, tuple(of), part)
     return parsed
 
 

@@ -187,8 +187,9 @@ def merge(
             f"the base is, but got {str(output)!r}."
         )
     config, tensors, passport = read_adapter(adapter, config, names, force)
-    if not method_of(config).mergeable:
-        raise MergeError(f"{adapter}: {config.peft_name} cannot be folded into weights.")
+    lasting = [part.peft_name for part in config.parts if not method_of(part).mergeable]
+    if lasting:
+        raise MergeError(f"{adapter}: {' and '.join(lasting)} cannot be folded into weights.")
     tensors, config = names.fuse(tensors, config)
     places = Places(files, names, [f"{path}.weight" for path in target_paths(tensors, config)])
     deltas, whole = assign_places(adapter, tensors, config, files, places)
@@ -270,8 +271,8 @@ class Places:
 
     def lacking(self, config: PeftConfig, paths: set[str]) -> list[str]:
         """The layers of the base that a configuration means by their names, beside those at `paths`."""
-        if config.target_modules == ALL_LINEAR or config.layers_to_transform is not None:
-            return []  # the names do not tell
+        # With 'all-linear' and numbers the names do not tell.
+        parts = [p for p in config.parts if p.target_modules != ALL_LINEAR and p.layers_to_transform is None]
         cut, put = self.start
         paths = {
             cut + name[len(put) : -len(".weight")]
@@ -281,8 +282,7 @@ class Places:
         return sorted(
             path
             for path in paths
-            if names_module(config.target_modules, path)
-            and not names_module(config.exclude_modules, path)
+            if any(names_module(p.target_modules, path) and not names_module(p.exclude_modules, path) for p in parts)
             and not in_modules_to_save(f"{path}.weight", config)
         )
 
@@ -335,6 +335,7 @@ class FileDelta:
     Attributes:
         path: of the layer, as the adapter has it.
         kinds: what the layer may be.
+        config: of the method.
         values: by name, float32.
         weight: name of the layer's weight in the base.
         cls: the Delta.
@@ -344,6 +345,7 @@ class FileDelta:
 
     path: str
     kinds: set[str]
+    config: PeftConfig
     values: Arrays = field(default_factory=dict)
     weight: Optional[str] = None
     cls: Optional[type[Delta]] = None
@@ -380,11 +382,11 @@ def assign_places(
     keys = parse_keys(tensors, config)
     for key, value in tensors.items():
         if key in keys:
-            path, name, kinds = keys[key]
+            path, name, kinds, part = keys[key]
             if path is None:
-                shared[name] = value.astype(np.float32)
+                shared.setdefault(part.peft_name, {})[name] = value.astype(np.float32)
                 continue
-            layer = layers.setdefault(path, FileDelta(path, set(kinds)))
+            layer = layers.setdefault(path, FileDelta(path, set(kinds), part))
             layer.values[name] = value.astype(np.float32)
             layer.kinds.intersection_update(kinds)
             continue
@@ -403,14 +405,14 @@ def assign_places(
             problems.append(f"{key}: {owners[name]} is for {name}, too")
         whole[name] = value
     for layer in layers.values():
-        layer.values.update(shared)
+        layer.values.update(shared.get(layer.config.peft_name, {}))
         layer.weight = places.find(f"{layer.path}.weight")
         if layer.weight is None:
             problems.append(f"{layer.path}: no tensor of the base is called {layer.path}.weight")
         elif owners.setdefault(layer.weight, layer.path) != layer.path:
             problems.append(f"{layer.path}: {owners[layer.weight]} is for {layer.weight}, too")
     if not problems:
-        problems = _find_kinds(list(layers.values()), files, config) + _tied(layers.values(), files)
+        problems = _find_kinds(list(layers.values()), files) + _tied(layers.values(), files)
     deltas = {}
     for layer in layers.values() if not problems else ():
         deltas[layer.weight] = (layer, True)
@@ -443,13 +445,13 @@ def _take_base_layers(adapter, tensors, files, places):
     take_base_layers(adapter, tensors, weights)
 
 
-def _find_kinds(layers, files, config):
+def _find_kinds(layers, files):
     """Find of each layer what it is and how its weight is stored; returns what does not fit.
 
     A linear weight that is not square tells by its shape whether it is `(out, in)` or `(in, out)`, and so tells it of
     the square ones.
     """
-    problems, turned, deltas = [], set(), method_of(config).deltas
+    problems, turned = [], set()
     for layer in layers:
         stored = files.shapes[layer.weight]
         names = ("linear", "embedding") if len(stored) == 2 else (f"conv{len(stored) - 2}d",)
@@ -457,16 +459,17 @@ def _find_kinds(layers, files, config):
         if name is None:
             problems.append(f"{layer.weight}: {list(stored)} in the base, but the adapter is for {sorted(layer.kinds)}")
             continue
-        layer.kind, layer.cls = LayerKind(name), deltas[name]
-        layer.arguments = config.delta_arguments(layer.path)
+        layer.kind, layer.cls = LayerKind(name), method_of(layer.config).deltas[name]
+        layer.arguments = layer.config.delta_arguments(layer.path)
         layer.values.update(layer.cls.constants(**layer.arguments))
         if name == "linear" and stored[0] != stored[1]:
             turned.update(way for way in (False, True) if layer.fits(stored, way))
-    way = turned.pop() if len(turned) == 1 else getattr(config, "fan_in_fan_out", False)
+    way = turned.pop() if len(turned) == 1 else None
     for layer in (layer for layer in layers if layer.kind):
         stored = files.shapes[layer.weight]
         if layer.kind.name == "linear":
-            layer.kind = replace(layer.kind, fan_in_fan_out=way)
+            said = getattr(layer.config, "fan_in_fan_out", False)
+            layer.kind = replace(layer.kind, fan_in_fan_out=said if way is None else way)
         if not layer.fits(stored, layer.kind.transposed):
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in layer.values.items() if value.ndim)
             problems.append(f"{layer.weight}: {list(stored)} in the base, but the adapter has {shapes}")

@@ -74,6 +74,7 @@ class NameMap:
                 only some have what all must have.
         """
         tensors, config = dict(tensors), copy.deepcopy(config)
+        _refuse_others(tensors, config, {part for parts in self.fused.values() for part in parts})
         for name, parts in self.fused.items():
             starts = {key[: -len(f"{part}.{A}")] for part in parts for key in tensors if key.endswith(f".{part}.{A}")}
             for start in sorted(starts):
@@ -92,12 +93,12 @@ class NameMap:
                 rank, key = len(tensors[f"{start}{name}.{A}"]), exactly(before + name)
                 config.rank_pattern = {key: rank, **config.rank_pattern}
                 config.alpha_pattern = {key: scale * config.divisor(rank), **config.alpha_pattern}
-        _refuse_others(tensors, config, {part for parts in self.fused.values() for part in parts})
         return tensors, config
 
     def split(self, tensors: Arrays, config: PeftConfig) -> tuple[Arrays, PeftConfig]:
         """The inverse of `fuse`: layers apart, in place of those that are fused. Columns of B that are zero go."""
         tensors, config = dict(tensors), copy.deepcopy(config)
+        _refuse_others(tensors, config, set(self.fused))
         for name, parts in self.fused.items():
             starts = [key[: -len(f"{name}.{A}")] for key in tensors if key.endswith(f".{name}.{A}")]
             for start in starts:
@@ -114,7 +115,6 @@ class NameMap:
                         config.rank_pattern = {exactly(before + part): rank, **config.rank_pattern}
                     if not math.isclose(alpha, config.lora_alpha):
                         config.alpha_pattern = {exactly(before + part): alpha, **config.alpha_pattern}
-        _refuse_others(tensors, config, set(self.fused))
         return tensors, config
 
 

@@ -61,11 +61,11 @@ def freeze_delta(
     exclude: Optional[Sequence[str]] = None,
     strict: bool = True,
 ) -> None:
-    """Freeze all parameters but those of a delta method; then apply `include` and `exclude`, see `freeze_modules`.
+    """Freeze all parameters but those of delta methods; then apply `include` and `exclude`, see `freeze_modules`.
 
     Args:
         model: the network, its delta in place.
-        mode: name or alias of a method, see `mindpet.delta.registry`, in any letter case.
+        mode: name or alias of a method, see `mindpet.delta.registry`, in any letter case; or a list.
         include: fnmatch patterns of further names to freeze. Default: None.
         exclude: fnmatch patterns of further names to train, say the head. Default: None.
         strict: whether a mode whose delta is not in the network, or a pattern that fits no name, is an error; else it
@@ -73,14 +73,16 @@ def freeze_delta(
 
     Raises:
         TypeError: an argument but `mode` has the wrong type.
-        ValueError: `mode` is unknown.
+        ValueError: `mode`, or one of several, is unknown.
         NoMatchError: the delta is not in the network, or a pattern fits no name; the network is unchanged.
     """
     _check_arguments("freeze_delta", model, include, exclude, strict)
-    method = find_method(mode)
+    methods = [find_method(one) for one in (mode if isinstance(mode, (list, tuple)) and mode else [mode])]
     params, fixed = _parameters(model)
-    flags = {name: _fits(name, method.trainable) and name not in fixed for name in params}
-    problems = [] if any(flags.values()) else [_missing_delta(method, params)]
+    trained = {name for name in params if name not in fixed and any(_fits(name, one.trainable) for one in methods)}
+    flags = {name: name in trained for name in params}
+    missing = [one for one in methods if not any(_fits(name, one.trainable) for name in trained)]
+    problems = [_missing_delta(one, params) for one in missing]
     _report("freeze_delta", problems + _unmatched(params, fixed, include, exclude), strict)
     _apply(params, fixed, flags, include, exclude)
 

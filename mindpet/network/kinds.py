@@ -1,7 +1,8 @@
-"""Which Cells are linear layers, embeddings or convolutions, and where they keep their weight."""
+"""Places for deltas: linear layers, embeddings, convolutions, blocks of layers, and Cells with a slot for a delta."""
 
 import functools
 import inspect
+from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from typing import Any, Callable, Optional, Union
 
@@ -61,6 +62,15 @@ class LayerKind:
         """The Parameter of the bias, or None."""
         return getattr(cell, self.bias, None)
 
+    def in_features(self, cell: nn.Cell) -> int:
+        """Features, or channels, of the input; of an embedding the rows of its table."""
+        rows, columns = self.weight_of(cell).shape[:2]
+        return rows if self.transposed else columns * self.groups_of(cell)
+
+    def out_features(self, cell: nn.Cell) -> int:
+        """Features, or channels, of the output."""
+        return self.weight_of(cell).shape[-1 if self.transposed else 0]
+
     def groups_of(self, cell: nn.Cell) -> int:
         """The groups of a convolution; 1 for any other layer."""
         return getattr(cell, "group", getattr(cell, "groups", 1)) if self.is_convolution else 1
@@ -79,6 +89,49 @@ class LayerKind:
         if values["compute_dtype"] is None:
             values["compute_dtype"] = getattr(cell, "compute_dtype", self.weight_of(cell).dtype)
         return replace(self, **values)
+
+
+@dataclass(frozen=True)
+class BlockKind:
+    """A Cell that is no layer, but has linear layers: a feed-forward block, an attention, a whole transformer layer.
+
+    It takes what its first linear layer takes, and returns, alone or first of several, what its last one returns.
+
+    Attributes:
+        inputs: features of the input.
+        outputs: features of the output.
+        compute_dtype (mindspore.dtype): that its first linear layer computes in.
+    """
+
+    inputs: int
+    outputs: int
+    compute_dtype: Any
+
+    name = "block"
+    batch_axis, flattens = 0, True  # as a LayerKind has them
+
+    @classmethod
+    def of(cls, cell: nn.Cell) -> "Optional[BlockKind]":
+        """The kind of this very Cell, or None: there is no linear layer."""
+        layers = linear_layers(cell)
+        if not layers:
+            return None
+        (first, entry), (last, leaving) = layers[0], layers[-1]
+        return cls(entry.in_features(first), leaving.out_features(last), entry.compute_dtype)
+
+    def in_features(self, cell: nn.Cell) -> int:
+        """Features of the input."""
+        return self.inputs
+
+    def out_features(self, cell: nn.Cell) -> int:
+        """Features of the output."""
+        return self.outputs
+
+
+def linear_layers(cell: nn.Cell) -> list[tuple[nn.Cell, LayerKind]]:
+    """The linear layers below a Cell, in its order: list of (Cell, LayerKind). Those of deltas do not count."""
+    layers = [(inner, layer_kind(inner)) for path, inner in cell.cells_and_names() if path and "mindpet" not in path]
+    return [(inner, kind) for inner, kind in layers if kind is not None and kind.name == "linear"]
 
 
 @dataclass(frozen=True)
@@ -113,7 +166,7 @@ class InputEmbeddingKind:
     strategy = "prompt_strategy"
 
 
-# Places that are no layers, by the name of their kind: Cells with an attribute that takes a delta.
+# Cells with an attribute that takes a delta, by the name of their kind.
 SLOTS = {kind.name: kind for kind in (AttentionKind, InputEmbeddingKind)}
 
 
@@ -186,6 +239,19 @@ def register_layer(
         check.require(batch_axis >= 0, ValueError, "batch_axis", batch_axis, "at least 0")
     check.done()
     KINDS[cls] = LayerKind(name, weight, bias, fan_in_fan_out, compute_dtype, adds_bias, flattens, batch_axis)
+
+
+def slot_of(cell: nn.Cell, names: Collection[str]) -> Optional[type]:
+    """The class of kind, one of `SLOTS`, whose attribute a Cell has; None if there is none among the names."""
+    return next((kind for name, kind in SLOTS.items() if name in names and hasattr(cell, kind.slot)), None)
+
+
+def place_kind(cell: nn.Cell, names: Collection[str]) -> Union[LayerKind, BlockKind, None]:
+    """The kind of a Cell without a slot, a LayerKind or a BlockKind; None if it is not among the names."""
+    kind = layer_kind(cell)
+    if kind is None and "block" in names and why_not(cell) is None:
+        kind = BlockKind.of(cell)
+    return kind if kind is not None and kind.name in names else None
 
 
 def layer_kind(cell: nn.Cell) -> Optional[LayerKind]:

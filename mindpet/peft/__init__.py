@@ -10,6 +10,7 @@ from mindpet.delta.prefix_layer import PrefixTuningConfig
 from mindpet.delta.prompt_tuning import PromptTuningConfig
 from mindpet.delta.ptuning2 import Ptuning2Config
 from mindpet.delta.registry import PeftType
+from mindpet.delta.union import UnionConfig, mam_config
 from mindpet.delta.vera import VeraConfig
 from mindpet.files.names import NameMap
 from mindpet.network.kinds import register_layer
@@ -51,6 +52,7 @@ __all__ = [
     "PromptTuningConfig",
     "Ptuning2Config",
     "TaskType",
+    "UnionConfig",
     "VeraConfig",
     "get_layer_status",
     "get_model_status",
@@ -58,6 +60,7 @@ __all__ = [
     "get_peft_model",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
+    "mam_config",
     "plan_targets",
     "register_base_model",
     "register_layer",

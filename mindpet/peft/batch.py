@@ -116,7 +116,7 @@ class MixedBatches:
             if len(before) > 1 and getattr(target.cell, "activation_flag", False):
                 raise ConfigError(f"adapter_names: {path} has deltas before and behind its activation.")
             deltas = [slot.deltas[path] if path in slot.deltas else Unchanged() for slot in slots.values()]
-            delta = MixedDelta.create(target.cell, target.kind, deltas=deltas, rows=self.rows)
+            delta = MixedDelta.create(target.cell, target.kind, deltas=deltas, rows=self.rows, path=path)
             self.patches.append(ConstructPatch(target.cell, target.kind, delta))
         self.roots, self.adapters, self.slots = {}, adapters, slots
 
@@ -143,13 +143,14 @@ class MixedDelta(Delta):
     Args of `setup`:
         deltas (list of Delta): for the layer, one for each adapter.
         rows (Parameter): of each row of the batch the index of its delta; another number for none.
+        path (str): of the layer, for a message.
     """
 
-    def setup(self, cell, deltas, rows):
+    def setup(self, cell, deltas, rows, path):
         self.deltas, self.rows = nn.CellList(deltas, auto_prefix=False), rows
         self.before_activation = any(delta.before_activation for delta in deltas)
         self.changes_input = any(type(delta).before is not Delta.before for delta in deltas)
-        self.batch_axis, self.weight_name = self.kind.batch_axis, self.kind.weight_of(cell).name
+        self.batch_axis, self.path = self.kind.batch_axis, path
 
     def before(self, x):
         entering, index = x, 0
@@ -173,7 +174,7 @@ class MixedDelta(Delta):
         # A layer may get (batch, seq) as rows, those of one sample side by side.
         if times * count != chosen.shape[axis] or (axis > 0 and times > 1):
             raise ValueError(
-                f"adapter_names: the layer of {self.weight_name} returns {chosen.shape[axis]} rows, which is no "
+                f"adapter_names: {self.path} returns {chosen.shape[axis]} rows, which is no "
                 f"multiple of the {count} names."
             )
         rows = ops.repeat_interleave(self.rows, times) if times > 1 else self.rows
@@ -216,4 +217,4 @@ def _tensors(value):
 
 
 def _can_mix(adapter):
-    return not adapter.plan.trained and all(target.is_layer for target in adapter.plan.targets)
+    return not adapter.plan.trained and not any(target.is_slot for target in adapter.plan.targets)

@@ -423,8 +423,9 @@ class Placement:
         problems = []
         for name, adapter in chosen.items():
             plan = adapter.plan
-            if not plan.method.mergeable and plan.targets:
-                problems.append(f"{name!r} is of {adapter.config.peft_name}, which cannot be folded into weights")
+            lasting = [part.peft_name for part, method in zip(plan.config.parts, plan.methods) if not method.mergeable]
+            if lasting and plan.targets:
+                problems.append(f"{name!r} is of {' and '.join(lasting)}, which cannot be folded into weights")
             elif plan.trained and name != self.active:
                 problems.append(f"{name!r} changes the base's own parameters; only the active adapter may")
         if self.active in chosen:

@@ -10,7 +10,7 @@ from mindpet.delta._base import Delta
 from mindpet.delta._config import TASK_HEADS, PeftConfig
 from mindpet.delta.registry import METHODS, Method, method_of
 from mindpet.errors import ConfigError, MindPetError, NoMatchError
-from mindpet.network.kinds import SLOTS, AttentionKind, layer_kind
+from mindpet.network.kinds import SLOTS, AttentionKind, place_kind, slot_of
 from mindpet.network.match import (
     Layer,
     check_patterns,
@@ -33,11 +33,12 @@ class Target:
     """A place of a network that gets a delta.
 
     Attributes:
-        cell: the layer, attention, ...
+        cell: the layer, block, attention, ...
         paths: dotted paths from the network; several if the Cell is shared.
-        kind (Union[LayerKind, AttentionKind]): of the Cell.
+        kind: of the Cell, see `mindpet.network.kinds`.
         delta: the Delta for it.
         arguments: delta arguments.
+        config: of the method.
     """
 
     cell: nn.Cell
@@ -45,6 +46,7 @@ class Target:
     kind: Any
     delta: type[Delta]
     arguments: dict[str, Any]
+    config: PeftConfig
 
     @property
     def path(self) -> str:
@@ -56,6 +58,11 @@ class Target:
         """Whether it is a layer with a weight."""
         return hasattr(self.kind, "weight")
 
+    @property
+    def is_slot(self) -> bool:
+        """Whether the Cell has an attribute for the delta."""
+        return self.kind.name in SLOTS
+
 
 @dataclass
 class Plan:
@@ -63,7 +70,6 @@ class Plan:
 
     Attributes:
         config: completed by what was found in the network.
-        method: of the registry.
         targets: what gets a delta.
         modules_to_save: Cells that are trained and saved as they are.
         trained: by path the Parameters of the network that the adapter has a copy of, and trains.
@@ -73,7 +79,6 @@ class Plan:
     """
 
     config: PeftConfig
-    method: Method
     targets: list[Target] = field(default_factory=list)
     modules_to_save: list[Layer] = field(default_factory=list)
     trained: dict[str, Parameter] = field(default_factory=dict)
@@ -81,9 +86,18 @@ class Plan:
     buffers: set[str] = field(default_factory=set)
     still: list[nn.Cell] = field(default_factory=list)
 
+    @property
+    def methods(self) -> list[Method]:
+        """Of the registry, those of the configuration."""
+        return [method_of(part) for part in self.config.parts]
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """Patterns of the parameters that train, of the deltas."""
+        return tuple(pattern for method in self.methods for pattern in method.trainable)
+
     def __str__(self) -> str:
-        method = self.config.peft_name
-        rows = [(target.path, type(target.cell).__name__, method) for target in self.targets]
+        rows = [(target.path, type(target.cell).__name__, target.config.peft_name) for target in self.targets]
         rows += [(layer.path, type(layer.cell).__name__, "trained as a whole") for layer in self.modules_to_save]
         inside = tuple(f"{layer.path}." for layer in self.modules_to_save)
         rows += [
@@ -118,9 +132,9 @@ def plan_targets(
     if getattr(config, "peft_type", None) is None:
         raise TypeError(f"'config' must be the configuration of a method, but got {config!r}.")
     config.check_supported()
-    plan = Plan(copy.deepcopy(config), method_of(config))
+    plan = Plan(copy.deepcopy(config))
     errors = []
-    for step in (_find_layers, _find_slots, _find_modules_to_save, _check_targets):
+    for step in (_find_targets, _find_modules_to_save, _check_targets):
         try:
             step(network, plan, unmatched)
         except MindPetError as error:
@@ -133,50 +147,63 @@ def plan_targets(
     return plan
 
 
-def _find_layers(network, plan, unmatched):
-    """The layers that `target_modules` means."""
-    config, deltas = plan.config, plan.method.deltas
-    if not hasattr(config, "target_modules"):
-        return
-    if config.target_modules is None:
-        config.target_modules = default_targets(list_layers(network))
-    carrying = tuple(cell for method in METHODS.values() for cell in method.cells)
-    kinds = [name for name in deltas if name not in SLOTS]
+def _find_targets(network, plan, unmatched):
+    """The targets of all methods."""
+    errors = []
+    for part in plan.config.parts:
+        try:
+            plan.targets += _targets_of(network, part, unmatched)
+        except MindPetError as error:
+            errors.append(error)
+    if errors:
+        raise type(errors[0])("\n".join(map(str, errors)))
 
-    def supported(cell):
-        return getattr(layer_kind(cell), "name", None) in kinds
 
-    layers = find_targets(network, config, supported, unmatched, carrying)
-    check_patterns(config, layers, unmatched)
+def _targets_of(network, config, unmatched):
+    """The Cells that `target_modules` means; without such a field all that have a slot for the method."""
+    deltas = method_of(config).deltas
+    kinds = [name for name in deltas if name in config.kinds_of_targets(deltas)]
+    if hasattr(config, "target_modules"):
+        if config.target_modules is None:
+            config.target_modules = default_targets(list_layers(network))
+        carrying = tuple(cell for method in METHODS.values() for cell in method.cells)
+        layers = find_targets(network, config, lambda cell: _is_place(cell, kinds), unmatched, carrying)
+        check_patterns(config, layers, unmatched)
+    else:
+        layers = _all_slots(network, type(config).__name__, kinds)
+    with_slot = [layer for layer in layers if slot_of(layer.cell, kinds)]
+    slots = _slot_kinds(type(config).__name__, kinds, with_slot)
+    config.complete(list(slots.values()))
+    targets = []
     for layer in layers:
-        kind = layer_kind(layer.cell)
+        kind = slots.get(layer.path) or place_kind(layer.cell, kinds)
         arguments = config.delta_arguments(layer.path)
-        plan.targets.append(Target(layer.cell, layer.paths, kind, deltas[kind.name], arguments))
+        targets.append(Target(layer.cell, layer.paths, kind, deltas[kind.name], arguments, config))
+    return targets
 
 
-def _find_slots(network, plan, unmatched):
-    """All Cells of the network with an attribute that takes a delta of the method, such as a prefix."""
-    config, owner = plan.config, type(plan.config).__name__
-    for name, delta in plan.method.deltas.items():
-        if name not in SLOTS:
-            continue
-        cls = SLOTS[name]
-        cells = [Layer(network, [""], []), *list_layers(network)]
-        layers = [layer for layer in cells if hasattr(layer.cell, cls.slot)]
-        if not layers:
-            raise ConfigError(
-                f"{owner}: no Cell of {type(network).__name__} has an attribute {cls.slot!r}; see docs/peft.md for how "
-                f"a network takes a {cls.slot.split('_')[0]}."
-            )
-        kinds = _slot_kinds(owner, cls, layers)
-        config.complete(kinds)
-        for layer, kind in zip(layers, kinds):
-            plan.targets.append(Target(layer.cell, layer.paths, kind, delta, config.delta_arguments(layer.path)))
+def _is_place(cell, kinds):
+    return slot_of(cell, kinds) is not None or place_kind(cell, kinds) is not None
 
 
-def _slot_kinds(owner, cls, layers):
-    """The kinds of Cells with a slot, which must be free, and all of the same sizes: they share one table."""
-    problems, sizes = [], {}
+def _all_slots(network, owner, kinds):
+    """All Cells of a network that have an attribute for a delta of these kinds."""
+    cells = [Layer(network, [""], []), *list_layers(network)] if kinds else []
+    layers = [layer for layer in cells if slot_of(layer.cell, kinds)]
+    if kinds and not layers:
+        cls = SLOTS[kinds[0]]
+        raise ConfigError(
+            f"{owner}: no Cell of {type(network).__name__} has an attribute {cls.slot!r}; see docs/peft.md for how a "
+            f"network takes a {cls.slot.split('_')[0]}."
+        )
+    return layers
+
+
+def _slot_kinds(owner, kinds, layers):
+    """Path -> kind of Cells with a slot, which must be free, and all of the same sizes: they share one table."""
+    if not layers:
+        return {}
+    problems, sizes, cls = [], {}, slot_of(layers[0].cell, kinds)
     names = [field.name for field in fields(cls)]
     for layer in layers:
         size = [getattr(layer.cell, name, None) for name in names]
@@ -192,13 +219,15 @@ def _slot_kinds(owner, cls, layers):
         problems.append(f"all {plural} must have the same {' and '.join(map(repr, names))}, but they are {sizes}")
     if problems:
         raise ConfigError(f"{owner}: " + "; ".join(problems) + ".")
-    return [cls(*sizes[layer.path]) for layer in layers]
+    return {path: cls(*size) for path, size in sizes.items()}
 
 
 def _check_targets(network, plan, unmatched):
     """Refuse deltas that the method, or the strategies of a layer, speak against."""
-    problems = []
+    problems, owners = [], {}
     for target in plan.targets:
+        if owners.setdefault(target.path, target) is not target:
+            problems.append(f"{target.path} would have two deltas, of {owners[target.path].config.peft_name} too")
         try:
             is_sharded = find_cuts(target.cell, target.kind) is not None
         except ConfigError as error:
@@ -240,7 +269,7 @@ def _find_trained(network, plan, batch_statistics):
     for layer in plan.modules_to_save:
         _take(plan, parameter_places(layer.path, layer.cell))
     patterns = plan.config.trained_parameters
-    targets = plan.targets if plan.config.trains_target_biases else ()
+    targets = [target for target in plan.targets if target.config.trains_target_biases]
     biases = {id(target.kind.bias_of(target.cell)) for target in targets}
     statistics = {path: places for path, places in everywhere.items() if _is_statistic(places[0])}
     for path, places in everywhere.items():

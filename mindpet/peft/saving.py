@@ -149,15 +149,16 @@ class SavesAdapters:
             unmatched = []
             computed = config.computed()
             plan = plan_targets(self.network, computed, moving, unmatched)
-            plan.config.check_sizes(model_id, [target.path for target in plan.targets], map(np.shape, tensors.values()))
+            for part in plan.config.parts:
+                paths = [target.path for target in plan.targets if target.config is part]
+                part.check_sizes(model_id, paths, map(np.shape, tensors.values()))
             values = state.load(model_id, tensors, AdapterSlot(self.network, plan), self.name_map, force)
             passport = {} if force else check_files(model_id)
             check_base(model_id, passport, self._base_values())
             if unmatched:
                 warnings.warn(f"{model_id}: all tensors have their place, but {'; '.join(unmatched)}.", stacklevel=3)
-            fields = [field.name for field in dataclasses.fields(config)]
-            kept = {name: getattr(config, name) for name in fields if getattr(config, name) != getattr(computed, name)}
-            shown = dataclasses.replace(plan.config, **kept, inference_mode=not is_trainable)
+            shown = map(_as_in_file, plan.config.parts, config.parts, computed.parts)
+            shown = dataclasses.replace(plan.config.with_parts(shown), inference_mode=not is_trainable)
             self._placement.add(adapter_name, plan, is_trainable, values, config=shown)
             self._bases[adapter_name] = passport
 
@@ -207,6 +208,13 @@ class SavesAdapters:
         with self._placement.bare():
             tensors, config = self.name_map.split(tensors, config)
             return state.portable(tensors, config, adapter.plan, self.network, self.name_map)
+
+
+def _as_in_file(completed, config, computed):
+    """A configuration that was completed, with the fields that the file's own has other than the computed one."""
+    fields = [field.name for field in dataclasses.fields(config)]
+    kept = {name: getattr(config, name) for name in fields if getattr(config, name) != getattr(computed, name)}
+    return dataclasses.replace(completed, **kept)
 
 
 def _is_inside(path, plan):

@@ -53,10 +53,10 @@ class AdapterSlot:
                 delta.base_bias = copies.get((id(target.cell), target.kind.bias), delta.base_bias)
             carry_strategy(target.cell, target.kind, delta)
             self._add(target.path, delta, suffix)
-            if target.is_layer:
-                patch = ConstructPatch(target.cell, target.kind, delta)
-            else:
+            if target.is_slot:
                 patch = AttributePatch(target.cell, target.kind.slot, delta)
+            else:
+                patch = ConstructPatch(target.cell, target.kind, delta)
             self.patches.append(patch)
         positions = max((delta.positions for delta in self.deltas.values()), default=0)
         if positions:
@@ -98,7 +98,7 @@ class AdapterSlot:
             for name in names.values():
                 if name in values:
                     self.params[name].set_dtype(Tensor(values[name]).dtype)
-                elif matches(name, self.plan.method.trainable):
+                elif matches(name, self.plan.trainable):
                     self.params[name].set_dtype(types.get(path, ms.float32))
 
     def values_of(self, path: str, values: Arrays) -> Arrays:
@@ -117,7 +117,7 @@ class AdapterSlot:
     def trained(self) -> list[str]:
         """Paths of the parameters that train."""
         copied = {path for path, base in self.copies.items() if base not in self.plan.buffers}
-        return [path for path in self.params if path in copied or matches(path, self.plan.method.trainable)]
+        return [path for path in self.params if path in copied or matches(path, self.plan.trainable)]
 
     def put(self) -> None:
         """Put the deltas and copies into the network, in the mode, training or not, of their layers."""

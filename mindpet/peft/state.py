@@ -1,6 +1,7 @@
 """The values and the configuration of an adapter in a network, as its files have them."""
 
 import copy
+import dataclasses
 import re
 from typing import Optional
 
@@ -24,20 +25,19 @@ from mindpet.utils.hints import Arrays, PathLike
 def file_keys(slot: AdapterSlot, names: NameMap) -> dict[str, str]:
     """Where an adapter's values stand in its file one by one, path of a Parameter -> key; see `whole_tensors`."""
     keys, plan = {}, slot.plan
-    start = plan.config.key_start
     for target in plan.targets:
         cls, path = target.delta, names.to_torch(target.path)
         for name, param in slot.names[target.path].items():
             if name in cls.shared_names:
                 keys[param] = shared_key(cls.shared_names[name])
             elif cls.file_names is None or name in cls.file_names:
-                keys[param] = f"{start}{path}.{(cls.file_names or {}).get(name, name)}"
+                keys[param] = f"{target.config.key_start}{path}.{(cls.file_names or {}).get(name, name)}"
     targets = {target.path for target in plan.targets}
     for name, base in slot.copies.items():
         path, _, leaf = names.to_torch(base).rpartition(".")
         # Hugging Face PEFT keeps the layer itself inside of its own as `base_layer`.
         inner = f"{path}.base_layer" if base.rpartition(".")[0] in targets else path
-        keys[name] = start + ".".join(filter(None, (inner, leaf)))
+        keys[name] = plan.config.key_start + ".".join(filter(None, (inner, leaf)))
     return keys
 
 
@@ -130,11 +130,14 @@ def to_network(config: PeftConfig, tensors: Arrays, network: nn.Cell, names: Nam
     """
     layers, config = list_layers(network), copy.copy(config)
     theirs = {layer.path: names.to_torch(layer.path) for layer in layers}
-    if isinstance(config, TargetConfig) and names != NameMap():
-        paths = {theirs[layer.path]: layer.paths for layer in layers}
-        pairs = [(path, ours) for path in target_paths(tensors, config) for ours in paths.get(path, ())]
-        config = config.with_targets(pairs, [path for layer in layers for path in layer.paths])
-    modules = []
+    paths = {theirs[layer.path]: layer.paths for layer in layers}
+    parts = []
+    for part in config.parts:
+        if isinstance(part, TargetConfig) and names != NameMap():
+            pairs = [(path, ours) for path in target_paths(tensors, part) for ours in paths.get(path, ())]
+            part = part.with_targets(pairs, [path for layer in layers for path in layer.paths])
+        parts.append(part)
+    config, modules = config.with_parts(parts), []
     for entry in listed(config.modules_to_save):
         # Hugging Face PEFT looks at the end of a name, also inside of a part of it.
         inside = [path for path, name in theirs.items() if name.endswith(entry) and _has_module(tensors, name)]
@@ -161,17 +164,21 @@ def portable(
     # A delta in the network is no module of the PyTorch model.
     places = [(path, layer.cell) for layer in layers for path in layer.paths if "mindpet" not in path]
     known = {names.to_torch(place[0]): place for place in places}
-    if isinstance(config, TargetConfig):
-        chosen = any(getattr(config, name) is not None for name in ("layers_to_transform", *config.not_in_peft))
-        if is_renamed or config.target_modules == ALL_LINEAR or chosen:
-            renamed = {
-                names.to_torch(layer.path): [(layer.path, names.to_torch(path)) for path in layer.paths]
-                for layer in plan.targets
-            }
-            pairs = [pair for path in target_paths(tensors, config) for pair in renamed.get(path, [(path, path)])]
-            config = config.with_targets(pairs, known)
-        if re.fullmatch(APPROXIMATE_INITS, str(getattr(config, "init_lora_weights", None))):
-            config.init_lora_weights = "pissa"
+    targets = {
+        names.to_torch(target.path): [(target.path, names.to_torch(path)) for path in target.paths]
+        for target in plan.targets
+    }
+    parts = []
+    for part in config.parts:
+        fields = ("layers_to_transform", *part.not_in_peft) if isinstance(part, TargetConfig) else ()
+        chosen = any(getattr(part, name) is not None for name in fields)
+        if fields and (is_renamed or part.target_modules == ALL_LINEAR or chosen):
+            pairs = [pair for path in target_paths(tensors, part) for pair in targets.get(path, [(path, path)])]
+            part = part.with_targets(pairs, known)
+        if re.fullmatch(APPROXIMATE_INITS, str(getattr(part, "init_lora_weights", None))):
+            part = dataclasses.replace(part, init_lora_weights="pissa")
+        parts.append(part)
+    config = config.with_parts(parts)
     meant = {names.to_torch(path) for layer in plan.modules_to_save for path in layer.paths}
     entries, heads = listed(config.modules_to_save), TASK_HEADS.get(config.task_type, ())
     if is_renamed or _at_end([*entries, *heads], known) != meant:

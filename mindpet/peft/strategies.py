@@ -10,7 +10,7 @@ from mindspore import nn
 
 from mindpet.delta._base import Delta
 from mindpet.errors import ConfigError
-from mindpet.network.kinds import SLOTS
+from mindpet.network.kinds import SLOTS, linear_layers
 from mindpet.parallel.derive import shard_axes
 from mindpet.utils.sharding import check_strategy, slot_table
 from mindpet.utils.validate import Checker, is_int
@@ -24,11 +24,11 @@ DELTAS = (
 
 
 def carry_strategy(cell: nn.Cell, kind: Any, delta: Delta) -> None:
-    """Derive a delta's strategies from those of its layer or attention; do nothing if that has none.
+    """Derive a delta's strategies from those of its place; do nothing if that has none.
 
     Args:
-        cell: the layer or attention.
-        kind (Union[LayerKind, AttentionKind]): of the Cell.
+        cell: the layer, block or attention.
+        kind: of the Cell, see `mindpet.network.kinds`.
         delta: made for it.
 
     Raises:
@@ -44,7 +44,7 @@ def carry_strategy(cell: nn.Cell, kind: Any, delta: Delta) -> None:
 
 
 def find_cuts(cell: nn.Cell, kind: Any) -> Any:
-    """How the operators of a layer or attention are cut, see the functions below; None if none has a strategy.
+    """How the operators of a place are cut, see the functions below; None if none has a strategy.
 
     Raises:
         ConfigError: there are strategies that a delta cannot follow.
@@ -57,7 +57,9 @@ def find_cuts(cell: nn.Cell, kind: Any) -> Any:
         if any(getattr(primitive, name, None) is not None for name in ("in_strategy", "in_layout"))
     ]
     if kind.name not in SLOTS:
-        return _layer_cuts(kind, sharded) if sharded else None
+        if not sharded:
+            return None
+        return _block_cuts(cell) if kind.name == "block" else _layer_cuts(kind, sharded)
     given = getattr(cell, kind.strategy, None)
     if given is None and not sharded:
         return None
@@ -84,6 +86,18 @@ def _layer_cuts(kind, sharded):
     if not check_strategy(check, f"strategy of {name}", strategy, axes):
         raise ConfigError("; ".join(message for _, message in check.problems))
     return {letter: count for part, layout in zip(axes.split(","), strategy) for letter, count in zip(part, layout)}
+
+
+def _block_cuts(cell):
+    """How often each axis of a block is cut: as its first and its last linear layer are."""
+    layers = linear_layers(cell)
+    first, last = (find_cuts(*layer) for layer in (layers[0], layers[-1]))
+    if first is None or last is None or first["n"] != last["n"]:
+        raise ConfigError(
+            "a delta takes the strategies of a block from its first and its last linear layer, which must both have "
+            f"them, and cut the rows alike; they are {first} and {last}"
+        )
+    return {"n": first["n"], "i": first["i"], "o": last["o"]}
 
 
 def _batch_cut(given):

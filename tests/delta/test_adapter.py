@@ -10,6 +10,7 @@ from mindpet.delta import AdapterDense, AdapterLayer
 from mindpet.delta.adapter import AdapterDelta
 from mindpet.delta.adapter import AdapterDense as ByModule
 
+FLOAT = {"compute_dtype": ms.float32}
 GOOD = {"in_channels": 4, "out_channels": 6, "bottleneck_size": 3}
 
 
@@ -24,8 +25,12 @@ def randomise(cell, rng):
 
 
 def adapter(h, p):
+    return h + bottleneck(h, p)
+
+
+def bottleneck(h, p):
     down, up = "mindpet_delta_adapter_down_sampler", "mindpet_delta_adapter_up_sampler"
-    return h + np.tanh(h @ p[f"{down}.weight"].T + p[f"{down}.bias"]) @ p[f"{up}.weight"].T + p[f"{up}.bias"]
+    return np.tanh(h @ p[f"{down}.weight"].T + p[f"{down}.bias"]) @ p[f"{up}.weight"].T + p[f"{up}.bias"]
 
 
 @pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 3, 6), (2, 1, 3, 6), (0, 6)])
@@ -44,6 +49,29 @@ def test_dense_formula(shape, has_bias, mode, rng):
     x = rng.normal(size=shape).astype(np.float32)
     hidden = np.maximum(x @ p["weight"].T + (p["bias"] if has_bias else 0), 0)
     np.testing.assert_allclose(cell(Tensor(x)).asnumpy(), adapter(hidden, p), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [4.0, "learned"])
+def test_beside_a_layer_with_a_scale(scale, mode, rng):
+    cell = AdapterDense(**GOOD, activation="relu", non_linearity="tanh", form="parallel", scale=scale, **FLOAT)
+    x = rng.normal(size=(2, 3, 4)).astype(np.float32)
+    fresh = np.maximum(x @ cell.weight.asnumpy().T + cell.bias.asnumpy(), 0)
+    np.testing.assert_allclose(cell(Tensor(x)).asnumpy(), fresh, rtol=1e-5, atol=1e-5)
+    p = randomise(cell, rng)
+    hidden = np.maximum(x @ p["weight"].T + p["bias"], 0)
+    factor = p["mindpet_delta_adapter.mindpet_delta_adapter_scale"] if scale == "learned" else scale
+    expected = hidden + factor * bottleneck(x, p)
+    np.testing.assert_allclose(cell(Tensor(x)).asnumpy(), expected, rtol=1e-5, atol=1e-5)
+    for param in cell.mindpet_delta_adapter.get_parameters():
+        param.set_data(Tensor(np.full(param.shape, np.nan, np.float32)))
+    cell.reset()
+    np.testing.assert_allclose(cell(Tensor(x)).asnumpy(), hidden, rtol=1e-5, atol=1e-5)
+
+
+def test_parameters_of_the_forms_as_the_paper_counts_them():
+    layer = AdapterLayer(768, 64, form="parallel", in_channels=512, scale="learned")
+    assert sum(param.size for param in layer.trainable_params()) == 512 * 64 + 64 + 64 * 768 + 768 + 1
+    assert layer.mindpet_delta_adapter_scale.asnumpy() == [1.0]
 
 
 def test_a_fresh_layer_leaves_a_float32_input_bit_for_bit_even_with_float16_inside(mode, rng):
@@ -106,6 +134,10 @@ COMMON = [
     ({"param_init_type": ms.int8}, TypeError, "'param_init_type' must be"),
     ({"compute_dtype": "float16"}, TypeError, "'compute_dtype' must be"),
     ({"compute_dtype": ms.float64}, TypeError, "'compute_dtype' must be"),
+    ({"form": "beside"}, ValueError, "'form' must be one of .*'parallel', 'sequential'"),
+    ({"form": None}, TypeError, "'form' must be a str"),
+    ({"scale": 0}, ValueError, "'scale' must .* got 0"),
+    ({"scale": "big"}, TypeError, "'scale' must .* got 'big'"),
 ]
 
 

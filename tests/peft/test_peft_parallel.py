@@ -156,12 +156,16 @@ def test_lora_bias_dropout_and_start_follow_too(reports):
 
 FACTORS = IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
 VECTORS = VeraConfig(r=4, target_modules=TARGETS)
+BESIDE = AdapterConfig(target_modules=["mlp"], bottleneck_size=8, form="parallel", scale="learned")
 
 
 @pytest.mark.parametrize("ranks, data_parallel", [(8, 2), (64, 16)])
 def test_factors_and_vectors_communicate_what_they_need(ranks, data_parallel):
-    ia3, vera = dry_run_many([functools.partial(make, config, data_parallel) for config in (FACTORS, VECTORS)], ranks)
-    for report in (ia3, vera):
+    configs = (FACTORS, VECTORS, BESIDE)
+    ia3, vera, beside = dry_run_many([functools.partial(make, config, data_parallel) for config in configs], ranks)
+    # Of a block the rows alone are cut: nothing but the gradients of what is whole on every rank.
+    assert collective_bytes(beside) == BASE_BYTES + 4 * 2 * (8 * (64 + 1) + 64 * (8 + 1) + 1)
+    for report in (ia3, vera, beside):
         check_delta(report)
         assert {plan.kind for plan in report.collectives} == {"AllReduce"}  # nothing is gathered
     own = {plan.cause: plan.bytes * plan.count for plan in ia3.collectives if "mindpet" in plan.cause}
