@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Union
+from typing import Any, Optional, Union
 
 import mindspore as ms
 from mindspore import nn, ops
@@ -13,6 +13,7 @@ from mindpet.delta.low_rank_adapter import LowRankAdapterDense, LowRankAdapterLa
 from mindpet.layers.activation import ACTIVATIONS, get_activation
 from mindpet.layers.linear import Dense, to_rows
 from mindpet.network.kinds import linear_layers
+from mindpet.utils.hints import ActivationLike, InitLike, Operators, Strategy
 from mindpet.utils.sharding import apply_strategies, cut_axes
 from mindpet.utils.validate import Checker
 
@@ -40,8 +41,7 @@ class BottleneckConfig(TargetConfig):
         form (str): 'sequential': computed from what the place puts out; 'parallel': from what it takes in;
             'multi_head': also, apart for each head of an attention, with as many features inside for each.
             Default: 'sequential'.
-        scale (Union[float, str]): factor of what is added, or 'learned' for one that trains, and starts as 1.
-            Default: 1.0.
+        scale: factor of what is added, or 'learned' for one that trains, and starts as 1. Default: 1.0.
     """
 
     peft_type, method_name = "ADAPTER", "adapter"
@@ -52,7 +52,7 @@ class BottleneckConfig(TargetConfig):
     form: str = "sequential"
     scale: Union[float, str] = 1.0
 
-    def delta_arguments(self, path):
+    def delta_arguments(self, path: str) -> dict[str, Any]:
         return {
             "bottleneck_size": self.bottleneck_size,
             "non_linearity": self.non_linearity,
@@ -63,7 +63,7 @@ class BottleneckConfig(TargetConfig):
     def kinds_of_targets(self, kinds):
         return PLACES[self.form]
 
-    def check_fields(self, check):
+    def check_fields(self, check: Checker) -> None:
         super().check_fields(check)
         check.positive_int(bottleneck_size=self.bottleneck_size)
         check.choice("non_linearity", self.non_linearity, ACTIVATIONS)
@@ -97,14 +97,14 @@ class AdapterLayer(ResidualAdapter):
     arXiv:2110.04366, section 3.3. W_up and both biases start as zeros, so a fresh adapter is the identity.
 
     Args:
-        hidden_size (int): features of the input and the output.
-        bottleneck_size (int): features inside. Default: 64.
-        non_linearity (str): name of the activation inside, see `mindpet.layers.get_activation`. Default: 'gelu'.
-        param_init_type (mindspore.dtype): type of the parameters: float16, float32 or bfloat16. Default: float32.
-        compute_dtype (mindspore.dtype): type of the computation: float16, float32 or bfloat16. Default: float16.
-        form (str): 'sequential' for x = h, or 'parallel'. Default: 'sequential'.
-        in_channels (int): features of x. Default: None, for `hidden_size`.
-        scale (Union[float, str]): s, or 'learned' for one that trains, and starts as 1. Default: 1.0.
+        hidden_size: features of the input and the output.
+        bottleneck_size: features inside. Default: 64.
+        non_linearity: name of the activation inside, see `mindpet.layers.get_activation`. Default: 'gelu'.
+        param_init_type: type of the parameters: float16, float32 or bfloat16. Default: float32.
+        compute_dtype: type of the computation: float16, float32 or bfloat16. Default: float16.
+        form: 'sequential' for x = h, or 'parallel'. Default: 'sequential'.
+        in_channels: features of x. Default: None, for `hidden_size`.
+        scale: s, or 'learned' for one that trains, and starts as 1. Default: 1.0.
 
     Parameters:
         mindpet_delta_adapter_block.mindpet_delta_adapter_down_sampler: weight `(bottleneck_size, in_channels)`, bias;
@@ -125,14 +125,14 @@ class AdapterLayer(ResidualAdapter):
 
     def __init__(
         self,
-        hidden_size,
-        bottleneck_size=64,
-        non_linearity="gelu",
-        param_init_type=ms.float32,
-        compute_dtype=ms.float16,
-        form="sequential",
-        in_channels=None,
-        scale=1.0,
+        hidden_size: int,
+        bottleneck_size: int = 64,
+        non_linearity: str = "gelu",
+        param_init_type: ms.Type = ms.float32,
+        compute_dtype: ms.Type = ms.float16,
+        form: str = "sequential",
+        in_channels: Optional[int] = None,
+        scale: Union[float, str] = 1.0,
     ):
         in_channels = hidden_size if in_channels is None else in_channels
         check = Checker(type(self).__name__)
@@ -167,7 +167,7 @@ class AdapterLayer(ResidualAdapter):
         return delta if self.scale == 1 else self.scale_mul(delta, self.scale)
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         """The operator behind each slot of `shard()`, and the axes of its inputs; see `mindpet.utils.sharding`."""
         down, non_linearity, up = self.mindpet_delta_adapter_block
         return {
@@ -182,25 +182,25 @@ class AdapterLayer(ResidualAdapter):
 
     def shard(
         self,
-        strategy_matmul_down_sampler=None,
-        strategy_bias_down_sampler=None,
-        strategy_non_linearity=None,
-        strategy_matmul_up_sampler=None,
-        strategy_bias_up_sampler=None,
-        strategy_residual_add=None,
-        strategy_scale_mul=None,
-    ):
-        """Set the strategies of the operators, each a tuple with one tuple of ints for each input, or None.
+        strategy_matmul_down_sampler: Optional[Strategy] = None,
+        strategy_bias_down_sampler: Optional[Strategy] = None,
+        strategy_non_linearity: Optional[Strategy] = None,
+        strategy_matmul_up_sampler: Optional[Strategy] = None,
+        strategy_bias_up_sampler: Optional[Strategy] = None,
+        strategy_residual_add: Optional[Strategy] = None,
+        strategy_scale_mul: Optional[Strategy] = None,
+    ) -> "AdapterLayer":
+        """Set the strategies of the operators; None leaves one alone.
 
         Args:
-            strategy_matmul_down_sampler (tuple): of the down matmul (transpose_b). Default: None.
-            strategy_bias_down_sampler (tuple): of the down bias addition. Default: None.
-            strategy_non_linearity (tuple): of the activation inside. Default: None.
-            strategy_matmul_up_sampler (tuple): of the up matmul (transpose_b). Default: None.
-            strategy_bias_up_sampler (tuple): of the up bias addition. Default: None.
-            strategy_residual_add (tuple): of the residual addition. Default: None.
-            strategy_scale_mul (tuple): of the product with the scale, `((rows, out), ())`, or `((rows, out), (1,))` if
-                it is learned. Default: None.
+            strategy_matmul_down_sampler: of the down matmul (transpose_b). Default: None.
+            strategy_bias_down_sampler: of the down bias addition. Default: None.
+            strategy_non_linearity: of the activation inside. Default: None.
+            strategy_matmul_up_sampler: of the up matmul (transpose_b). Default: None.
+            strategy_bias_up_sampler: of the up bias addition. Default: None.
+            strategy_residual_add: of the residual addition. Default: None.
+            strategy_scale_mul: of the product with the scale, `((rows, out), ())`, or `((rows, out), (1,))` if it is
+                learned. Default: None.
 
         Returns:
             AdapterLayer, itself.
@@ -210,7 +210,7 @@ class AdapterLayer(ResidualAdapter):
         """
         return apply_strategies(self, locals())
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return (
             f"{super().extend_repr()}, bottleneck_size={self.bottleneck_size}, non_linearity={self.non_linearity}, "
             f"form={self.form}, scale={self.scale}"
@@ -236,7 +236,7 @@ class AdapterDelta(Delta):
         return self.mindpet_delta_adapter(out, x)
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         return self.mindpet_delta_adapter.operators
 
 
@@ -386,19 +386,18 @@ class AdapterDense(DeltaDense, AdapterDelta):
     computed.
 
     Args:
-        in_channels (int): features of the input.
-        out_channels (int): features of the output.
-        weight_init (Union[Tensor, str, Initializer, Number]): of the weight W. Default: 'normal'.
-        bias_init (Union[Tensor, str, Initializer, Number]): of the bias b. Default: 'zeros'.
-        has_bias (bool): whether there is a bias. Default: True.
-        activation (Union[str, Cell, Primitive, None]): applied before the adapter. Default: None.
-        bottleneck_size (int): features inside the adapter. Default: 64.
-        non_linearity (str): name of the activation inside the adapter. Default: 'gelu'.
-        param_init_type (mindspore.dtype): type of the adapter's parameters: float16, float32 or bfloat16.
-            Default: float32.
-        compute_dtype (mindspore.dtype): type of the computation: float16, float32 or bfloat16. Default: float16.
-        form (str): 'sequential': after the layer; 'parallel': beside it. Default: 'sequential'.
-        scale (Union[float, str]): factor of what the adapter adds, or 'learned'. Default: 1.0.
+        in_channels: features of the input.
+        out_channels: features of the output.
+        weight_init: of the weight W. Default: 'normal'.
+        bias_init: of the bias b. Default: 'zeros'.
+        has_bias: whether there is a bias. Default: True.
+        activation: applied before the adapter. Default: None.
+        bottleneck_size: features inside the adapter. Default: 64.
+        non_linearity: name of the activation inside the adapter. Default: 'gelu'.
+        param_init_type: type of the adapter's parameters: float16, float32 or bfloat16. Default: float32.
+        compute_dtype: type of the computation: float16, float32 or bfloat16. Default: float16.
+        form: 'sequential': after the layer; 'parallel': beside it. Default: 'sequential'.
+        scale: factor of what the adapter adds, or 'learned'. Default: 1.0.
 
     Parameters:
         weight `(out_channels, in_channels)`, bias `(out_channels,)`, and mindpet_delta_adapter, an `AdapterLayer`.
@@ -418,18 +417,18 @@ class AdapterDense(DeltaDense, AdapterDelta):
 
     def __init__(
         self,
-        in_channels,
-        out_channels,
-        weight_init="normal",
-        bias_init="zeros",
-        has_bias=True,
-        activation=None,
-        bottleneck_size=64,
-        non_linearity="gelu",
-        param_init_type=ms.float32,
-        compute_dtype=ms.float16,
-        form="sequential",
-        scale=1.0,
+        in_channels: int,
+        out_channels: int,
+        weight_init: InitLike = "normal",
+        bias_init: InitLike = "zeros",
+        has_bias: bool = True,
+        activation: ActivationLike = None,
+        bottleneck_size: int = 64,
+        non_linearity: str = "gelu",
+        param_init_type: ms.Type = ms.float32,
+        compute_dtype: ms.Type = ms.float16,
+        form: str = "sequential",
+        scale: Union[float, str] = 1.0,
     ):
         check = Checker(type(self).__name__)
         check.positive_int(bottleneck_size=bottleneck_size)
@@ -454,7 +453,7 @@ class AdapterDense(DeltaDense, AdapterDelta):
         self.non_linearity = non_linearity
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         """The operator behind each slot of `shard()`, and the axes of its inputs; see `mindpet.utils.sharding`."""
         return {
             "strategy_matmul_org": (self.matmul, "ni,oi"),
@@ -465,26 +464,26 @@ class AdapterDense(DeltaDense, AdapterDelta):
 
     def shard(
         self,
-        strategy_matmul_org=None,
-        strategy_bias_org=None,
-        strategy_activation_org=None,
-        strategy_matmul_down_sampler=None,
-        strategy_bias_down_sampler=None,
-        strategy_non_linearity=None,
-        strategy_matmul_up_sampler=None,
-        strategy_bias_up_sampler=None,
-        strategy_residual_add=None,
-        strategy_scale_mul=None,
-    ):
-        """Set the strategies of the operators, each a tuple with one tuple of ints for each input, or None.
+        strategy_matmul_org: Optional[Strategy] = None,
+        strategy_bias_org: Optional[Strategy] = None,
+        strategy_activation_org: Optional[Strategy] = None,
+        strategy_matmul_down_sampler: Optional[Strategy] = None,
+        strategy_bias_down_sampler: Optional[Strategy] = None,
+        strategy_non_linearity: Optional[Strategy] = None,
+        strategy_matmul_up_sampler: Optional[Strategy] = None,
+        strategy_bias_up_sampler: Optional[Strategy] = None,
+        strategy_residual_add: Optional[Strategy] = None,
+        strategy_scale_mul: Optional[Strategy] = None,
+    ) -> "AdapterDense":
+        """Set the strategies of the operators; None leaves one alone.
 
         Args:
-            strategy_matmul_org (tuple): of the base matmul (transpose_b). Default: None.
-            strategy_bias_org (tuple): of the base bias addition. Default: None.
-            strategy_activation_org (tuple): of the base activation. Default: None.
+            strategy_matmul_org: of the base matmul (transpose_b). Default: None.
+            strategy_bias_org: of the base bias addition. Default: None.
+            strategy_activation_org: of the base activation. Default: None.
             strategy_matmul_down_sampler, strategy_bias_down_sampler, strategy_non_linearity,
-                strategy_matmul_up_sampler, strategy_bias_up_sampler, strategy_residual_add, strategy_scale_mul (tuple):
-                of the adapter, see `AdapterLayer.shard`. Default: None.
+                strategy_matmul_up_sampler, strategy_bias_up_sampler, strategy_residual_add, strategy_scale_mul: of the
+                adapter, see `AdapterLayer.shard`. Default: None.
 
         Returns:
             AdapterDense, itself.

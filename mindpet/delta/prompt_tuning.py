@@ -1,7 +1,8 @@
 """Prompt tuning: trained vectors in front of the embeddings of the input."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Optional
+from typing import Any, Optional
 
 import mindspore as ms
 import numpy as np
@@ -9,8 +10,10 @@ from mindspore import nn, ops
 from mindspore.common.initializer import Normal
 
 from mindpet.delta._base import PROMPT, Delta, delta_parameter
-from mindpet.delta._config import PromptLearningConfig
+from mindpet.delta._config import PeftConfig, PromptLearningConfig
 from mindpet.errors import ConfigError, NotPositiveIntError
+from mindpet.network.kinds import InputEmbeddingKind
+from mindpet.utils.hints import Arrays, Shape
 from mindpet.utils.validate import Checker, is_int
 
 TABLE = "mindpet_delta_prompt"
@@ -21,19 +24,19 @@ INITS = ("RANDOM", "TEXT", "SAMPLE_VOCAB")
 class PromptConfig(PromptLearningConfig):
     """What methods have in common that put vectors in front of the embeddings, see `PromptCell`."""
 
-    def delta_arguments(self, path):
+    def delta_arguments(self, path: str) -> dict[str, Any]:
         return {"tokens": self.num_virtual_tokens}
 
     @staticmethod
-    def network_sizes(kinds):
+    def network_sizes(kinds: Sequence[InputEmbeddingKind]) -> dict[str, int]:
         return {"token_dim": kinds[0].token_dim, "num_transformer_submodules": len(kinds)}
 
     @property
-    def table_shape(self):
+    def table_shape(self) -> Optional[Shape]:
         sizes = (self.num_virtual_tokens, self.token_dim)
         return None if None in sizes else (sizes[0] * (self.num_transformer_submodules or 1), sizes[1])
 
-    def of_delta_file(self, shapes, tensors):
+    def of_delta_file(self, shapes: dict[str, dict[str, Shape]], tensors: Arrays) -> tuple[PeftConfig, Arrays]:
         """The configuration with the sizes of the prompt; one that says others is refused."""
         config, tensors = super().of_delta_file(shapes, tensors)
         shape, parts = tensors[PROMPT].shape, self.num_transformer_submodules or 1
@@ -145,7 +148,7 @@ class PromptCell(nn.Cell):
         """Cut the result over the batch; the vectors are the same on every rank.
 
         Args:
-            batch (int): slices of the batch.
+            batch: slices of the batch.
 
         Returns:
             PromptCell, itself.
@@ -156,7 +159,7 @@ class PromptCell(nn.Cell):
         self.concat.shard((layout, layout))
         return self
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return f"tokens={self.tokens}, features={self.features}"
 
 
@@ -240,9 +243,9 @@ class PromptDelta(PromptEmbedding, Delta):
     @classmethod
     def to_file(cls, values):
         """One table of all prompts, `(prompts * tokens, features)`; Hugging Face PEFT has two for two submodules."""
-        return {PROMPT: np.concatenate([own[TABLE] for own in values.values()])}
+        return {PROMPT: np.concatenate([prompt[TABLE] for prompt in values.values()])}
 
     @classmethod
-    def from_file(cls, tensors, paths):
+    def from_file(cls, tensors: Arrays, paths: Sequence[str]) -> dict[str, Arrays]:
         parts = np.split(tensors[PROMPT], len(paths))
         return {path: {TABLE: np.ascontiguousarray(part)} for path, part in zip(paths, parts)}

@@ -1,5 +1,6 @@
 """How the tensors of a delta are called in an adapter's file."""
 
+from collections.abc import Iterable
 from typing import NamedTuple, Optional
 
 from mindpet.delta._config import PeftConfig
@@ -11,34 +12,26 @@ class Key(NamedTuple):
     """What a key of an adapter's file says.
 
     Attributes:
-        path (str): of the layer in the PyTorch model; None for a tensor that layers share.
-        name (str): of the parameter in the Delta.
-        kinds (tuple): of layers whose Delta has a parameter of this name in a file.
-        config (PeftConfig): of the method, one of the `parts` of that of the adapter.
+        path: of the layer in the PyTorch model; None for a tensor that layers share.
+        name: of the parameter in the Delta.
+        kinds: of layers whose Delta has a parameter of this name in a file.
+        config: of the method, one of the `parts` of that of the adapter.
     """
 
     path: Optional[str]
     name: str
-    kinds: tuple
+    kinds: tuple[str, ...]
     config: PeftConfig
 
 
-def shared_key(file):
+def shared_key(file: str) -> str:
     """The key of a tensor that the layers share."""
     return f"base_model.{file}"
 
 
-def parse_keys(keys, config):
-    """The keys that are of deltas, with what they say.
-
-    Args:
-        keys (iterable of str): of an adapter's file.
-        config (PeftConfig): of the adapter.
-
-    Returns:
-        dict of key -> Key.
-    """
-    found = {}
+def parse_keys(keys: Iterable[str], config: PeftConfig) -> dict[str, Key]:
+    """The keys that are of deltas, with what they say."""
+    parsed = {}
     for part in config.parts:
         kinds, shared = {}, {}  # (name in a file, name in the Delta), (key, name in the Delta) -> kinds
         for kind, delta in method_of(part).deltas.items():
@@ -49,11 +42,11 @@ def parse_keys(keys, config):
         for key in keys:
             for (whole, name), of in shared.items():
                 if key == whole:
-                    found[key] = Key(None, name, tuple(of), part)
+                    parsed[key] = Key(None, name, tuple(of), part)
             for (file, name), of in kinds.items():
                 if key.startswith(part.key_start) and key.endswith(f".{file}"):
-                    found[key] = Key(key[len(part.key_start) : -len(file) - 1], name, tuple(of), part)
-    return found
+                    parsed[key] = Key(key[len(part.key_start) : -len(file) - 1], name, tuple(of), part)
+    return parsed
 
 
 def target_paths(keys, config):

@@ -2,10 +2,12 @@
 
 import copy
 from dataclasses import dataclass, field, fields
+from typing import Optional
 
 from mindspore import nn
 
-from mindpet.delta.registry import METHODS, method_of
+from mindpet.delta._config import PeftConfig
+from mindpet.delta.registry import METHODS, Method, method_of
 from mindpet.errors import ConfigError, MindPetError, NoMatchError
 from mindpet.network.kinds import SLOTS, layer_kind, place_kind, slot_of
 from mindpet.network.match import (
@@ -21,6 +23,8 @@ from mindpet.network.match import (
 from mindpet.network.parameters import STATISTICS, matches
 from mindpet.peft.strategies import find_cuts
 from mindpet.utils.validate import is_int
+
+Place = tuple[str, nn.Cell, str]  # of a Parameter: path of a Cell, the Cell, attribute
 
 
 @dataclass
@@ -46,17 +50,17 @@ class Target:
     tied: list = field(default_factory=list)
 
     @property
-    def path(self):
+    def path(self) -> str:
         """The first path."""
         return self.paths[0]
 
     @property
-    def is_layer(self):
+    def is_layer(self) -> bool:
         """Whether it is a layer with a weight."""
         return hasattr(self.kind, "weight")
 
     @property
-    def is_slot(self):
+    def is_slot(self) -> bool:
         """Whether the Cell has an attribute for the delta."""
         return self.kind.name in SLOTS
 
@@ -86,12 +90,12 @@ class Plan:
     still: list = field(default_factory=list)
 
     @property
-    def methods(self):
+    def methods(self) -> list[Method]:
         """Of the registry, those of the configuration."""
         return [method_of(part) for part in self.config.parts]
 
     @property
-    def trainable(self):
+    def trainable(self) -> tuple[str, ...]:
         """Patterns of the parameters that train, of the deltas."""
         return tuple(pattern for method in self.methods for pattern in method.trainable)
 
@@ -114,19 +118,18 @@ class Plan:
         return "\n".join(f"{path:<{widths[0]}}  {kind:<{widths[1]}}  {what}" for path, kind, what in rows)
 
 
-def plan_targets(network, config, batch_statistics=False, unmatched=None):
+def plan_targets(
+    network: nn.Cell, config: PeftConfig, batch_statistics: bool = False, unmatched: Optional[list[str]] = None
+) -> Plan:
     """What `get_peft_model` would do; the network is not changed. `print` the result to see it.
 
     Args:
-        network (Cell): the base network.
-        config (PeftConfig): the configuration.
-        batch_statistics (bool): whether the running statistics of BatchNorms move while training; then they belong to
-            the adapter. Default: False.
-        unmatched (list): where to note, for a file, entries of the configuration that match nothing. Default: None, to
-            refuse them.
-
-    Returns:
-        Plan.
+        network: the base network.
+        config: says what.
+        batch_statistics: whether the running statistics of BatchNorms move while training; then they belong to the
+            adapter. Default: False.
+        unmatched: where to note, for a file, entries of the configuration that match nothing. Default: None, to refuse
+            them.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -271,8 +274,8 @@ def _check_targets(network, plan, unmatched):
         except ConfigError as error:
             problems.append(f"{target.path or 'the network'}: {error}")
         else:
-            found = target.delta.problems(target.cell, target.kind, is_sharded, **target.arguments)
-            problems += [f"{target.path or 'the network'}: {problem}" for problem in found]
+            objections = target.delta.problems(target.cell, target.kind, is_sharded, **target.arguments)
+            problems += [f"{target.path or 'the network'}: {problem}" for problem in objections]
     if problems:
         raise ConfigError(f"{type(plan.config).__name__}: " + "; ".join(problems) + ".")
 
@@ -283,9 +286,9 @@ def _find_modules_to_save(network, plan, unmatched):
     layers = list_layers(network)
     problems, missing = [], False
     for entry in dict.fromkeys([*listed(config.modules_to_save), *heads]):
-        found = [layer for layer in layers if any(ends_with(path, entry) for path in layer.paths)]
-        plan.modules_to_save += [layer for layer in found if layer not in plan.modules_to_save]
-        if not found and entry not in heads:
+        matching = [layer for layer in layers if any(ends_with(path, entry) for path in layer.paths)]
+        plan.modules_to_save += [layer for layer in matching if layer not in plan.modules_to_save]
+        if not matching and entry not in heads:
             missing = unmatched is None
             (problems if missing else unmatched).append(no_match("modules_to_save", entry, layers))
     for index, layer in enumerate(plan.copied):
@@ -332,22 +335,22 @@ def _find_trained(network, plan, batch_statistics):
 
 def _take(plan, places):
     """Add places to those of a plan; one that a copy goes to already is left out."""
-    taken = {(id(cell), key) for found in plan.places.values() for _, cell, key in found}
-    for found in places.values():
-        free = [place for place in found if (id(place[1]), place[2]) not in taken]
+    taken = {(id(cell), key) for group in plan.places.values() for _, cell, key in group}
+    for group in places.values():
+        free = [place for place in group if (id(place[1]), place[2]) not in taken]
         if free:
             plan.places[".".join(filter(None, (free[0][0], free[0][2])))] = free
 
 
-def parameter_places(prefix, network):
-    """path -> list of (path of a Cell, Cell, attribute), of every Parameter in a network; several if it is shared."""
+def parameter_places(prefix: str, network: nn.Cell) -> dict[str, list[Place]]:
+    """The places of every Parameter in a network by the path of the first; several if it is shared."""
     places = {}
     for name, cell in network.cells_and_names():
-        own = ".".join(filter(None, (prefix, name)))
+        path = ".".join(filter(None, (prefix, name)))
         for key, param in cell._params.items():
             if param is not None:
-                places.setdefault(id(param), []).append((own, cell, key))
-    return {".".join(filter(None, (found[0][0], found[0][2]))): found for found in places.values()}
+                places.setdefault(id(param), []).append((path, cell, key))
+    return {".".join(filter(None, (group[0][0], group[0][2]))): group for group in places.values()}
 
 
 def _parameter(places):

@@ -8,6 +8,7 @@ tables, kernels and the factors of a matrix. A matmul of `(n, i)` with `(r, i)` 
 """
 
 import warnings
+from typing import Any
 
 import mindspore as ms
 from mindspore import nn, ops
@@ -27,19 +28,19 @@ WHOLE = {
 }
 
 
-def apply_strategies(cell, strategies):
+def apply_strategies(cell: nn.Cell, strategies: dict[str, Any]) -> nn.Cell:
     """Set the strategies of the operators of `cell`; every strategy is checked before the first is set.
 
     A strategy of None leaves its operator alone. One for an operator that the Cell does not have (no bias, no
     activation) is a warning. Setting a strategy changes nothing outside of a parallel mode.
 
     Args:
-        cell (Cell): has the table `operators`.
-        strategies (dict): slot -> strategy: what `locals()` is in a `shard()`; `self` is passed over. A slot that is
-            missing is None.
+        cell: has the table `operators`.
+        strategies: slot -> strategy: what `locals()` is in a `shard()`; `self` is passed over. A slot that is missing
+            is None.
 
     Returns:
-        Cell, `cell`.
+        `cell`.
 
     Raises:
         TypeError: a strategy is not a tuple of tuples of ints; there is no such slot.
@@ -84,7 +85,7 @@ def slot_table(cell):
     return cell.operators if isinstance(getattr(type(cell), "operators", None), property) else {}
 
 
-def check_strategy(check, slot, strategy, axes):
+def check_strategy(check: Checker, slot: str, strategy: Any, axes: str) -> bool:
     """Whether a strategy is a tuple of tuples of positive ints that fits the axes.
 
     For an operator of one input several equal tuples are allowed; they mean that layout.
@@ -101,7 +102,7 @@ def check_strategy(check, slot, strategy, axes):
     return fits and check.require(positive, ValueError, slot, strategy, "of counts of at least 1")
 
 
-def shard_whole(*cells):
+def shard_whole(*cells: nn.Cell) -> None:
     """Have every rank compute Cells on matrices as a whole: Embedding, Dense, Tanh, Dropout."""
     for cell in cells:
         for name, strategy in WHOLE.items():
