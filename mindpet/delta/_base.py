@@ -1,7 +1,7 @@
 """What a method is made of: a Delta for each kind of place, and a Dense layer that has one."""
 
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import mindspore as ms
 import numpy as np
@@ -81,7 +81,7 @@ class Delta(nn.Cell):
         """The parameters that the deltas of an adapter share; `setup` gets them as `shared`.
 
         Args:
-            targets (list of Target): of the adapter that have this delta; each has `cell`, `kind` and `arguments`.
+            targets: of the adapter that have this delta; each has `cell`, `kind` and `arguments`.
 
         Returns:
             By name, see `shared_names`; empty if there are none.
@@ -108,7 +108,7 @@ class Delta(nn.Cell):
         """A tensor in the compute type."""
         return cast(value, self.compute_dtype)
 
-    def keep_weight(self, cell):
+    def keep_weight(self, cell: nn.Cell) -> None:
         """Keep the layer's weight beside the delta's parameters, for a delta that computes with it."""
         self.base_weight = self.kind.weight_of(cell)
 
@@ -116,7 +116,7 @@ class Delta(nn.Cell):
         """The layer's weight, see `keep_weight`; it does not train."""
         return self.base_weight
 
-    def reset(self):
+    def reset(self) -> None:
         """Make the delta the identity bit for bit, whatever its parameters hold: all of them are lost.
 
         Each one is set, not only what the last product needs, for `0 * NaN` is NaN. Keep the values that are to come
@@ -276,7 +276,7 @@ class DeltaDense(Dense):
             return self.activate(self.after(rows, out))
         return self.after(rows, self.activate(out))
 
-    def keep_weight(self, cell):
+    def keep_weight(self, cell: nn.Cell) -> None:
         """Do nothing: the weight is the layer's own."""
 
     def kept_weight(self):
@@ -430,13 +430,13 @@ def out_features(cell: nn.Cell, kind: LayerKind) -> int:
     return kind.out_features(cell)
 
 
-def matrix_shape(cell, kind):
+def matrix_shape(cell: nn.Cell, kind: LayerKind) -> tuple[int, int]:
     """`(out, in)` of a linear layer, `(features, vocab)` of an embedding."""
     shape = kind.weight_of(cell).shape
     return shape[::-1] if kind.transposed else shape
 
 
-def scale_problems(scale, kind):
+def scale_problems(scale: Union[float, np.ndarray], kind: LayerKind) -> list[str]:
     """What speaks against a scale of a delta beside a layer of a kind: that its compute type cannot hold it."""
     with np.errstate(over="ignore"):
         held = abs(float(np.asarray(scale).astype(ms.dtype_to_nptype(kind.compute_dtype))))
@@ -445,7 +445,7 @@ def scale_problems(scale, kind):
     return [f"the scale, {scale:g}, must be a number of {kind.compute_dtype}, in which it computes"]
 
 
-def set_zeros(*params):
+def set_zeros(*params: Parameter) -> None:
     """Fill Parameters with zeros."""
     for param in params:
         assign(param, initializer("zeros", param.shape, param.dtype).init_data())

@@ -126,12 +126,12 @@ class PeftConfig:
         return getattr(self.peft_type, "value", self.peft_type)
 
     @property
-    def task_heads(self):
+    def task_heads(self) -> tuple[str, ...]:
         """Names of output layers that are trained and saved for the task, without being named in modules_to_save."""
         return TASK_HEADS.get(self.task_type, ())
 
     @property
-    def is_prompt_learning(self):
+    def is_prompt_learning(self) -> bool:
         """Whether the method adds tokens or keys and values, rather than layers."""
         return isinstance(self, PromptLearningConfig)
 
@@ -182,22 +182,22 @@ class PeftConfig:
         """
         return copy.deepcopy(self), tensors
 
-    def unpack(self, tensors):
+    def unpack(self, tensors: Arrays) -> tuple["PeftConfig", Arrays]:
         """The inverse of `pack`: the configuration and the tensors of an adapter, from those of a file."""
         return self, tensors
 
-    def pack(self, tensors):
+    def pack(self, tensors: Arrays) -> tuple["PeftConfig", Arrays]:
         """What a file has, where it lacks a part that can be told from the rest.
 
         Args:
-            tensors (dict): key -> numpy.ndarray, of the adapter.
+            tensors: those of the adapter, by key.
 
         Returns:
-            tuple: PeftConfig, and dict of key -> numpy.ndarray.
+            The configuration and the tensors of the file.
         """
         return self, tensors
 
-    def check_supported(self, from_file=False):
+    def check_supported(self, from_file: bool = False) -> None:
         """Refuse fields that would change what is computed, but have no place here.
 
         Args:

@@ -1,6 +1,7 @@
 """Adapter: a bottleneck that is added to what a frozen layer or block puts out, after it or beside it."""
 
 from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Optional, Union
 
@@ -12,7 +13,7 @@ from mindpet.delta._config import TargetConfig
 from mindpet.delta.low_rank_adapter import LowRankAdapterDense, LowRankAdapterLayer
 from mindpet.layers.activation import ACTIVATIONS, get_activation
 from mindpet.layers.linear import Dense, to_rows
-from mindpet.network.kinds import linear_layers
+from mindpet.network.kinds import ContextKind, linear_layers
 from mindpet.utils.hints import ActivationLike, InitLike, Operators, Strategy
 from mindpet.utils.sharding import apply_strategies, cut_axes
 from mindpet.utils.validate import Checker
@@ -36,11 +37,10 @@ class BottleneckConfig(TargetConfig):
     With 'multi_head' it names attentions that have a `context_source`, see docs/peft.md.
 
     Args beyond those of PeftConfig and TargetConfig:
-        bottleneck_size (int): features inside. Default: 64.
-        non_linearity (str): activation inside, see `mindpet.layers.get_activation`. Default: 'gelu'.
-        form (str): 'sequential': computed from what the place puts out; 'parallel': from what it takes in;
-            'multi_head': also, apart for each head of an attention, with as many features inside for each.
-            Default: 'sequential'.
+        bottleneck_size: features inside. Default: 64.
+        non_linearity: activation inside, see `mindpet.layers.get_activation`. Default: 'gelu'.
+        form: 'sequential': computed from what the place puts out; 'parallel': from what it takes in; 'multi_head':
+            also, apart for each head of an attention, with as many features inside for each. Default: 'sequential'.
         scale: factor of what is added, or 'learned' for one that trains, and starts as 1. Default: 1.0.
     """
 
@@ -60,7 +60,7 @@ class BottleneckConfig(TargetConfig):
             "scale": self.scale,
         }
 
-    def kinds_of_targets(self, kinds):
+    def kinds_of_targets(self, kinds: Collection[str]) -> Collection[str]:
         return PLACES[self.form]
 
     def check_fields(self, check: Checker) -> None:
@@ -71,13 +71,13 @@ class BottleneckConfig(TargetConfig):
         check_scale(check, self.scale)
 
 
-def check_form(check, form, scale):
+def check_form(check: Checker, form: Any, scale: Any) -> None:
     """Note what is wrong with the form and the scale of an adapter at a layer."""
     check.choice("form", form, ("sequential", "parallel"))
     check_scale(check, scale)
 
 
-def check_scale(check, scale):
+def check_scale(check: Checker, scale: Any) -> None:
     """Note a scale that is neither a number nor 'learned'."""
     if scale != LEARNED:
         check.nonzero_number(scale=scale)
@@ -250,14 +250,14 @@ class MultiHeadAdapterLayer(nn.Cell):
     section 3.3, the multi-head parallel adapter. W_up and both biases start as zeros, so a fresh one is the identity.
 
     Args:
-        hidden_size (int): features of x, the attention's input.
-        heads (int): query heads.
-        head_dim (int): features of a head.
-        bottleneck_size (int): features inside, for each head. Default: 64.
-        non_linearity (str): name of the activation inside, see `mindpet.layers.get_activation`. Default: 'gelu'.
-        scale (Union[float, str]): s, or 'learned' for one that trains, and starts as 1. Default: 1.0.
-        param_init_type (mindspore.dtype): type of the parameters: float16, float32 or bfloat16. Default: float32.
-        compute_dtype (mindspore.dtype): type of the computation: float16, float32 or bfloat16. Default: float16.
+        hidden_size: features of x, the attention's input.
+        heads: query heads.
+        head_dim: features of a head.
+        bottleneck_size: features inside, for each head. Default: 64.
+        non_linearity: name of the activation inside, see `mindpet.layers.get_activation`. Default: 'gelu'.
+        scale: s, or 'learned' for one that trains, and starts as 1. Default: 1.0.
+        param_init_type: type of the parameters: float16, float32 or bfloat16. Default: float32.
+        compute_dtype: type of the computation: float16, float32 or bfloat16. Default: float16.
 
     Parameters:
         mindpet_delta_adapter_down: weight `(heads * bottleneck_size, hidden_size)`, bias; mindpet_delta_adapter_up
@@ -278,14 +278,14 @@ class MultiHeadAdapterLayer(nn.Cell):
 
     def __init__(
         self,
-        hidden_size,
-        heads,
-        head_dim,
-        bottleneck_size=64,
-        non_linearity="gelu",
-        scale=1.0,
-        param_init_type=ms.float32,
-        compute_dtype=ms.float16,
+        hidden_size: int,
+        heads: int,
+        head_dim: int,
+        bottleneck_size: int = 64,
+        non_linearity: str = "gelu",
+        scale: Union[float, str] = 1.0,
+        param_init_type: ms.Type = ms.float32,
+        compute_dtype: ms.Type = ms.float16,
     ):
         check = Checker(type(self).__name__)
         check.positive_int(hidden_size=hidden_size, heads=heads, head_dim=head_dim, bottleneck_size=bottleneck_size)
@@ -321,20 +321,20 @@ class MultiHeadAdapterLayer(nn.Cell):
             factor = ops.cast(self.mindpet_delta_adapter_scale, self.compute_dtype)
         return self.residual_add(context, ops.cast(self.scale_mul(delta, factor), context.dtype))
 
-    def shard(self, batch, heads):
+    def shard(self, batch: int, heads: int) -> "MultiHeadAdapterLayer":
         """Cut the result over the batch and the heads.
 
         Args:
-            batch (int): slices of the batch.
-            heads (int): slices of the heads.
+            batch: slices of the batch.
+            heads: slices of the heads.
 
         Returns:
-            MultiHeadAdapterLayer, itself.
+            Itself.
         """
         return apply_strategies(self, cut_axes(self, {"n": batch, "o": heads}))
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         """The operator behind each slot, and the axes of its inputs; see `mindpet.utils.sharding`."""
         down = self.mindpet_delta_adapter_down
         return {
@@ -349,7 +349,7 @@ class MultiHeadAdapterLayer(nn.Cell):
             "strategy_residual_add": (self.residual_add, "nokl,nokl"),
         }
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return f"heads={self.heads}, bottleneck_size={self.bottleneck_size}, scale={self.scale}"
 
 
@@ -362,7 +362,15 @@ class MultiHeadAdapterDelta(MultiHeadAdapterLayer, Delta):
     """
 
     @classmethod
-    def create(cls, cell, kind, bottleneck_size, non_linearity, form, scale):
+    def create(
+        cls,
+        cell: nn.Cell,
+        kind: ContextKind,
+        bottleneck_size: int,
+        non_linearity: str,
+        form: str,
+        scale: Union[float, str],
+    ) -> "MultiHeadAdapterDelta":
         (first, layer), *_ = linear_layers(cell)
         return cls(
             layer.in_features(first),

@@ -195,7 +195,7 @@ class PrefixLayer(nn.Cell):
 
 # A constexpr runs as plain Python in PyNative mode and once at compile time in graph mode, where warnings do not parse.
 @ops.constexpr
-def warn_of_snapshot():
+def warn_of_snapshot() -> None:
     """Warn if a prefix property is read in an `__init__`: the value stays what it is while the prefix trains."""
     frame = sys._getframe(1)
     while frame is not None and frame.f_code.co_name not in ("construct", "compile"):

@@ -65,7 +65,7 @@ class Method:
     identity: bool = False
 
     @property
-    def mergeable(self):
+    def mergeable(self) -> bool:
         """Whether its deltas, if it has any, can be folded into the weights of their layers."""
         return not self.deltas or any(delta.fold for delta in self.deltas.values())
 

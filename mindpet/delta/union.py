@@ -3,9 +3,10 @@
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Union
+from typing import Any, Union
 
 from mindpet.delta._config import PeftConfig, PromptLearningConfig, get_peft_config
+from mindpet.utils.hints import Arrays
 from mindpet.utils.validate import Checker
 
 # Fields that an adapter has once, and its methods have not.
@@ -67,10 +68,10 @@ class UnionConfig(PeftConfig):
         for part in self.parts:
             part.check_supported(from_file)
 
-    def unpack(self, tensors):
+    def unpack(self, tensors: Arrays) -> tuple[PeftConfig, Arrays]:
         return self._each("unpack", tensors)
 
-    def pack(self, tensors):
+    def pack(self, tensors: Arrays) -> tuple[PeftConfig, Arrays]:
         return self._each("pack", tensors)
 
     def _each(self, change, tensors):
@@ -80,7 +81,7 @@ class UnionConfig(PeftConfig):
             parts.append(part)
         return self.with_parts(parts), tensors
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "configs": [part.to_dict() for part in self.parts]}
 
 

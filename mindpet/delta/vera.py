@@ -1,5 +1,6 @@
 """VeRA: vectors that scale random matrices, which all layers share."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Optional, Union
 
@@ -97,7 +98,7 @@ class VeraDelta(Delta):
     shared_names = {A: "vera_A", B: "vera_B"}
 
     @classmethod
-    def shared(cls, targets):
+    def shared(cls, targets: Sequence[Any]) -> dict[str, Parameter]:
         shapes = [matrix_shape(target.cell, target.kind) for target in targets]
         outs, ins = zip(*shapes)
         return _projections(max(ins), max(outs), targets[0].arguments["rank"], targets[0].arguments["seed"])

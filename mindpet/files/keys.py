@@ -6,6 +6,7 @@ from typing import NamedTuple, Optional
 from mindpet.delta._config import PeftConfig
 from mindpet.delta.registry import method_of
 from mindpet.network.match import names_module
+from mindpet.utils.hints import Arrays
 
 
 class Key(NamedTuple):
@@ -49,28 +50,28 @@ def parse_keys(keys: Iterable[str], config: PeftConfig) -> dict[str, Key]:
     return parsed
 
 
-def target_paths(keys, config):
+def target_paths(keys: Iterable[str], config: PeftConfig) -> list[str]:
     """The paths of the layers that have a delta in a file, or a copy, in its order."""
     copied = [copied_layer(key, config) for key in keys if copied_layer(key, config) is not None]
     return list(dict.fromkeys([*copied, *(key.path for key in parse_keys(keys, config).values() if key.path)]))
 
 
-def copied_key(layer, name, config):
+def copied_key(layer: str, name: str, config: PeftConfig) -> str:
     """The key of a parameter of a layer that is copied, see `TargetConfig.copied_as`.
 
     Args:
-        layer (str): path of the layer in the PyTorch model.
-        name (str): of the parameter there, which begins with the path.
-        config (PeftConfig): of the adapter.
+        layer: path of the layer in the PyTorch model.
+        name: of the parameter there, which begins with the path.
+        config: of the adapter.
     """
     return f"{config.key_start}{layer}.{_infix(config)}{name[len(layer) :]}"
 
 
-def copied_layer(key, config):
+def copied_layer(key: str, config: PeftConfig) -> Optional[str]:
     """The path of the layer that a key of `copied_key` is of; None for any other key."""
     infix, name = _infix(config), key[len(config.key_start) :]
-    path, found, _ = name.partition(f".{infix}.") if infix and key.startswith(config.key_start) else ("", "", "")
-    return path if found else None
+    path, mark, _ = name.partition(f".{infix}.") if infix and key.startswith(config.key_start) else ("", "", "")
+    return path if mark else None
 
 
 def _infix(config):
@@ -78,7 +79,7 @@ def _infix(config):
     return next(filter(None, (getattr(part, "copied_as", None) for part in config.parts)), None)
 
 
-def base_name(key, config):
+def base_name(key: str, config: PeftConfig) -> str:
     """The name in the base of a parameter that an adapter has a value of its own for, from its key."""
     layer, name = copied_layer(key, config), key[len(config.key_start) :] if key.startswith(config.key_start) else key
     if layer is not None:
@@ -86,17 +87,14 @@ def base_name(key, config):
     return name.replace(".base_layer.", ".")
 
 
-def tied_keys(tensors, config):
+def tied_keys(tensors: Arrays, config: PeftConfig) -> set[str]:
     """The keys of layers that `target_modules` does not mean, which have the tensor of one that it means.
 
     Hugging Face PEFT saves what layers of one weight have in common for each of them, see `Delta.tied_deltas`.
 
     Args:
-        tensors (dict): key -> numpy.ndarray, of an adapter's file.
-        config (PeftConfig): of the adapter.
-
-    Returns:
-        set of str.
+        tensors: those of an adapter's file, by key.
+        config: of the adapter.
     """
     ties = set()
     for part in config.parts:
@@ -108,7 +106,7 @@ def tied_keys(tensors, config):
     return ties
 
 
-def without_ties(tensors, config):
+def without_ties(tensors: Arrays, config: PeftConfig) -> Arrays:
     """The tensors of an adapter without those of `tied_keys`."""
     ties = tied_keys(tensors, config)
     return {key: value for key, value in tensors.items() if key not in ties}

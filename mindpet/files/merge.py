@@ -191,8 +191,8 @@ def merge(
     if lasting:
         raise MergeError(f"{adapter}: {' and '.join(lasting)} cannot be folded into weights.")
     tensors, config = names.fuse(tensors, config)
-    own = [f"{key.path}.weight" for key in parse_keys(tensors, config).values() if key.path is not None]
-    places = Places(files, names, own or [base_name(key, config) for key in tensors])
+    weights = [f"{key.path}.weight" for key in parse_keys(tensors, config).values() if key.path is not None]
+    places = Places(files, names, weights or [base_name(key, config) for key in tensors])
     ties = {key: parse_keys([key], config)[key].path for key in tied_keys(tensors, config)}
     absent = {key for key, path in ties.items() if places.find(f"{path}.weight") is None}  # the base has it once
     tensors = {key: value for key, value in tensors.items() if key not in absent}
@@ -486,8 +486,8 @@ def _tied(layers, files):
 
     A Hugging Face model with a language model head has them tied unless its configuration says otherwise.
     """
-    own = [layer for layer in layers if layer.kind and not layer.cls.tied_deltas]
-    embeddings = [layer.weight for layer in own if layer.kind.name == "embedding"]
+    holders = [layer for layer in layers if layer.kind and not layer.cls.tied_deltas]
+    embeddings = [layer.weight for layer in holders if layer.kind.name == "embedding"]
     path = files.path / "config.json"
     if not embeddings or not path.is_file():
         for name in embeddings:

@@ -29,9 +29,9 @@ class LayerKind:
         weight: attribute of the weight: of a linear layer `(out, in)`, of an embedding `(vocab, features)`, of a
             convolution `(out, in / groups, *kernel)`.
         bias: attribute of the bias `(out,)`, which may be missing or None.
-        fan_in_fan_out (bool): whether a linear layer has its weight as `(in, out)`.
-        compute_dtype (mindspore.dtype): that the layer computes in.
-        adds_bias (bool): whether the bias is in the output.
+        fan_in_fan_out: whether a linear layer has its weight as `(in, out)`.
+        compute_dtype: that the layer computes in.
+        adds_bias: whether the bias is in the output.
         flattens: whether the layer's own activation takes `(rows, out)`.
         batch_axis: axis of the output that the batch is on.
     """
@@ -101,7 +101,7 @@ class BlockKind:
     Attributes:
         inputs: features of the input.
         outputs: features of the output.
-        compute_dtype (mindspore.dtype): that its first linear layer computes in.
+        compute_dtype: that its first linear layer computes in.
     """
 
     inputs: int
@@ -152,7 +152,7 @@ class AttentionKind:
     strategy = "prefix_strategy"
 
     @property
-    def cut_heads(self):
+    def cut_heads(self) -> int:
         """The heads that the Cell's strategies cut."""
         return self.kv_heads
 
@@ -165,9 +165,9 @@ class ContextKind:
     with their positions and the result, both `(batch, heads, seq, head_dim)`.
 
     Attributes:
-        heads (int): query heads.
-        kv_heads (int): key and value heads.
-        head_dim (int): features of a head.
+        heads: query heads.
+        kv_heads: key and value heads.
+        head_dim: features of a head.
     """
 
     heads: int
@@ -179,7 +179,7 @@ class ContextKind:
     strategy = "context_strategy"
 
     @property
-    def cut_heads(self):
+    def cut_heads(self) -> int:
         """The heads that the Cell's strategies cut."""
         return self.heads
 
@@ -198,7 +198,7 @@ class InputEmbeddingKind:
     slot = "prompt_source"
     strategy = "prompt_strategy"
 
-    def weight_of(self, cell):
+    def weight_of(self, cell: nn.Cell) -> Parameter:
         """The Parameter of the table, `(vocab, token_dim)`, of the embedding that the Cell calls `prompt_table`.
 
         Raises:
@@ -215,7 +215,7 @@ class InputEmbeddingKind:
             )
         return weight
 
-    def to_matrix(self, weight):
+    def to_matrix(self, weight: np.ndarray) -> np.ndarray:
         """The table as deltas take it, a row for each token."""
         return weight
 

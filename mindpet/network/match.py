@@ -71,7 +71,7 @@ def find_targets(
 
     Args:
         network: the base network.
-        config (TargetConfig): says which layers.
+        config: says which layers.
         supported: whether a Cell can carry the method.
         unmatched: where to note, for a file, entries that match nothing. Default: None, to refuse them.
         deltas: classes of Cells that carry a delta already. Default: ().
@@ -115,7 +115,7 @@ def check_patterns(config: Any, layers: Sequence[Layer], unmatched: Optional[lis
     """Refuse keys of `rank_pattern` and `alpha_pattern`, and entries of `choices`, that fit none of the layers.
 
     Args:
-        config (PeftConfig): the configuration.
+        config: the configuration.
         layers: its targets.
         unmatched: where to note such keys instead, for a file. Default: None.
 
@@ -133,15 +133,12 @@ def check_patterns(config: Any, layers: Sequence[Layer], unmatched: Optional[lis
         raise NoMatchError(f"{type(config).__name__}: " + "; ".join(problems) + ".")
 
 
-def default_targets(layers, usual=USUAL_TARGETS):
+def default_targets(layers: Sequence[Layer], usual: Sequence[tuple[str, ...]] = USUAL_TARGETS) -> list[str]:
     """The names of the layers that get a delta if the configuration says nothing.
 
     Args:
-        layers (list of Layer): of the network.
-        usual (tuple): tuples of names, of which the first is taken that is there as a whole. Default: USUAL_TARGETS.
-
-    Returns:
-        list of str.
+        layers: of the network.
+        usual: tuples of names, of which the first is taken that is there as a whole. Default: USUAL_TARGETS.
 
     Raises:
         ConfigError: none are known.

@@ -23,7 +23,7 @@ class MixedBatches:
     """Computes batches whose rows have different adapters, with one graph for all adapters that can be mixed.
 
     Args:
-        placement (Placement): has the adapters.
+        placement: has the adapters.
 
     Attributes:
         roots (dict): whether the network trains -> Cell around it, with graphs of its own.

@@ -34,7 +34,7 @@ class FoldedDelta(NamedTuple):
     values: Arrays
 
 
-def in_float32(values):
+def in_float32(values: Arrays) -> Arrays:
     """Arrays by name as `Delta.fold` takes them; integers stay what they are."""
     return {name: value if value.dtype.kind in "iu" else value.astype(np.float32) for name, value in values.items()}
 

@@ -2,10 +2,11 @@
 
 import copy
 from dataclasses import dataclass, field, fields
-from typing import Optional
+from typing import Any, Optional
 
-from mindspore import nn
+from mindspore import Parameter, nn
 
+from mindpet.delta._base import Delta
 from mindpet.delta._config import PeftConfig
 from mindpet.delta.registry import METHODS, Method, method_of
 from mindpet.errors import ConfigError, MindPetError, NoMatchError
@@ -32,22 +33,22 @@ class Target:
     """A place of a network that gets a delta.
 
     Attributes:
-        cell (Cell): the layer, block, attention, ...
-        paths (list of str): dotted paths from the network; several if the Cell is shared.
-        kind (object): of the Cell, see `mindpet.network.kinds`.
-        delta (type): the Delta for it.
-        arguments (dict): delta arguments.
-        config (PeftConfig): of the method.
-        tied (list of Target): further layers with the same weight, see `Delta.tied_deltas`.
+        cell: the layer, block, attention, ...
+        paths: dotted paths from the network; several if the Cell is shared.
+        kind: of the Cell, see `mindpet.network.kinds`.
+        delta: the Delta for it.
+        arguments: delta arguments.
+        config: of the method.
+        tied: further layers with the same weight, see `Delta.tied_deltas`.
     """
 
     cell: nn.Cell
-    paths: list
-    kind: object
-    delta: type
-    arguments: dict
-    config: object
-    tied: list = field(default_factory=list)
+    paths: list[str]
+    kind: Any
+    delta: type[Delta]
+    arguments: dict[str, Any]
+    config: PeftConfig
+    tied: list["Target"] = field(default_factory=list)
 
     @property
     def path(self) -> str:
@@ -70,24 +71,24 @@ class Plan:
     """What a configuration does to a network.
 
     Attributes:
-        config (PeftConfig): the configuration, completed by what was found in the network.
-        targets (list of Target): what gets a delta.
-        copied (list of Layer): Cells that `target_modules` means, of a method that trains copies of these.
-        modules_to_save (list of Layer): Cells that are trained and saved as they are.
-        trained (dict): path -> Parameter of the network that the adapter has a copy of, and trains.
-        places (dict): path -> list of (path of a Cell, Cell, attribute) where the copy takes its place.
-        buffers (set): paths in `trained` that are not trained, but move: running statistics of a BatchNorm.
-        still (list of Cell): BatchNorms whose running statistics stay.
+        config: completed by what was found in the network.
+        targets: what gets a delta.
+        copied: Cells that `target_modules` means, of a method that trains copies of these.
+        modules_to_save: Cells that are trained and saved as they are.
+        trained: by path the Parameters of the network that the adapter has a copy of, and trains.
+        places: path -> where the copy takes its place.
+        buffers: paths in `trained` that are not trained, but move: running statistics of a BatchNorm.
+        still: BatchNorms whose running statistics stay.
     """
 
-    config: object
-    targets: list = field(default_factory=list)
-    copied: list = field(default_factory=list)
-    modules_to_save: list = field(default_factory=list)
-    trained: dict = field(default_factory=dict)
-    places: dict = field(default_factory=dict)
-    buffers: set = field(default_factory=set)
-    still: list = field(default_factory=list)
+    config: PeftConfig
+    targets: list[Target] = field(default_factory=list)
+    copied: list[Layer] = field(default_factory=list)
+    modules_to_save: list[Layer] = field(default_factory=list)
+    trained: dict[str, Parameter] = field(default_factory=dict)
+    places: dict[str, list[Place]] = field(default_factory=dict)
+    buffers: set[str] = field(default_factory=set)
+    still: list[nn.Cell] = field(default_factory=list)
 
     @property
     def methods(self) -> list[Method]:
@@ -100,11 +101,11 @@ class Plan:
         return tuple(pattern for method in self.methods for pattern in method.trainable)
 
     @property
-    def reached(self):
+    def reached(self) -> list[Target]:
         """The targets, and the further layers that are tied to them."""
         return [reached for target in self.targets for reached in (target, *target.tied)]
 
-    def __str__(self):
+    def __str__(self) -> str:
         rows = [(target.path, type(target.cell).__name__, target.config.peft_name) for target in self.reached]
         whole = [*self.copied, *self.modules_to_save]
         rows += [(layer.path, type(layer.cell).__name__, "trained as a whole") for layer in whole]
@@ -205,14 +206,14 @@ def _has_parameters(cell):
 def _find_tied(network, plan, unmatched):
     """The further layers that have the weight of a target, where the method reaches these, too."""
     targets = [target for target in plan.targets if target.delta.tied_deltas]
-    places = {id(_parameter(found)): found for found in parameter_places("", network).values()} if targets else {}
-    own, problems = {id(target.cell) for target in targets}, []
+    places = {id(_parameter(group)): group for group in parameter_places("", network).values()} if targets else {}
+    meant, problems = {id(target.cell) for target in targets}, []
     for target in targets:
         for path, cell, key in places[id(target.kind.weight_of(target.cell))]:
             if cell is target.cell:
                 continue
             kind = layer_kind(cell)
-            is_weight = kind is not None and kind.weight == key and id(cell) not in own
+            is_weight = kind is not None and kind.weight == key and id(cell) not in meant
             delta = target.delta.tied_deltas.get(kind.name) if is_weight else None
             if delta is None:
                 where = f"{path or 'the network'} ({type(cell).__name__})"

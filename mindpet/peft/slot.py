@@ -51,8 +51,8 @@ class AdapterSlot:
             delta = self._make(target, copies, shared[target.delta])
             self._add(target.path, delta, suffix)
             for tied in target.tied:
-                own = {"shared": dict(delta.parameters_and_names())}
-                self.deltas[tied.path] = self._make(tied, copies, own)
+                arguments = {"shared": dict(delta.parameters_and_names())}
+                self.deltas[tied.path] = self._make(tied, copies, arguments)
         positions = max((delta.positions for delta in self.deltas.values()), default=0)
         if positions:
             cells = [network, *(layer.cell for layer in list_layers(network))]

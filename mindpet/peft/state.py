@@ -46,18 +46,18 @@ def file_keys(slot: AdapterSlot, names: NameMap) -> dict[str, str]:
     return keys
 
 
-def tied_keys(slot, names):
+def tied_keys(slot: AdapterSlot, names: NameMap) -> dict[str, str]:
     """Where a file has values a second time, for layers that are tied to a target: key -> key of the target."""
-    start, found = slot.plan.config.key_start, {}
+    start, ties = slot.plan.config.key_start, {}
     for target in slot.plan.targets:
         for tied in target.tied:
             for file in (target.delta.file_names or {}).values():
-                found[f"{start}{names.to_torch(tied.path)}.{file}"] = f"{start}{names.to_torch(target.path)}.{file}"
-    return found
+                ties[f"{start}{names.to_torch(tied.path)}.{file}"] = f"{start}{names.to_torch(target.path)}.{file}"
+    return ties
 
 
-def whole_tensors(slot, values):
-    """The tensors of a file that are of all layers together: key -> numpy.ndarray.
+def whole_tensors(slot: AdapterSlot, values: Arrays) -> Arrays:
+    """The tensors of a file that are of all layers together, by key.
 
     Args:
         slot: of the adapter.

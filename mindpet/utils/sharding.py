@@ -14,6 +14,7 @@ import mindspore as ms
 from mindspore import nn, ops
 
 from mindpet.layers.activation import activation_operators
+from mindpet.utils.hints import Operators, Strategy
 from mindpet.utils.validate import Checker, is_int
 
 PARALLEL_MODES = (ms.ParallelMode.SEMI_AUTO_PARALLEL, ms.ParallelMode.AUTO_PARALLEL)
@@ -66,12 +67,12 @@ def apply_strategies(cell: nn.Cell, strategies: dict[str, Any]) -> nn.Cell:
     return cell
 
 
-def cut_axes(cell, counts):
+def cut_axes(cell: nn.Cell, counts: dict[str, int]) -> dict[str, Strategy]:
     """The strategies of a Cell, slot -> strategy, from how often each axis is cut.
 
     Args:
-        cell (Cell): has the table `operators`.
-        counts (dict): letter of an axis -> count; what is missing is not cut.
+        cell: has the table `operators`.
+        counts: letter of an axis -> count; what is missing is not cut.
     """
     return {
         slot: tuple(tuple(counts.get(axis, 1) for axis in names) for names in axes.split(","))
@@ -80,7 +81,7 @@ def cut_axes(cell, counts):
     }
 
 
-def slot_table(cell):
+def slot_table(cell: Any) -> Operators:
     """The table `operators` of a Cell of this package; empty for any other object."""
     return cell.operators if isinstance(getattr(type(cell), "operators", None), property) else {}
 
