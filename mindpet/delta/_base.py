@@ -354,7 +354,7 @@ class PrefixDelta(Delta):
             heads: slices of the key and value heads.
 
         Returns:
-            PrefixDelta, itself.
+            Itself.
         """
         layout = (batch, heads, 1, 1)
         self.concat.shard((layout, layout))

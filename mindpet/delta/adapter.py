@@ -203,7 +203,7 @@ class AdapterLayer(ResidualAdapter):
                 learned. Default: None.
 
         Returns:
-            AdapterLayer, itself.
+            Itself.
 
         Raises:
             TypeError, ValueError: see `mindpet.utils.sharding.apply_strategies`; LogSoftmax cannot be sharded.

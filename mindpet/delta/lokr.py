@@ -35,12 +35,11 @@ class LoKrConfig(MatrixConfig):
     """LoKr, Yeh et al. 2023, arXiv:2309.14859.
 
     Args beyond those of MatrixConfig, of which `init_weights` can be 'lycoris': C is zero, and not B; by default B is:
-        decompose_both (bool): whether the first matrix is factored, too, where `r` is less than half of its longer
-            side. Default: False.
-        decompose_factor (int): how long the shorter side of the first matrix may be, or is if it divides that of the
-            weight; -1 for as long as the longer one. Default: -1.
-        rank_dropout_scale (bool): whether the rows that `rank_dropout` leaves are divided by their mean.
+        decompose_both: whether the first matrix is factored, too, where `r` is less than half of its longer side.
             Default: False.
+        decompose_factor: how long the shorter side of the first matrix may be, or is if it divides that of the weight;
+            -1 for as long as the longer one. Default: -1.
+        rank_dropout_scale: whether the rows that `rank_dropout` leaves are divided by their mean. Default: False.
     """
 
     peft_type, method_name = "LOKR", "lokr"
