@@ -5,7 +5,7 @@ import signal
 import sys
 
 
-def main():
+def main() -> int:
     """Run `mindpet.cli.main`; returns the exit code."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)

@@ -7,6 +7,8 @@ import signal
 import sys
 import threading
 import warnings
+from collections.abc import Sequence
+from typing import Optional
 
 from mindpet.errors import BuildError, MindPetError, ShardError
 from mindpet.files.convert import convert, inspect, load_config
@@ -17,7 +19,7 @@ from mindpet.parallel.launcher import load_function
 from mindpet.utils.quote import printable
 
 
-def run_plan(arguments):
+def run_plan(arguments: argparse.Namespace) -> None:
     """Compile a network for many ranks and print its shard plan."""
     report = dry_run(
         arguments.build,
@@ -33,12 +35,12 @@ def run_plan(arguments):
         pathlib.Path(arguments.json).write_text(report.to_json() + "\n", encoding="utf-8")
 
 
-def run_inspect(arguments):
+def run_inspect(arguments: argparse.Namespace) -> None:
     """Show what is in a folder or file of an adapter, and for which base it is."""
     print(inspect(arguments.path))
 
 
-def run_merge(arguments):
+def run_merge(arguments: argparse.Namespace) -> None:
     """Fold a LoRA adapter into the files of its base."""
     config, names = _config_and_names(arguments)
     report = merge(arguments.base, arguments.adapter, arguments.out, config, names, force=arguments.force)
@@ -48,7 +50,7 @@ def run_merge(arguments):
     print(f"{len(report)} weights merged into {arguments.out}" + (f"; largest error: {worst}" if worst else ""))
 
 
-def run_convert(arguments):
+def run_convert(arguments: argparse.Namespace) -> None:
     """Turn an adapter's folder into a delta file of mindpet, or a delta file into a folder."""
     config, names = _config_and_names(arguments)
     convert(arguments.source, arguments.target, config, names, arguments.prefix_path, arguments.force)
@@ -71,7 +73,7 @@ def _names(reference):
     return names
 
 
-def make_parser():
+def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(prog="mindpet", description="Parameter-efficient fine-tuning for MindSpore.")
     commands = parser.add_subparsers(metavar="command", required=True)
@@ -124,11 +126,11 @@ class Stopped(BaseException):
     """A signal ends the command; the argument is its number."""
 
 
-def main(argv=None):
+def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a command.
 
     Returns:
-        int, the exit code: 0, 1 if the front end refuses a plan, 128 and the number of the signal that ends the
+        The exit code: 0, 1 if the front end refuses a plan, 128 and the number of the signal that ends the
         command, 2 for anything else.
     """
     format_before, warnings.formatwarning = warnings.formatwarning, _warning

@@ -1,5 +1,7 @@
 """The exceptions of mindpet. Each is a `MindPetError`; where a built-in type fits, it is that too."""
 
+from typing import Any, Optional
+
 from mindpet.utils.quote import printable
 
 
@@ -9,7 +11,7 @@ class MindPetError(Exception):
     Its message can be shown on a terminal, whatever the names and values of a file are that it quotes.
     """
 
-    def __init__(self, message="", *rest):
+    def __init__(self, message: str = "", *rest: Any):
         super().__init__(printable(message), *rest)
 
 
@@ -73,13 +75,21 @@ class ShardError(DryRunError, ValueError):
     """MindSpore's parallel front end refuses a strategy.
 
     Attributes:
-        cell (str): path of the Cell; empty if it is not known.
-        slot (str): argument of the Cell's `shard()`, or the attribute that holds the operator.
-        operator (str): type of the operator.
-        strategy (tuple): what was set, or None.
-        reason (str): what the front end says.
+        cell: path of the Cell; empty if it is not known.
+        slot: argument of the Cell's `shard()`, or the attribute that holds the operator.
+        operator: type of the operator.
+        strategy: what was set, or None.
+        reason: what the front end says.
     """
 
-    def __init__(self, message, cell="", slot="", operator="", strategy=None, reason=""):
+    def __init__(
+        self,
+        message: str,
+        cell: str = "",
+        slot: str = "",
+        operator: str = "",
+        strategy: Optional[tuple] = None,
+        reason: str = "",
+    ):
         super().__init__(message)
         self.cell, self.slot, self.operator, self.strategy, self.reason = cell, slot, operator, strategy, reason

@@ -1,19 +1,25 @@
 """Import paths that other software relies on, the direction of imports, and imports without side effects."""
 
 import ast
+import dis
 import importlib
+import inspect
 import os
 import pathlib
 import subprocess
 import sys
+import typing
 
 import pytest
+from mindspore import nn
 
 import mindpet
+from mindpet.peft import patch
 
 ROOT = pathlib.Path(mindpet.__file__).parent
 # A module may import from what stands before it.
 ORDER = [
+    "utils.hints",
     "utils.quote",
     "utils.parse",
     "errors",
@@ -70,11 +76,11 @@ ORDER = [
     "peft.state",
     "peft.turns",
     "peft.checks",
-    "peft.drop",
     "peft.knowing",
     "peft.merging",
     "peft.saving",
     "peft.model",
+    "peft.drop",
     "peft.state_dict",
     "peft.words",
     "peft.status",
@@ -167,6 +173,89 @@ def test_a_method_file_knows_no_registry(path):
 )
 def test_import_paths(module, names):
     assert all(hasattr(importlib.import_module(module), name) for name in names.split())
+
+
+def modules():
+    """The modules of mindpet, imported, by name."""
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT.parent).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        yield name, importlib.import_module(name)
+
+
+def defined():
+    """All functions and classes of mindpet, where they are defined."""
+    for name, module in modules():
+        yield from (thing for thing in vars(module).values() if getattr(thing, "__module__", None) == name)
+
+
+def function_of(member):
+    """The function behind a member of a class or module, or None."""
+    member = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+    return inspect.unwrap(member) if inspect.isfunction(member) else None
+
+
+def names_in(code):
+    """(whether it is a global, name) of all globals and attributes that a function uses, also in comprehensions."""
+    steps = [(step.opname == "LOAD_GLOBAL", step.argval) for step in dis.get_instructions(code)]
+    inner = [pair for const in code.co_consts if inspect.iscode(const) for pair in names_in(const)]
+    return {*(pair for pair in steps if pair[1] in code.co_names), *inner}
+
+
+def parsed_functions():
+    """What MindSpore parses in graph mode: `construct` of all Cells, and what it calls."""
+    cells = [thing for thing in defined() if inspect.isclass(thing) and issubclass(thing, nn.Cell)]
+    # The source of a patched `construct` calls `before`, `leave` and `activated`, and a user's `construct` properties.
+    starts = ("construct", "before", "past_key_reparam", "past_value_reparam")
+    todo, functions = [(cell, name) for cell in cells for name in starts], {patch.leave, patch.activated}
+    while todo:
+        cell, name = todo.pop()
+        function = function_of(inspect.getattr_static(cell, name, None))
+        if function and function.__module__.startswith("mindpet.") and (cell, function) not in functions:
+            functions |= {function, (cell, function)}
+            for is_global, name in names_in(function.__code__):
+                todo += [] if is_global else [(cell, name)]
+                functions |= {function_of(function.__globals__.get(name))} if is_global else set()
+    return {function for function in functions if inspect.isfunction(function)}
+
+
+def public_functions():
+    """The public functions of mindpet, and the methods of its public classes, with whether they have a `self`."""
+    for thing in defined():
+        if inspect.isfunction(thing) and not thing.__name__.startswith("_"):
+            yield thing, False
+        if inspect.isclass(thing) and not thing.__name__.startswith("_"):
+            for name, member in vars(thing).items():
+                function = function_of(member)
+                is_public = name == "__init__" or not name.startswith("_")
+                if function and is_public and function.__module__.startswith("mindpet."):
+                    yield function, not isinstance(member, staticmethod)
+
+
+def test_public_functions_have_type_hints():
+    parsed, lacking = parsed_functions(), []
+    for function, is_method in public_functions():
+        if function in parsed or function.__name__ == "setup":
+            continue
+        signature = inspect.signature(function)
+        arguments = list(signature.parameters.values())[is_method:]
+        names = [argument.name for argument in arguments if argument.annotation is argument.empty]
+        if function.__name__ != "__init__" and signature.return_annotation is signature.empty:
+            names.append("return")
+        lacking += [f"{function.__module__}.{function.__qualname__}: {', '.join(names)}"] if names else []
+        typing.get_type_hints(function)  # all names in it are known
+    assert not lacking, "\n".join(lacking)
+
+
+def test_what_construct_calls_has_no_type_hints():
+    assert not [function.__qualname__ for function in parsed_functions() if function.__annotations__]
+
+
+def test_fields_say_what_they_hold():
+    classes = [thing for thing in defined() if inspect.isclass(thing)]
+    fields = [(cls, name, hint) for cls in classes for name, hint in cls.__dict__.get("__annotations__", {}).items()]
+    assert len(fields) > 100
+    assert not [(cls, name) for cls, name, hint in fields if hint in (list, dict, tuple, set, object)]
 
 
 def test_the_package_itself():

@@ -1,5 +1,8 @@
 """What a method is made of: a Delta for each kind of place, and a Dense layer that has one."""
 
+from collections.abc import Sequence
+from typing import Any, Optional, Union
+
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
@@ -10,6 +13,7 @@ from mindpet.layers.activation import ACTIVATIONS
 from mindpet.layers.linear import Dense, cast, from_rows, to_rows
 from mindpet.network.kinds import LayerKind
 from mindpet.network.values import assign
+from mindpet.utils.hints import ActivationLike, Arrays, InitLike, Operators, Shape, Strategy
 from mindpet.utils.sharding import apply_strategies
 from mindpet.utils.validate import Checker
 
@@ -56,14 +60,8 @@ class Delta(nn.Cell):
     fold = None
 
     @classmethod
-    def create(cls, cell, kind, **arguments):
-        """A Delta for a layer.
-
-        Args:
-            cell (Cell): the layer.
-            kind (LayerKind): of the layer.
-            arguments: of `setup`.
-        """
+    def create(cls, cell: nn.Cell, kind: LayerKind, **arguments: Any) -> "Delta":
+        """A Delta for a layer; the arguments are those of `setup`."""
         delta = cls(auto_prefix=False)
         delta.kind, delta.compute_dtype = kind, kind.compute_dtype
         delta.setup(cell, **arguments)
@@ -79,30 +77,20 @@ class Delta(nn.Cell):
         raise NotImplementedError
 
     @classmethod
-    def shared(cls, targets):
+    def shared(cls, targets: Sequence[Any]) -> dict[str, Parameter]:
         """The parameters that the deltas of an adapter share; `setup` gets them as `shared`.
 
         Args:
-            targets (list of Target): of the adapter that have this delta; each has `cell`, `kind` and `arguments`.
+            targets: of the adapter that have this delta; each has `cell`, `kind` and `arguments`.
 
         Returns:
-            dict of name -> Parameter, see `shared_names`; empty if there are none.
+            By name, see `shared_names`; empty if there are none.
         """
         return {}
 
     @classmethod
-    def problems(cls, cell, kind, is_sharded, **arguments):
-        """What speaks against this delta in a place.
-
-        Args:
-            cell (Cell): the layer.
-            kind (LayerKind): of the layer.
-            is_sharded (bool): whether operators of the layer have strategies.
-            arguments: delta arguments.
-
-        Returns:
-            list of str.
-        """
+    def problems(cls, cell: nn.Cell, kind: LayerKind, is_sharded: bool, **arguments: Any) -> list[str]:
+        """What speaks against this delta in a place; `is_sharded` says whether operators there have strategies."""
         return []
 
     def construct(self, x, out):
@@ -120,7 +108,7 @@ class Delta(nn.Cell):
         """A tensor in the compute type."""
         return cast(value, self.compute_dtype)
 
-    def keep_weight(self, cell):
+    def keep_weight(self, cell: nn.Cell) -> None:
         """Keep the layer's weight beside the delta's parameters, for a delta that computes with it."""
         self.base_weight = self.kind.weight_of(cell)
 
@@ -128,19 +116,19 @@ class Delta(nn.Cell):
         """The layer's weight, see `keep_weight`; it does not train."""
         return self.base_weight
 
-    def base_places(self, cell):
+    def base_places(self, cell: nn.Cell) -> dict[str, tuple[nn.Cell, str]]:
         """Where parameters of the base stand that it computes with, and that the adapter may have copies of.
 
         Args:
-            cell (Cell): the layer.
+            cell: the layer.
 
         Returns:
-            dict of name of an attribute, which begins with `base_` -> (Cell, attribute there); by default of
-            `base_bias`, the layer's bias.
+            name of an attribute, which begins with `base_` -> (Cell, attribute there); by default of `base_bias`, the
+            layer's bias.
         """
         return {} if getattr(self, "base_bias", None) is None else {"base_bias": (cell, self.kind.bias)}
 
-    def reset(self):
+    def reset(self) -> None:
         """Make the delta the identity bit for bit, whatever its parameters hold: all of them are lost.
 
         Each one is set, not only what the last product needs, for `0 * NaN` is NaN. Keep the values that are to come
@@ -149,32 +137,32 @@ class Delta(nn.Cell):
         set_zeros(*(param for name, param in self.parameters_and_names() if name.startswith("mindpet_")))
 
     @classmethod
-    def constants(cls, **arguments):
+    def constants(cls, **arguments: Any) -> Arrays:
         """Values that the delta arguments fix, name -> array; they are parameters, but in no file."""
         return {}
 
     @classmethod
-    def start_names(cls, **arguments):
+    def start_names(cls, **arguments: Any) -> tuple[str, ...]:
         """Names of the values that `start` gives, a tuple."""
         return ()
 
     @classmethod
-    def start(cls, matrix, values, **arguments):
+    def start(cls, matrix: np.ndarray, values: Arrays, **arguments: Any) -> Arrays:
         """Values that a fresh delta takes from the layer's weight.
 
         Args:
-            matrix (numpy.ndarray): the weight as `(out, rest)`, float32.
-            values (dict): name -> numpy.ndarray, of a fresh delta.
+            matrix: the weight as `(out, rest)`, float32.
+            values: of a fresh delta, by name.
             arguments: delta arguments.
 
         Returns:
-            dict of name -> numpy.ndarray, of `start_names`. What of it is not in `file_names` is computed from the
+            Those of `start_names`, by name. What of them is not in `file_names` is computed from the
             weight again when a file is read.
         """
         return {}
 
     @classmethod
-    def fits(cls, shape, values, **arguments):
+    def fits(cls, shape: Shape, values: Arrays, **arguments: Any) -> bool:
         """Whether the values can be of a layer whose weight has a shape, `(out, in)` or `(out, in / groups, *kernel)`.
 
         It must tell, for a linear layer, whether a shape that is not square is the wrong way round.
@@ -182,61 +170,61 @@ class Delta(nn.Cell):
         return True
 
     @classmethod
-    def file_shapes(cls, shapes, **arguments):
+    def file_shapes(cls, shapes: dict[str, Shape], **arguments: Any) -> dict[str, tuple]:
         """The tensors that a file must have for a layer, as far as its tensors and the arguments tell.
 
         Args:
-            shapes (dict): name -> shape, of the layer's tensors in the file, and of those that layers share.
+            shapes: by name, of the layer's tensors in the file, and of those that layers share.
             arguments: delta arguments.
 
         Returns:
-            dict of name -> shape.
+            Shapes by name.
         """
         return {name: shapes.get(name, ()) for name in (*(cls.file_names or shapes), *cls.shared_names)}
 
     @classmethod
-    def folds_bias(cls, **arguments):
+    def folds_bias(cls, **arguments: Any) -> bool:
         """Whether folding changes the layer's bias."""
         return False
 
     @classmethod
-    def fold_bias(cls, bias, values, **arguments):
+    def fold_bias(cls, bias: np.ndarray, values: Arrays, **arguments: Any) -> np.ndarray:
         """The bias `(out,)` that makes up for the delta, from the layer's own; see `fold`."""
         return bias
 
     @classmethod
-    def to_file(cls, values):
+    def to_file(cls, values: dict[str, Arrays]) -> Arrays:
         """The tensors that a file has for all layers together, where they are not the parameters one by one.
 
         Args:
-            values (dict): path of a layer -> name -> numpy.ndarray.
+            values: path of a layer -> name -> value.
 
         Returns:
-            dict of key -> numpy.ndarray; empty if all are in `file_names` and `shared_names`.
+            By key; empty if all are in `file_names` and `shared_names`.
         """
         return {}
 
     @classmethod
-    def from_file(cls, tensors, paths):
-        """The inverse of `to_file`: path -> name -> numpy.ndarray, from a dict by key and the paths of the layers."""
+    def from_file(cls, tensors: Arrays, paths: Sequence[str]) -> dict[str, Arrays]:
+        """The inverse of `to_file`: path -> name -> value, from tensors by key and the paths of the layers."""
         return {}
 
     @property
-    def positions(self):
+    def positions(self) -> int:
         """How many positions a network must leave free before the first token."""
         return 0
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         """The operator behind each slot of `shard()`, and the axes of its inputs; see `mindpet.utils.sharding`."""
         return {}
 
-    def shard(self, **strategies):
+    def shard(self, **strategies: Optional[Strategy]) -> "Delta":
         """Set the strategies of the operators; the slots are the keys of `operators`."""
         return apply_strategies(self, strategies)
 
     @property
-    def signature(self):
+    def signature(self) -> Any:
         """What must be equal for two deltas to have each other's values, besides shapes and types."""
         return str(self)
 
@@ -248,16 +236,15 @@ class DeltaDense(Dense):
     the operators of both.
 
     Args:
-        in_channels (int): features of the input.
-        out_channels (int): features of the output.
-        weight_init (Union[Tensor, str, Initializer, Number]): of the weight W. Default: 'normal'.
-        bias_init (Union[Tensor, str, Initializer, Number]): of the bias b. Default: 'zeros'.
-        has_bias (bool): whether there is a bias. Default: True.
-        activation (Union[str, Cell, Primitive, None]): applied to the output. Default: None.
-        param_init_type (mindspore.dtype): type of the delta's parameters: float16, float32 or bfloat16.
-            Default: float32.
-        compute_dtype (mindspore.dtype): type of the computation: float16, float32 or bfloat16. Default: float16.
-        check (Checker): what the method has found wrong with its own arguments. Default: None.
+        in_channels: features of the input.
+        out_channels: features of the output.
+        weight_init: of the weight W. Default: 'normal'.
+        bias_init: of the bias b. Default: 'zeros'.
+        has_bias: whether there is a bias. Default: True.
+        activation: applied to the output. Default: None.
+        param_init_type: type of the delta's parameters: float16, float32 or bfloat16. Default: float32.
+        compute_dtype: type of the computation: float16, float32 or bfloat16. Default: float16.
+        check: what the method has found wrong with its own arguments. Default: None.
         arguments: delta arguments.
 
     Raises:
@@ -268,16 +255,16 @@ class DeltaDense(Dense):
 
     def __init__(
         self,
-        in_channels,
-        out_channels,
-        weight_init="normal",
-        bias_init="zeros",
-        has_bias=True,
-        activation=None,
-        param_init_type=ms.float32,
-        compute_dtype=ms.float16,
-        check=None,
-        **arguments,
+        in_channels: int,
+        out_channels: int,
+        weight_init: InitLike = "normal",
+        bias_init: InitLike = "zeros",
+        has_bias: bool = True,
+        activation: ActivationLike = None,
+        param_init_type: ms.Type = ms.float32,
+        compute_dtype: ms.Type = ms.float16,
+        check: Optional[Checker] = None,
+        **arguments: Any,
     ):
         check = check or Checker(type(self).__name__)
         check.positive_int(in_channels=in_channels, out_channels=out_channels)
@@ -301,14 +288,14 @@ class DeltaDense(Dense):
             return self.activate(self.after(rows, out))
         return self.after(rows, self.activate(out))
 
-    def keep_weight(self, cell):
+    def keep_weight(self, cell: nn.Cell) -> None:
         """Do nothing: the weight is the layer's own."""
 
     def kept_weight(self):
         return self.weight
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         return {
             "strategy_org_dense_matmul": (self.matmul, "ni,oi"),
             "strategy_org_bias_add": (self.bias_add if self.has_bias else None, "no,o"),
@@ -316,12 +303,12 @@ class DeltaDense(Dense):
             "strategy_activation": (self.activation, "no"),
         }
 
-    def merged_weight(self):
+    def merged_weight(self) -> Tensor:
         """The weight that makes up for the delta, computed in float32, in the type of the weight."""
         values = self._values()
         return Tensor(self.fold(values["weight"], values, **self.arguments), self.weight.dtype)
 
-    def merged_bias(self):
+    def merged_bias(self) -> Optional[Tensor]:
         """The bias that goes with `merged_weight`, in the type of the bias; None if there is none."""
         values = self._values()
         if not self.has_bias:
@@ -335,7 +322,7 @@ class DeltaDense(Dense):
         values = {name: param.asnumpy().astype(np.float32) for name, param in self.parameters_and_names()}
         return {**values, **self.constants(**self.arguments)}
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return f"{super().extend_repr()}, param_init_type={self.param_init_type}, compute_dtype={self.compute_dtype}"
 
 
@@ -371,32 +358,32 @@ class PrefixDelta(Delta):
         """The trained keys and values, each `(batch, heads, tokens, head_dim)`."""
         raise NotImplementedError
 
-    def shard(self, batch, heads):
+    def shard(self, batch: int, heads: int) -> "PrefixDelta":
         """Cut the result over the batch and the heads; the parameters are the same on every rank.
 
         Args:
-            batch (int): slices of the batch.
-            heads (int): slices of the key and value heads.
+            batch: slices of the batch.
+            heads: slices of the key and value heads.
 
         Returns:
-            PrefixDelta, itself.
+            Itself.
         """
         layout = (batch, heads, 1, 1)
         self.concat.shard((layout, layout))
         return self
 
     @classmethod
-    def to_file(cls, values):
+    def to_file(cls, values: dict[str, Arrays]) -> Arrays:
         """One table of all layers, `(tokens, layers * 2 * width)`: of layer i the keys in slot 2i, the values next."""
-        return {PROMPT: np.concatenate([cls.computed(own) for own in values.values()], 1)}
+        return {PROMPT: np.concatenate([cls.computed(layer) for layer in values.values()], 1)}
 
     @classmethod
-    def from_file(cls, tensors, paths):
+    def from_file(cls, tensors: Arrays, paths: Sequence[str]) -> dict[str, Arrays]:
         parts = np.split(tensors[PROMPT], len(paths), 1)
         return {path: {cls.table: np.ascontiguousarray(part)} for path, part in zip(paths, parts)}
 
     @classmethod
-    def computed(cls, values):
+    def computed(cls, values: Arrays) -> np.ndarray:
         """What is computed from the embedding E of one layer: `W_2 tanh(W_1 E + b_1) + b_2`, or itself."""
         if cls.table not in values:
             raise CheckpointError(f"no prefix in the file: {cls.table} is missing; there are {sorted(values)}.")
@@ -414,15 +401,15 @@ class ResidualAdapter(nn.Cell):
     """`h + bottleneck(h)` after a layer, or `h + bottleneck(x)` beside it. A method overrides `bottleneck(rows)`.
 
     Args:
-        hidden_size (int): features of the input and the output.
-        param_init_type (mindspore.dtype): type of the parameters.
-        compute_dtype (mindspore.dtype): type of the bottleneck's computation. The residual is added in the input's own
-            type, so that an untrained bottleneck that gives zeros leaves the input bit for bit.
+        hidden_size: features of the input and the output.
+        param_init_type: type of the parameters.
+        compute_dtype: type of the bottleneck's computation. The residual is added in the input's own type, so that an
+            untrained bottleneck that gives zeros leaves the input bit for bit.
     """
 
     form = "sequential"  # or 'parallel', with the layer's input x
 
-    def __init__(self, hidden_size, param_init_type, compute_dtype):
+    def __init__(self, hidden_size: int, param_init_type: ms.Type, compute_dtype: ms.Type):
         super().__init__()
         self.hidden_size = hidden_size
         self.param_init_type = param_init_type
@@ -435,7 +422,7 @@ class ResidualAdapter(nn.Cell):
         delta = ops.cast(self.bottleneck(ops.cast(entering, self.compute_dtype)), hidden.dtype)
         return from_rows(self.residual_add(rows, delta), hidden)
 
-    def reset(self):
+    def reset(self) -> None:
         """Make the adapter the identity: every parameter is zero, for `0 * NaN` is NaN."""
         set_zeros(*self.get_parameters())
 
@@ -443,25 +430,25 @@ class ResidualAdapter(nn.Cell):
         """The delta on rows of the compute type: `(rows, features of x) -> (rows, hidden_size)`."""
         raise NotImplementedError
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return (
             f"hidden_size={self.hidden_size}, param_init_type={self.param_init_type}, "
             f"compute_dtype={self.compute_dtype}"
         )
 
 
-def out_features(cell, kind):
+def out_features(cell: nn.Cell, kind: LayerKind) -> int:
     """Features of a place's output."""
     return kind.out_features(cell)
 
 
-def matrix_shape(cell, kind):
+def matrix_shape(cell: nn.Cell, kind: LayerKind) -> tuple[int, int]:
     """`(out, in)` of a linear layer, `(features, vocab)` of an embedding."""
     shape = kind.weight_of(cell).shape
     return shape[::-1] if kind.transposed else shape
 
 
-def scale_problems(scale, kind):
+def scale_problems(scale: Union[float, np.ndarray], kind: LayerKind) -> list[str]:
     """What speaks against a scale of a delta beside a layer of a kind: that its compute type cannot hold it."""
     with np.errstate(over="ignore"):
         held = abs(float(np.asarray(scale).astype(ms.dtype_to_nptype(kind.compute_dtype))))
@@ -470,13 +457,13 @@ def scale_problems(scale, kind):
     return [f"the scale, {scale:g}, must be a number of {kind.compute_dtype}, in which it computes"]
 
 
-def set_zeros(*params):
+def set_zeros(*params: Parameter) -> None:
     """Fill Parameters with zeros."""
     for param in params:
         assign(param, initializer("zeros", param.shape, param.dtype).init_data())
 
 
-def delta_parameter(init, shape, dtype, name):
+def delta_parameter(init: InitLike, shape: Sequence[int], dtype: ms.Type, name: str) -> Parameter:
     """A parameter of a delta, of `dtype` also where `init` is a Tensor of another type."""
     if isinstance(init, Tensor):
         # A Tensor of `initializer()` has no values yet: a cast of it kills the process (MindSpore 2.10) or gives zeros.

@@ -6,12 +6,14 @@ import enum
 import json
 import pathlib
 import re
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 from mindpet.errors import CheckpointError, ConfigError
 from mindpet.network.match import USUAL_TARGETS, chooses, exact_targets, exactly, pattern_value
 from mindpet.utils.files import atomic
+from mindpet.utils.hints import Arrays, PathLike, Shape
 from mindpet.utils.parse import read_json
 from mindpet.utils.quote import quote
 from mindpet.utils.validate import Checker, is_int
@@ -62,28 +64,27 @@ class PeftConfig:
     Fields of a file that are not known here are kept in `unknown` and written back with the others.
 
     Args:
-        task_type (Union[TaskType, str]): what the model is fine-tuned for. Default: None.
-        auto_mapping (dict): where the base model's class is found; kept as it is. Default: None.
-        peft_version (str): version of the library that wrote the file; kept as it is. Default: None.
-        base_model_name_or_path (str): of the base model. Default: None.
-        revision (str): of the base model. Default: None.
-        inference_mode (bool): whether the adapter is loaded frozen. Default: False.
-        modules_to_save (Union[list, str]): names of further Cells that are trained and saved as a whole.
-            Default: None.
-        unknown (dict): fields of a file without a place here. Default: {}.
+        task_type: what the model is fine-tuned for. Default: None.
+        auto_mapping: where the base model's class is found; kept as it is. Default: None.
+        peft_version: version of the library that wrote the file; kept as it is. Default: None.
+        base_model_name_or_path: of the base model. Default: None.
+        revision: of the base model. Default: None.
+        inference_mode: whether the adapter is loaded frozen. Default: False.
+        modules_to_save: names of further Cells that are trained and saved as a whole. Default: None.
+        unknown: fields of a file without a place here. Default: {}.
 
     Raises:
         TypeError, ValueError: a field is wrong; all wrong ones are in the message.
     """
 
-    task_type: Optional[TaskType] = None
+    task_type: Optional[Union[TaskType, str]] = None
     auto_mapping: Optional[dict] = None
     peft_version: Optional[str] = None
     base_model_name_or_path: Optional[str] = None
     revision: Optional[str] = None
     inference_mode: bool = False
-    modules_to_save: Optional[list] = None
-    unknown: dict = field(default_factory=dict)
+    modules_to_save: Optional[Union[list[str], str]] = None
+    unknown: dict[str, Any] = field(default_factory=dict)
 
     # Of a method's class; no fields, for they cannot be chosen.
     peft_type = None  # the method's name in a file
@@ -116,102 +117,102 @@ class PeftConfig:
         check.done()
         self.task_type = None if self.task_type is None else TaskType(self.task_type)
 
-    def check_fields(self, check):
+    def check_fields(self, check: Checker) -> None:
         """Note what is wrong with the fields of a subclass."""
 
     @property
-    def peft_name(self):
-        """The method's name in a file, as a str."""
+    def peft_name(self) -> str:
+        """The method's name in a file."""
         return getattr(self.peft_type, "value", self.peft_type)
 
     @property
-    def task_heads(self):
+    def task_heads(self) -> tuple[str, ...]:
         """Names of output layers that are trained and saved for the task, without being named in modules_to_save."""
         return TASK_HEADS.get(self.task_type, ())
 
     @property
-    def is_prompt_learning(self):
+    def is_prompt_learning(self) -> bool:
         """Whether the method adds tokens or keys and values, rather than layers."""
         return isinstance(self, PromptLearningConfig)
 
     @property
-    def parts(self):
+    def parts(self) -> list["PeftConfig"]:
         """The configurations of the adapter's methods; this one alone, if it is no union of several."""
         return [self]
 
-    def with_parts(self, parts):
+    def with_parts(self, parts: Iterable["PeftConfig"]) -> "PeftConfig":
         """This configuration with others in place of its `parts`."""
         (part,) = parts
         return part
 
-    def delta_arguments(self, path):
+    def delta_arguments(self, path: str) -> dict[str, Any]:
         """The keywords of `Delta.setup` for the layer at `path`."""
         return {}
 
-    def kinds_of_targets(self, kinds):
+    def kinds_of_targets(self, kinds: Collection[str]) -> Collection[str]:
         """Those of the method's kinds of places, names in `mindpet.network.kinds`, that this configuration is for."""
         return kinds
 
-    def choose(self, layers):
+    def choose(self, layers: list) -> list:
         """Those of the layers that `target_modules` means that get a delta.
 
         Args:
-            layers (list of Layer): in the network's order.
+            layers: each a Layer, in the network's order.
 
         Raises:
             ConfigError: there are too few of them.
         """
         return layers
 
-    def complete(self, kinds):
+    def complete(self, kinds: Sequence[Any]) -> None:
         """Set what a network tells.
 
         Args:
-            kinds (list): of its Cells with a slot, see `mindpet.network.kinds.SLOTS`; all alike.
+            kinds: of its Cells with a slot, see `mindpet.network.kinds.SLOTS`; all alike.
 
         Raises:
             ConfigError: a field says otherwise, or is missing.
         """
 
-    def computed(self):
+    def computed(self) -> "PeftConfig":
         """The configuration of this adapter as a file has it: what was computed is there, and not what it is from."""
         return self
 
-    def of_delta_file(self, shapes, tensors):
+    def of_delta_file(self, shapes: dict[str, dict[str, Shape]], tensors: Arrays) -> tuple["PeftConfig", Arrays]:
         """The configuration, and the tensors, of an adapter from a delta file of mindpet.
 
         Args:
-            shapes (dict): path of a layer -> name -> shape, of its delta.
-            tensors (dict): key -> numpy.ndarray, of the adapter.
+            shapes: path of a layer -> name -> shape, of its delta.
+            tensors: of the adapter, by key.
 
         Returns:
-            tuple: the PeftConfig with what the tensors tell, and the tensors that belong in an adapter's file.
+            The configuration with what the tensors tell, and the tensors that belong in an adapter's file.
 
         Raises:
             ConfigError: the configuration does not fit the tensors.
         """
         return copy.deepcopy(self), tensors
 
-    def unpack(self, tensors):
+    def unpack(self, tensors: Arrays) -> tuple["PeftConfig", Arrays]:
         """The inverse of `pack`: the configuration and the tensors of an adapter, from those of a file."""
         return self, tensors
 
-    def pack(self, tensors):
+    def pack(self, tensors: Arrays) -> tuple["PeftConfig", Arrays]:
         """What a file has, where it lacks a part that can be told from the rest.
 
         Args:
-            tensors (dict): key -> numpy.ndarray, of the adapter.
+            tensors: those of the adapter, by key.
 
         Returns:
-            tuple: PeftConfig, and dict of key -> numpy.ndarray.
+            The configuration and the tensors of the file.
         """
         return self, tensors
 
-    def check_supported(self, from_file=False):
+    def check_supported(self, from_file: bool = False) -> None:
         """Refuse fields that would change what is computed, but have no place here.
 
         Args:
-            from_file (bool): whether the adapter has its values already, from a file. Default: False.
+            from_file: whether the adapter has its values already, from a file. Default: False.
 
         Raises:
             ConfigError: the file asks for something that mindpet does not do.
@@ -221,13 +222,13 @@ class PeftConfig:
         if used:
             raise ConfigError(f"{type(self).__name__}: not supported: {quote(used)}.")
 
-    def check_sizes(self, folder, paths, shapes):
+    def check_sizes(self, folder: PathLike, paths: Iterable[str], shapes: Iterable[Shape]) -> None:
         """Refuse sizes that no tensor of a file has, before anything of such a size is made.
 
         Args:
-            folder (str): of the adapter, for the message.
-            paths (iterable of str): of the layers with a delta.
-            shapes (iterable of tuple): of the file's tensors.
+            folder: of the adapter, for the message.
+            paths: of the layers with a delta.
+            shapes: of the file's tensors.
 
         Raises:
             CheckpointError: a rank or the like is larger than every axis in the file; all are in the message.
@@ -246,22 +247,22 @@ class PeftConfig:
             )
 
     @classmethod
-    def of_content(cls, content):
+    def of_content(cls, content: dict[str, Any]) -> type["PeftConfig"]:
         """The class for the fields of a file, which may be one that shares its `peft_type` with this."""
         return cls
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """All fields as JSON has them: sets as sorted lists, types by their names."""
         content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "unknown"}
         content = {name: value for name, value in content.items() if not (value is None and name in self.not_in_peft)}
         content = {**self.unknown, **content, "peft_type": self.peft_type}
         return {name: _to_json(value) for name, value in content.items()}
 
-    def to_json(self):
+    def to_json(self) -> str:
         """What `adapter_config.json` holds."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True)
 
-    def save_pretrained(self, save_directory):
+    def save_pretrained(self, save_directory: PathLike) -> None:
         """Write `adapter_config.json` into a folder, which is made if it is missing.
 
         Raises:
@@ -275,15 +276,12 @@ class PeftConfig:
             pathlib.Path(staged).write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **overrides):
+    def from_pretrained(cls, pretrained_model_name_or_path: PathLike, **overrides: Any) -> "PeftConfig":
         """The configuration of an adapter's folder, of the class of its method.
 
         Args:
-            pretrained_model_name_or_path (str): the folder, or the file itself.
+            pretrained_model_name_or_path: of the folder, or of the file itself.
             overrides: fields that take the place of those in the file.
-
-        Returns:
-            PeftConfig.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -306,14 +304,11 @@ class PeftConfig:
         return config
 
 
-def get_peft_config(config_dict):
-    """The configuration that a dict describes.
+def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
+    """The configuration that a dict describes, of the class of its method.
 
     Args:
-        config_dict (dict): has at least `peft_type`.
-
-    Returns:
-        PeftConfig, of the class of its method.
+        config_dict: has at least `peft_type`.
 
     Raises:
         ConfigError: `peft_type` is missing or unknown.
@@ -331,7 +326,7 @@ def get_peft_config(config_dict):
     return cls(**{key: value for key, value in content.items() if key in known}, unknown=unknown)
 
 
-def check_names(check, name, value):
+def check_names(check: Checker, name: str, value: Any) -> None:
     """None, a str, or a list, tuple or set of str."""
     names = [value] if isinstance(value, str) else [] if value is None else value
     listed = isinstance(names, (list, tuple, set)) and all(isinstance(entry, str) for entry in names)
@@ -349,19 +344,17 @@ class TargetConfig(PeftConfig):
     """What methods that change layers have in common: which layers.
 
     Args:
-        target_modules (Union[list, str]): a list matches a path or its end after a dot; a str is a regular expression
-            for the whole path, or 'all-linear' for every linear layer but the head. Default: None, for what is known
-            of the model.
-        exclude_modules (Union[list, str]): layers to leave out, matched alike. Default: None.
-        layers_to_transform (Union[int, list]): numbers of the layers. Default: None, for all.
-        layers_pattern (Union[list, str]): name of the list of layers, if it is not the only one with numbers.
-            Default: None.
+        target_modules: a list matches a path or its end after a dot; a str is a regular expression for the whole path,
+            or 'all-linear' for every linear layer but the head. Default: None, for what is known of the model.
+        exclude_modules: layers to leave out, matched alike. Default: None.
+        layers_to_transform: numbers of the layers. Default: None, for all.
+        layers_pattern: name of the list of layers, if it is not the only one with numbers. Default: None.
     """
 
-    target_modules: Optional[Union[list, str]] = None
-    exclude_modules: Optional[Union[list, str]] = None
-    layers_to_transform: Optional[Union[list, int]] = None
-    layers_pattern: Optional[Union[list, str]] = None
+    target_modules: Optional[Union[list[str], str]] = None
+    exclude_modules: Optional[Union[list[str], str]] = None
+    layers_to_transform: Optional[Union[list[int], int]] = None
+    layers_pattern: Optional[Union[list[str], str]] = None
 
     choices = ()  # fields that choose some of the targets, see `mindpet.network.match.chooses`
     patterns = ("rank_pattern", "alpha_pattern")  # fields with numbers of some of the targets, if the method has them
@@ -370,19 +363,19 @@ class TargetConfig(PeftConfig):
     bias = "none"  # the methods with such a field know 'none', 'all', and a name of their own for the targets' biases
 
     @property
-    def trained_parameters(self):
+    def trained_parameters(self) -> tuple[str, ...]:
         return BIASES if self.bias == "all" else ()
 
     @property
-    def trains_target_biases(self):
+    def trains_target_biases(self) -> bool:
         return self.bias not in ("none", "all")
 
-    def with_targets(self, pairs, known):
+    def with_targets(self, pairs: Sequence[tuple[str, str]], known: Iterable[str]) -> "TargetConfig":
         """A configuration that means these layers alone, by their new names.
 
         Args:
-            pairs (list of tuple): of each layer its path before and after.
-            known (iterable of str): every path that there is after.
+            pairs: of each layer its path before and after.
+            known: every path that there is after.
         """
         fields = {}
         for name in self.patterns:
@@ -402,7 +395,7 @@ class TargetConfig(PeftConfig):
             **fields,
         )
 
-    def check_fields(self, check):
+    def check_fields(self, check: Checker) -> None:
         for name in ("target_modules", "exclude_modules", "layers_pattern", *self.choices):
             check_names(check, name, getattr(self, name))
         for name in ("target_modules", "exclude_modules", *self.choices):
@@ -445,11 +438,11 @@ class PromptLearningConfig(PeftConfig):
     """What methods that add tokens, or keys and values, have in common. Sizes of the model are found in it if None.
 
     Args beyond those of PeftConfig:
-        num_virtual_tokens (int): tokens added. Default: None; it must be given before the adapter is made.
-        token_dim (int): features of a token, of all key and value heads. Default: None.
-        num_transformer_submodules (int): 1 for an encoder or a decoder, 2 for both. Default: None.
-        num_attention_heads (int): key and value heads. Default: None.
-        num_layers (int): layers. Default: None.
+        num_virtual_tokens: tokens added. Default: None; it must be given before the adapter is made.
+        token_dim: features of a token, of all key and value heads. Default: None.
+        num_transformer_submodules: 1 for an encoder or a decoder, 2 for both. Default: None.
+        num_attention_heads: key and value heads. Default: None.
+        num_layers: layers. Default: None.
     """
 
     num_virtual_tokens: Optional[int] = None
@@ -460,7 +453,7 @@ class PromptLearningConfig(PeftConfig):
 
     key_start = "base_model."  # Hugging Face PEFT does not wrap the model twice
 
-    def complete(self, kinds):
+    def complete(self, kinds: Sequence[Any]) -> None:
         problems = []
         for name, value in self.network_sizes(kinds).items():
             if getattr(self, name) is None:
@@ -473,16 +466,16 @@ class PromptLearningConfig(PeftConfig):
             raise ConfigError(f"{type(self).__name__}: " + "; ".join(problems) + ".")
 
     @staticmethod
-    def network_sizes(kinds):
+    def network_sizes(kinds: Sequence[Any]) -> dict[str, int]:
         """Name of a field -> its value, of those that a network tells; see `complete`."""
         raise NotImplementedError
 
     @property
-    def table_shape(self):
+    def table_shape(self) -> Optional[Shape]:
         """The shape of the one tensor in a file, or None where the fields do not tell it."""
         raise NotImplementedError
 
-    def check_fields(self, check):
+    def check_fields(self, check: Checker) -> None:
         names = [f.name for f in dataclasses.fields(PromptLearningConfig) if f.type == Optional[int]]
         sizes = {name: getattr(self, name) for name in names}
         check.positive_int(**{name: size for name, size in sizes.items() if size is not None})

@@ -1,9 +1,11 @@
 """What methods share whose delta is a matrix `s dW` beside the weight: rank and alpha, dropout, convolutions."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Union
+from typing import Any, Optional, Union
 
+import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.common.initializer import HeUniform
@@ -12,7 +14,10 @@ from mindpet.delta._base import Delta, delta_parameter, scale_problems
 from mindpet.delta._config import TargetConfig
 from mindpet.layers.convolution import AXES, convolution_like
 from mindpet.layers.linear import cast, from_rows, to_rows
+from mindpet.network.kinds import LayerKind
 from mindpet.network.match import pattern_value
+from mindpet.utils.hints import Arrays, Operators, Shape
+from mindpet.utils.validate import Checker
 from mindpet.utils.version_control import get_dropout
 
 
@@ -21,15 +26,15 @@ class MatrixConfig(TargetConfig):
     """The fields of all methods with such a delta, as LyCORIS has them, Yeh et al. 2023, arXiv:2309.14859.
 
     Args beyond those of PeftConfig and TargetConfig:
-        r (int): rank. Default: 8.
-        alpha (Union[int, float]): scale; the delta is multiplied by `alpha / r`. Default: 8.
-        rank_dropout (float): probability in [0, 1) of zeroing a row of the delta while training. Default: 0.0.
-        module_dropout (float): probability in [0, 1) of leaving the delta of a layer out while training. Default: 0.0.
-        use_effective_conv2d (bool): whether the factors of a convolution with a kernel of several taps have a core,
-            which alone has the taps. Default: False.
-        init_weights (bool): True for a delta of zeros, False for random factors. Default: True.
-        rank_pattern (dict): layer name or regular expression -> another rank. Default: {}.
-        alpha_pattern (dict): layer name or regular expression -> another alpha. Default: {}.
+        r: rank. Default: 8.
+        alpha: scale; the delta is multiplied by `alpha / r`. Default: 8.
+        rank_dropout: probability in [0, 1) of zeroing a row of the delta while training. Default: 0.0.
+        module_dropout: probability in [0, 1) of leaving the delta of a layer out while training. Default: 0.0.
+        use_effective_conv2d: whether the factors of a convolution with a kernel of several taps have a core, which
+            alone has the taps. Default: False.
+        init_weights: True for a delta of zeros, False for random factors. Default: True.
+        rank_pattern: layer name or regular expression -> another rank. Default: {}.
+        alpha_pattern: layer name or regular expression -> another alpha. Default: {}.
     """
 
     r: int = 8
@@ -37,14 +42,14 @@ class MatrixConfig(TargetConfig):
     rank_dropout: float = 0.0
     module_dropout: float = 0.0
     use_effective_conv2d: bool = False
-    init_weights: Any = True
-    rank_pattern: dict = field(default_factory=dict)
-    alpha_pattern: dict = field(default_factory=dict)
+    init_weights: Union[bool, str] = True
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, Union[int, float]] = field(default_factory=dict)
 
     required = ("r", "alpha")
     inits = ()  # further values of `init_weights`
 
-    def delta_arguments(self, path):
+    def delta_arguments(self, path: str) -> dict[str, Any]:
         return {
             "rank": pattern_value(self.rank_pattern, path, self.r),
             "alpha": pattern_value(self.alpha_pattern, path, self.alpha),
@@ -54,7 +59,7 @@ class MatrixConfig(TargetConfig):
             "init": self.init_weights,
         }
 
-    def check_fields(self, check):
+    def check_fields(self, check: Checker) -> None:
         super().check_fields(check)
         check.positive_int(r=self.r)
         check.nonzero_number(alpha=self.alpha)
@@ -106,7 +111,7 @@ class MatrixDelta(Delta):
         raise NotImplementedError
 
     @classmethod
-    def matrix_of(cls, values):
+    def matrix_of(cls, values: Arrays) -> np.ndarray:
         """dW from the values by name, NumPy."""
         raise NotImplementedError
 
@@ -118,21 +123,23 @@ class MatrixDelta(Delta):
         """A vector `(out,)` so that it goes with the output."""
         return vector
 
-    def parameter(self, name, shape, is_zero, dtype):
+    def parameter(self, name: str, shape: Shape, is_zero: bool, dtype: ms.Type) -> None:
         """A factor: zeros, or Kaiming uniform."""
         init = "zeros" if is_zero else HeUniform(negative_slope=math.sqrt(5))
         setattr(self, name, delta_parameter(init, shape, dtype, name))
 
     @classmethod
-    def problems(cls, cell, kind, is_sharded, rank, alpha, **others):
+    def problems(
+        cls, cell: nn.Cell, kind: LayerKind, is_sharded: bool, rank: int, alpha: Union[int, float], **others: Any
+    ) -> list[str]:
         return scale_problems(alpha / rank, kind)
 
     @classmethod
-    def fold(cls, matrix, values, rank, alpha, **others):
+    def fold(cls, matrix: np.ndarray, values: Arrays, rank: int, alpha: Union[int, float], **others: Any) -> np.ndarray:
         return matrix + np.float32(alpha / rank) * cls.matrix_of(values).reshape(matrix.shape)
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         table = {"mul": (self.delta_mul, "no,")}
         if self.dropout is not None:
             table.update(self.dropout.operators)
@@ -141,10 +148,10 @@ class MatrixDelta(Delta):
         return {f"strategy_{self.slots}_{slot}": value for slot, value in table.items()}
 
     @property
-    def signature(self):
+    def signature(self) -> Any:
         return type(self), self.rank, self.scale, self.dropout and self.dropout.signature
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.scale * self.rank:g}"
 
 
@@ -152,14 +159,14 @@ class OutputDropout(nn.Cell):
     """Factors of the outputs of a delta while training, some or all of them zero: `(out,)`, or `(1,)` for all; float32.
 
     Args:
-        size (int): number of outputs.
-        rank_dropout (float): probability in [0, 1) of zero, for each output.
-        module_dropout (float): the same for all of them together; one of the two is not zero.
-        rescales (bool): whether the factors that `rank_dropout` leaves are divided by their mean, and not one; if it
-            leaves none, all are zero.
+        size: number of outputs.
+        rank_dropout: probability in [0, 1) of zero, for each output.
+        module_dropout: the same for all of them together; one of the two is not zero.
+        rescales: whether the factors that `rank_dropout` leaves are divided by their mean, and not one; if it leaves
+            none, all are zero.
     """
 
-    def __init__(self, size, rank_dropout, module_dropout, rescales):
+    def __init__(self, size: int, rank_dropout: float, module_dropout: float, rescales: bool):
         super().__init__()
         self.drops_outputs, self.drops_whole, self.rescales = rank_dropout > 0, module_dropout > 0, rescales
         self.probabilities = rank_dropout, module_dropout
@@ -192,7 +199,7 @@ class OutputDropout(nn.Cell):
         return self.module_mul(outputs, self.module_sign(self.module_dropout(self.one)))
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         """What comes behind the method's name in the slots of `shard()` -> operator, axes; every rank has all."""
         table = {}
         if self.drops_outputs:
@@ -209,7 +216,7 @@ class OutputDropout(nn.Cell):
         return table
 
     @property
-    def signature(self):
+    def signature(self) -> Any:
         """What must be equal for two of them to be the same."""
         return self.probabilities, self.rescales
 
@@ -223,9 +230,9 @@ class MatrixConvolution(MatrixDelta):
     operators = {}
 
     @classmethod
-    def problems(cls, cell, kind, is_sharded, **others):
-        found = [f"no {cls.__name__} beside a layer with strategies"] if is_sharded else []
-        return found + super().problems(cell, kind, is_sharded, **others)
+    def problems(cls, cell: nn.Cell, kind: LayerKind, is_sharded: bool, **others: Any) -> list[str]:
+        problems = [f"no {cls.__name__} beside a layer with strategies"] if is_sharded else []
+        return problems + super().problems(cell, kind, is_sharded, **others)
 
     def setup(self, cell, **arguments):
         super().setup(cell, **arguments)
@@ -245,19 +252,21 @@ class MatrixConvolution(MatrixDelta):
         return ops.reshape(vector, (1, -1) + (1,) * (len(self.shape) - 2))
 
 
-def factor_shapes(outs, ins, rank, kernel=(), effective=False):
+def factor_shapes(
+    outs: int, ins: int, rank: int, kernel: Sequence[int] = (), effective: bool = False
+) -> tuple[Shape, ...]:
     """The shapes of two factors of a matrix `(outs, ins * taps)`, and with `effective` of their core.
 
     Args:
-        outs (int): its rows.
-        ins (int): its columns for each tap of the kernel.
-        rank (int): of the factors.
-        kernel (tuple): of a convolution. Default: (), for a linear layer.
-        effective (bool): whether the taps are in a core, if there are several. Default: False.
+        outs: its rows.
+        ins: its columns for each tap of the kernel.
+        rank: of the factors.
+        kernel: of a convolution. Default: (), for a linear layer.
+        effective: whether the taps are in a core, if there are several. Default: False.
 
     Returns:
-        tuple of tuple: `(outs, rank)`, `(rank, ins * taps)`, or `(rank, outs)`, `(rank, ins)`, `(rank, rank, *kernel)`
-        with a kernel of two axes.
+        `(outs, rank)`, `(rank, ins * taps)`, or `(rank, outs)`, `(rank, ins)`, `(rank, rank, *kernel)` with a kernel
+        of two axes.
     """
     taps = math.prod(kernel)
     if effective and taps > 1:
@@ -280,12 +289,14 @@ def product(left, right, core=None):
     return (inner.swapaxes(1, 2) @ right).swapaxes(1, 2).reshape((outs, -1))
 
 
-def product_shape(left, right, core=()):
+def product_shape(left: Shape, right: Shape, core: Shape = ()) -> Shape:
     """The shape of `product`, from those of what it is of."""
     return (left[1], right[1] * math.prod(core[2:])) if core else (left[0], right[1])
 
 
-def factors_in_file(shapes, rank, left, right, core):
+def factors_in_file(
+    shapes: dict[str, Shape], rank: int, left: str, right: str, core: Optional[str]
+) -> dict[str, tuple]:
     """The shapes of two factors, and of their core if the file has one, as far as those in the file tell."""
     a, b = ((*shapes.get(name, ()), size, size)[:2] for name, size in ((left, "out"), (right, "in")))
     if core not in shapes:

@@ -11,10 +11,11 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore.common.initializer import Normal
 
 from mindpet.delta._base import Delta, DeltaDense, delta_parameter
-from mindpet.delta._config import TargetConfig
+from mindpet.delta._config import PeftConfig, TargetConfig
 from mindpet.errors import CheckpointError, ConfigError
 from mindpet.layers.linear import cast, from_rows, to_rows
 from mindpet.network.values import assign
+from mindpet.utils.hints import Arrays, Operators, Shape
 from mindpet.utils.quote import quote
 from mindpet.utils.sharding import PARALLEL_MODES
 from mindpet.utils.validate import Checker, is_int
@@ -65,12 +66,12 @@ class AdaLoraConfig(TargetConfig):
     fan_in_fan_out: bool = False
     bias: str = "none"
     init_lora_weights: Any = True
-    rank_pattern: Optional[dict] = None
+    rank_pattern: Optional[dict[str, list[bool]]] = None
 
     patterns = ()
     required = ("lora_alpha", "init_r")
 
-    def delta_arguments(self, path):
+    def delta_arguments(self, path: str) -> dict[str, Any]:
         return {
             "rank": self.init_r,
             "alpha": self.lora_alpha,
@@ -78,7 +79,7 @@ class AdaLoraConfig(TargetConfig):
             "init": self.init_lora_weights is not False,
         }
 
-    def check_fields(self, check):
+    def check_fields(self, check: Checker) -> None:
         super().check_fields(check)
         sizes = ("target_r", "init_r", "deltaT", "total_step")
         check.positive_int(**{name: getattr(self, name) for name in sizes})
@@ -106,12 +107,12 @@ class AdaLoraConfig(TargetConfig):
                 rule = f"a list of {self.init_r} bools, one for each of init_r"
                 check.require(fits, ValueError, f"rank_pattern[{quote(key)}]", mask, rule)
 
-    def check_supported(self, from_file=False):
+    def check_supported(self, from_file: bool = False) -> None:
         super().check_supported(from_file)
         if self.rank_pattern and not (from_file or self.inference_mode):
             raise ConfigError("AdaLoraConfig: 'rank_pattern' is of a file that lacks ranks; a fresh adapter has all.")
 
-    def unpack(self, tensors):
+    def unpack(self, tensors: Arrays) -> tuple[PeftConfig, Arrays]:
         """The tensors with all of init_r ranks: those that `rank_pattern` says the file lacks are zeros."""
         tensors, problems, lacking = dict(tensors), [], {}
         for key, mask in (self.rank_pattern or {}).items():
@@ -134,11 +135,11 @@ class AdaLoraConfig(TargetConfig):
         if wanted > MOST_ZEROS + 64 * there:
             raise CheckpointError(f"rank_pattern: of {wanted:,} numbers the file has only {there:,}.")
         for file, (shape, kept) in lacking.items():
-            own, tensors[file] = tensors[file], np.zeros(shape, tensors[file].dtype)
-            tensors[file][kept] = own
+            stored, tensors[file] = tensors[file], np.zeros(shape, tensors[file].dtype)
+            tensors[file][kept] = stored
         return dataclasses.replace(self, rank_pattern=None), tensors
 
-    def pack(self, tensors):
+    def pack(self, tensors: Arrays) -> tuple[PeftConfig, Arrays]:
         """The tensors without the ranks that are zero in A, B and E, and with them `rank_pattern`; see `unpack`."""
         tensors, masks = dict(tensors), {}
         for path in [key[: -len(".lora_E")] for key in tensors if key.endswith(".lora_E")]:
@@ -147,21 +148,21 @@ class AdaLoraConfig(TargetConfig):
                 continue
             kept = (a != 0).any(1) | (b != 0).any(0) | (e != 0).any(1)
             masks[f"{path[len(self.key_start) :]}.lora_E"] = kept.tolist()
-            for file, own in zip(FILE_NAMES.values(), (a[kept], b[:, kept], e[kept])):
-                tensors[f"{path}.{file}"] = np.ascontiguousarray(own)
+            for file, rest in zip(FILE_NAMES.values(), (a[kept], b[:, kept], e[kept])):
+                tensors[f"{path}.{file}"] = np.ascontiguousarray(rest)
         if all(map(all, masks.values())):
             return self, tensors
         return dataclasses.replace(self, rank_pattern=masks), tensors
 
 
-def check_alpha(check, alpha):
+def check_alpha(check: Checker, alpha: Any) -> None:
     """Note what is wrong with a scale."""
     check.nonzero_number(lora_alpha=alpha)
     if not check.problems:
         check.require(alpha > 0, ValueError, "lora_alpha", alpha, "above 0")
 
 
-def check_weight(check, name, weight):
+def check_weight(check: Checker, name: str, weight: Any) -> None:
     """Note what is wrong with a weight of a term of the loss."""
     number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
     if check.require(number, TypeError, name, weight, "an int or a float"):
@@ -222,20 +223,20 @@ class AdaLoRADelta(Delta):
         return from_rows(self.adalora_add(to_rows(out), cast(delta, out.dtype)), out)
 
     @classmethod
-    def fold(cls, matrix, values, rank, alpha, **others):
+    def fold(cls, matrix: np.ndarray, values: Arrays, rank: int, alpha: Union[int, float], **others: Any) -> np.ndarray:
         return matrix + np.float32(scale_of(rank, alpha)) * (values[B] @ (values[E] * values[A]))
 
     @classmethod
-    def fits(cls, shape, values, **arguments):
+    def fits(cls, shape: Shape, values: Arrays, **arguments: Any) -> bool:
         return (len(values[B]), values[A].shape[1]) == tuple(shape)
 
     @classmethod
-    def file_shapes(cls, shapes, rank, **others):
+    def file_shapes(cls, shapes: dict[str, Shape], rank: int, **others: Any) -> dict[str, tuple]:
         a, b = shapes.get(A, ()), shapes.get(B, ())
         return {A: (rank, (*a, "in", "in")[1]), B: ((*b, "out")[0], rank), E: (rank, 1)}
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         return {
             "strategy_adalora_dropout": (self.adalora_dropout.dropout, "ni"),
             "strategy_adalora_a_matmul": (self.adalora_a_matmul, "ni,ri"),
@@ -246,14 +247,14 @@ class AdaLoRADelta(Delta):
         }
 
     @property
-    def signature(self):
+    def signature(self) -> Any:
         return type(self), self.rank, self.scale, self.adalora_dropout.p
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return f"rank={self.rank}"
 
 
-def scale_of(rank, alpha):
+def scale_of(rank: int, alpha: Union[int, float]) -> float:
     """s, of the ranks that a layer had at the start."""
     return alpha / (rank + 1e-5)
 
@@ -295,7 +296,7 @@ class AdaLoRADense(DeltaDense, AdaLoRADelta):
         init_r: int,
         lora_alpha: Union[int, float],
         lora_dropout: float = 0.0,
-        **dense,
+        **dense: Any,
     ):
         check = Checker(type(self).__name__)
         check.positive_int(init_r=init_r)
@@ -305,12 +306,12 @@ class AdaLoRADense(DeltaDense, AdaLoRADelta):
             in_channels, out_channels, check=check, rank=init_r, alpha=lora_alpha, dropout=lora_dropout, **dense
         )
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return f"{super().extend_repr()}, rank={self.rank}"
 
 
-def trained_deltas(network):
-    """The AdaLoRA deltas of a network that train, a tuple."""
+def trained_deltas(network: nn.Cell) -> tuple[AdaLoRADelta, ...]:
+    """The AdaLoRA deltas of a network that train."""
     cells = [cell for _, cell in network.cells_and_names()]
     return tuple(cell for cell in cells if isinstance(cell, AdaLoRADelta) and getattr(cell, E).requires_grad)
 
@@ -373,7 +374,7 @@ def gap(gram):
     return ops.sqrt(ops.square(difference).sum() + 1e-12)
 
 
-def check_network(check, name, network):
+def check_network(check: Checker, name: str, network: Any) -> bool:
     """Note what is wrong with a network; returns whether it has AdaLoRA deltas that train."""
     if not check.require(isinstance(network, nn.Cell), TypeError, name, network, "a Cell"):
         return False
@@ -508,18 +509,18 @@ class AdaLoraOptimizer(nn.Optimizer):
         start = 0
         for i in range(len(self.ranks)):
             e = self.params[3 * i + 2]
-            own = ops.reshape(stays[start : start + self.ranks[i]], (-1, 1))
-            ops.assign(e, ops.select(own, e, ops.zeros_like(e)))
+            stay = ops.reshape(stays[start : start + self.ranks[i]], (-1, 1))
+            ops.assign(e, ops.select(stay, e, ops.zeros_like(e)))
             start += self.ranks[i]
 
     @property
-    def rank_pattern(self):
+    def rank_pattern(self) -> dict[str, list[bool]]:
         """Path of a layer and `.lora_E` -> list of bool, for each rank whether the last choice kept it."""
         parts = np.split(self.mindpet_adalora_kept.asnumpy() > 0, np.cumsum(self.ranks)[:-1])
         names = [param.name.replace(E, FILE_NAMES[E]) for param in self.params[2::3]]
         return {name: part.tolist() for name, part in zip(names, parts)}
 
-    def prune(self):
+    def prune(self) -> None:
         """Set to zero what A and B have of the ranks that were not chosen; files of the adapter then lack them.
 
         Raises:
@@ -534,24 +535,24 @@ class AdaLoraOptimizer(nn.Optimizer):
                 assign(param, Tensor(np.where(mask, param.asnumpy(), np.zeros((), param.asnumpy().dtype))))
 
 
-def schedule(config, start, end):
+def schedule(config: AdaLoraConfig, start: int, end: int) -> np.ndarray:
     """For each step how many ranks are cut, or LEAVE; what comes behind the last one is CUT_AGAIN.
 
     Args:
-        config (AdaLoraConfig): tinit, tfinal, deltaT and total_step.
-        start (int): ranks at the start.
-        end (int): ranks that are left.
+        config: tinit, tfinal, deltaT and total_step.
+        start: ranks at the start.
+        end: ranks that are left.
 
     Returns:
-        numpy.ndarray, int32, `(total_step - tfinal + 2,)`.
+        int32, `(total_step - tfinal + 2,)`.
     """
     final = config.total_step - config.tfinal
-    found = [LEAVE] * (config.tinit + 1)
+    cuts = [LEAVE] * (config.tinit + 1)
     for step in range(config.tinit + 1, final + 1):
         rest = 1 - (step - config.tinit) / (final - config.tinit)
         cut = start - int((start - end) * rest**3 + end)
-        found.append(cut if step % config.deltaT == 0 or step == final else LEAVE)
-    return np.array([*found, CUT_AGAIN], np.int32)
+        cuts.append(cut if step % config.deltaT == 0 or step == final else LEAVE)
+    return np.array([*cuts, CUT_AGAIN], np.int32)
 
 
 def _state(name, value):

@@ -1,8 +1,9 @@
 """Adapter: a bottleneck that is added to what a frozen layer or block puts out, after it or beside it."""
 
 from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Union
+from typing import Any, Optional, Union
 
 import mindspore as ms
 from mindspore import nn, ops
@@ -12,7 +13,8 @@ from mindpet.delta._config import TargetConfig
 from mindpet.delta.low_rank_adapter import LowRankAdapterDense, LowRankAdapterLayer
 from mindpet.layers.activation import ACTIVATIONS, get_activation
 from mindpet.layers.linear import Dense, to_rows
-from mindpet.network.kinds import linear_layers
+from mindpet.network.kinds import ContextKind, linear_layers
+from mindpet.utils.hints import ActivationLike, InitLike, Operators, Strategy
 from mindpet.utils.sharding import apply_strategies, cut_axes
 from mindpet.utils.validate import Checker
 
@@ -35,13 +37,11 @@ class BottleneckConfig(TargetConfig):
     With 'multi_head' it names attentions that have a `context_source`, see docs/peft.md.
 
     Args beyond those of PeftConfig and TargetConfig:
-        bottleneck_size (int): features inside. Default: 64.
-        non_linearity (str): activation inside, see `mindpet.layers.get_activation`. Default: 'gelu'.
-        form (str): 'sequential': computed from what the place puts out; 'parallel': from what it takes in;
-            'multi_head': also, apart for each head of an attention, with as many features inside for each.
-            Default: 'sequential'.
-        scale (Union[float, str]): factor of what is added, or 'learned' for one that trains, and starts as 1.
-            Default: 1.0.
+        bottleneck_size: features inside. Default: 64.
+        non_linearity: activation inside, see `mindpet.layers.get_activation`. Default: 'gelu'.
+        form: 'sequential': computed from what the place puts out; 'parallel': from what it takes in; 'multi_head':
+            also, apart for each head of an attention, with as many features inside for each. Default: 'sequential'.
+        scale: factor of what is added, or 'learned' for one that trains, and starts as 1. Default: 1.0.
     """
 
     peft_type, method_name = "ADAPTER", "adapter"
@@ -52,7 +52,7 @@ class BottleneckConfig(TargetConfig):
     form: str = "sequential"
     scale: Union[float, str] = 1.0
 
-    def delta_arguments(self, path):
+    def delta_arguments(self, path: str) -> dict[str, Any]:
         return {
             "bottleneck_size": self.bottleneck_size,
             "non_linearity": self.non_linearity,
@@ -60,10 +60,10 @@ class BottleneckConfig(TargetConfig):
             "scale": self.scale,
         }
 
-    def kinds_of_targets(self, kinds):
+    def kinds_of_targets(self, kinds: Collection[str]) -> Collection[str]:
         return PLACES[self.form]
 
-    def check_fields(self, check):
+    def check_fields(self, check: Checker) -> None:
         super().check_fields(check)
         check.positive_int(bottleneck_size=self.bottleneck_size)
         check.choice("non_linearity", self.non_linearity, ACTIVATIONS)
@@ -71,13 +71,13 @@ class BottleneckConfig(TargetConfig):
         check_scale(check, self.scale)
 
 
-def check_form(check, form, scale):
+def check_form(check: Checker, form: Any, scale: Any) -> None:
     """Note what is wrong with the form and the scale of an adapter at a layer."""
     check.choice("form", form, ("sequential", "parallel"))
     check_scale(check, scale)
 
 
-def check_scale(check, scale):
+def check_scale(check: Checker, scale: Any) -> None:
     """Note a scale that is neither a number nor 'learned'."""
     if scale != LEARNED:
         check.nonzero_number(scale=scale)
@@ -97,14 +97,14 @@ class AdapterLayer(ResidualAdapter):
     arXiv:2110.04366, section 3.3. W_up and both biases start as zeros, so a fresh adapter is the identity.
 
     Args:
-        hidden_size (int): features of the input and the output.
-        bottleneck_size (int): features inside. Default: 64.
-        non_linearity (str): name of the activation inside, see `mindpet.layers.get_activation`. Default: 'gelu'.
-        param_init_type (mindspore.dtype): type of the parameters: float16, float32 or bfloat16. Default: float32.
-        compute_dtype (mindspore.dtype): type of the computation: float16, float32 or bfloat16. Default: float16.
-        form (str): 'sequential' for x = h, or 'parallel'. Default: 'sequential'.
-        in_channels (int): features of x. Default: None, for `hidden_size`.
-        scale (Union[float, str]): s, or 'learned' for one that trains, and starts as 1. Default: 1.0.
+        hidden_size: features of the input and the output.
+        bottleneck_size: features inside. Default: 64.
+        non_linearity: name of the activation inside, see `mindpet.layers.get_activation`. Default: 'gelu'.
+        param_init_type: type of the parameters: float16, float32 or bfloat16. Default: float32.
+        compute_dtype: type of the computation: float16, float32 or bfloat16. Default: float16.
+        form: 'sequential' for x = h, or 'parallel'. Default: 'sequential'.
+        in_channels: features of x. Default: None, for `hidden_size`.
+        scale: s, or 'learned' for one that trains, and starts as 1. Default: 1.0.
 
     Parameters:
         mindpet_delta_adapter_block.mindpet_delta_adapter_down_sampler: weight `(bottleneck_size, in_channels)`, bias;
@@ -125,14 +125,14 @@ class AdapterLayer(ResidualAdapter):
 
     def __init__(
         self,
-        hidden_size,
-        bottleneck_size=64,
-        non_linearity="gelu",
-        param_init_type=ms.float32,
-        compute_dtype=ms.float16,
-        form="sequential",
-        in_channels=None,
-        scale=1.0,
+        hidden_size: int,
+        bottleneck_size: int = 64,
+        non_linearity: str = "gelu",
+        param_init_type: ms.Type = ms.float32,
+        compute_dtype: ms.Type = ms.float16,
+        form: str = "sequential",
+        in_channels: Optional[int] = None,
+        scale: Union[float, str] = 1.0,
     ):
         in_channels = hidden_size if in_channels is None else in_channels
         check = Checker(type(self).__name__)
@@ -167,7 +167,7 @@ class AdapterLayer(ResidualAdapter):
         return delta if self.scale == 1 else self.scale_mul(delta, self.scale)
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         """The operator behind each slot of `shard()`, and the axes of its inputs; see `mindpet.utils.sharding`."""
         down, non_linearity, up = self.mindpet_delta_adapter_block
         return {
@@ -182,35 +182,35 @@ class AdapterLayer(ResidualAdapter):
 
     def shard(
         self,
-        strategy_matmul_down_sampler=None,
-        strategy_bias_down_sampler=None,
-        strategy_non_linearity=None,
-        strategy_matmul_up_sampler=None,
-        strategy_bias_up_sampler=None,
-        strategy_residual_add=None,
-        strategy_scale_mul=None,
-    ):
-        """Set the strategies of the operators, each a tuple with one tuple of ints for each input, or None.
+        strategy_matmul_down_sampler: Optional[Strategy] = None,
+        strategy_bias_down_sampler: Optional[Strategy] = None,
+        strategy_non_linearity: Optional[Strategy] = None,
+        strategy_matmul_up_sampler: Optional[Strategy] = None,
+        strategy_bias_up_sampler: Optional[Strategy] = None,
+        strategy_residual_add: Optional[Strategy] = None,
+        strategy_scale_mul: Optional[Strategy] = None,
+    ) -> "AdapterLayer":
+        """Set the strategies of the operators; None leaves one alone.
 
         Args:
-            strategy_matmul_down_sampler (tuple): of the down matmul (transpose_b). Default: None.
-            strategy_bias_down_sampler (tuple): of the down bias addition. Default: None.
-            strategy_non_linearity (tuple): of the activation inside. Default: None.
-            strategy_matmul_up_sampler (tuple): of the up matmul (transpose_b). Default: None.
-            strategy_bias_up_sampler (tuple): of the up bias addition. Default: None.
-            strategy_residual_add (tuple): of the residual addition. Default: None.
-            strategy_scale_mul (tuple): of the product with the scale, `((rows, out), ())`, or `((rows, out), (1,))` if
-                it is learned. Default: None.
+            strategy_matmul_down_sampler: of the down matmul (transpose_b). Default: None.
+            strategy_bias_down_sampler: of the down bias addition. Default: None.
+            strategy_non_linearity: of the activation inside. Default: None.
+            strategy_matmul_up_sampler: of the up matmul (transpose_b). Default: None.
+            strategy_bias_up_sampler: of the up bias addition. Default: None.
+            strategy_residual_add: of the residual addition. Default: None.
+            strategy_scale_mul: of the product with the scale, `((rows, out), ())`, or `((rows, out), (1,))` if it is
+                learned. Default: None.
 
         Returns:
-            AdapterLayer, itself.
+            Itself.
 
         Raises:
             TypeError, ValueError: see `mindpet.utils.sharding.apply_strategies`; LogSoftmax cannot be sharded.
         """
         return apply_strategies(self, locals())
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return (
             f"{super().extend_repr()}, bottleneck_size={self.bottleneck_size}, non_linearity={self.non_linearity}, "
             f"form={self.form}, scale={self.scale}"
@@ -236,7 +236,7 @@ class AdapterDelta(Delta):
         return self.mindpet_delta_adapter(out, x)
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         return self.mindpet_delta_adapter.operators
 
 
@@ -250,14 +250,14 @@ class MultiHeadAdapterLayer(nn.Cell):
     section 3.3, the multi-head parallel adapter. W_up and both biases start as zeros, so a fresh one is the identity.
 
     Args:
-        hidden_size (int): features of x, the attention's input.
-        heads (int): query heads.
-        head_dim (int): features of a head.
-        bottleneck_size (int): features inside, for each head. Default: 64.
-        non_linearity (str): name of the activation inside, see `mindpet.layers.get_activation`. Default: 'gelu'.
-        scale (Union[float, str]): s, or 'learned' for one that trains, and starts as 1. Default: 1.0.
-        param_init_type (mindspore.dtype): type of the parameters: float16, float32 or bfloat16. Default: float32.
-        compute_dtype (mindspore.dtype): type of the computation: float16, float32 or bfloat16. Default: float16.
+        hidden_size: features of x, the attention's input.
+        heads: query heads.
+        head_dim: features of a head.
+        bottleneck_size: features inside, for each head. Default: 64.
+        non_linearity: name of the activation inside, see `mindpet.layers.get_activation`. Default: 'gelu'.
+        scale: s, or 'learned' for one that trains, and starts as 1. Default: 1.0.
+        param_init_type: type of the parameters: float16, float32 or bfloat16. Default: float32.
+        compute_dtype: type of the computation: float16, float32 or bfloat16. Default: float16.
 
     Parameters:
         mindpet_delta_adapter_down: weight `(heads * bottleneck_size, hidden_size)`, bias; mindpet_delta_adapter_up
@@ -278,14 +278,14 @@ class MultiHeadAdapterLayer(nn.Cell):
 
     def __init__(
         self,
-        hidden_size,
-        heads,
-        head_dim,
-        bottleneck_size=64,
-        non_linearity="gelu",
-        scale=1.0,
-        param_init_type=ms.float32,
-        compute_dtype=ms.float16,
+        hidden_size: int,
+        heads: int,
+        head_dim: int,
+        bottleneck_size: int = 64,
+        non_linearity: str = "gelu",
+        scale: Union[float, str] = 1.0,
+        param_init_type: ms.Type = ms.float32,
+        compute_dtype: ms.Type = ms.float16,
     ):
         check = Checker(type(self).__name__)
         check.positive_int(hidden_size=hidden_size, heads=heads, head_dim=head_dim, bottleneck_size=bottleneck_size)
@@ -321,20 +321,20 @@ class MultiHeadAdapterLayer(nn.Cell):
             factor = ops.cast(self.mindpet_delta_adapter_scale, self.compute_dtype)
         return self.residual_add(context, ops.cast(self.scale_mul(delta, factor), context.dtype))
 
-    def shard(self, batch, heads):
+    def shard(self, batch: int, heads: int) -> "MultiHeadAdapterLayer":
         """Cut the result over the batch and the heads.
 
         Args:
-            batch (int): slices of the batch.
-            heads (int): slices of the heads.
+            batch: slices of the batch.
+            heads: slices of the heads.
 
         Returns:
-            MultiHeadAdapterLayer, itself.
+            Itself.
         """
         return apply_strategies(self, cut_axes(self, {"n": batch, "o": heads}))
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         """The operator behind each slot, and the axes of its inputs; see `mindpet.utils.sharding`."""
         down = self.mindpet_delta_adapter_down
         return {
@@ -349,7 +349,7 @@ class MultiHeadAdapterLayer(nn.Cell):
             "strategy_residual_add": (self.residual_add, "nokl,nokl"),
         }
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return f"heads={self.heads}, bottleneck_size={self.bottleneck_size}, scale={self.scale}"
 
 
@@ -362,7 +362,15 @@ class MultiHeadAdapterDelta(MultiHeadAdapterLayer, Delta):
     """
 
     @classmethod
-    def create(cls, cell, kind, bottleneck_size, non_linearity, form, scale):
+    def create(
+        cls,
+        cell: nn.Cell,
+        kind: ContextKind,
+        bottleneck_size: int,
+        non_linearity: str,
+        form: str,
+        scale: Union[float, str],
+    ) -> "MultiHeadAdapterDelta":
         (first, layer), *_ = linear_layers(cell)
         return cls(
             layer.in_features(first),
@@ -386,19 +394,18 @@ class AdapterDense(DeltaDense, AdapterDelta):
     computed.
 
     Args:
-        in_channels (int): features of the input.
-        out_channels (int): features of the output.
-        weight_init (Union[Tensor, str, Initializer, Number]): of the weight W. Default: 'normal'.
-        bias_init (Union[Tensor, str, Initializer, Number]): of the bias b. Default: 'zeros'.
-        has_bias (bool): whether there is a bias. Default: True.
-        activation (Union[str, Cell, Primitive, None]): applied before the adapter. Default: None.
-        bottleneck_size (int): features inside the adapter. Default: 64.
-        non_linearity (str): name of the activation inside the adapter. Default: 'gelu'.
-        param_init_type (mindspore.dtype): type of the adapter's parameters: float16, float32 or bfloat16.
-            Default: float32.
-        compute_dtype (mindspore.dtype): type of the computation: float16, float32 or bfloat16. Default: float16.
-        form (str): 'sequential': after the layer; 'parallel': beside it. Default: 'sequential'.
-        scale (Union[float, str]): factor of what the adapter adds, or 'learned'. Default: 1.0.
+        in_channels: features of the input.
+        out_channels: features of the output.
+        weight_init: of the weight W. Default: 'normal'.
+        bias_init: of the bias b. Default: 'zeros'.
+        has_bias: whether there is a bias. Default: True.
+        activation: applied before the adapter. Default: None.
+        bottleneck_size: features inside the adapter. Default: 64.
+        non_linearity: name of the activation inside the adapter. Default: 'gelu'.
+        param_init_type: type of the adapter's parameters: float16, float32 or bfloat16. Default: float32.
+        compute_dtype: type of the computation: float16, float32 or bfloat16. Default: float16.
+        form: 'sequential': after the layer; 'parallel': beside it. Default: 'sequential'.
+        scale: factor of what the adapter adds, or 'learned'. Default: 1.0.
 
     Parameters:
         weight `(out_channels, in_channels)`, bias `(out_channels,)`, and mindpet_delta_adapter, an `AdapterLayer`.
@@ -418,18 +425,18 @@ class AdapterDense(DeltaDense, AdapterDelta):
 
     def __init__(
         self,
-        in_channels,
-        out_channels,
-        weight_init="normal",
-        bias_init="zeros",
-        has_bias=True,
-        activation=None,
-        bottleneck_size=64,
-        non_linearity="gelu",
-        param_init_type=ms.float32,
-        compute_dtype=ms.float16,
-        form="sequential",
-        scale=1.0,
+        in_channels: int,
+        out_channels: int,
+        weight_init: InitLike = "normal",
+        bias_init: InitLike = "zeros",
+        has_bias: bool = True,
+        activation: ActivationLike = None,
+        bottleneck_size: int = 64,
+        non_linearity: str = "gelu",
+        param_init_type: ms.Type = ms.float32,
+        compute_dtype: ms.Type = ms.float16,
+        form: str = "sequential",
+        scale: Union[float, str] = 1.0,
     ):
         check = Checker(type(self).__name__)
         check.positive_int(bottleneck_size=bottleneck_size)
@@ -454,7 +461,7 @@ class AdapterDense(DeltaDense, AdapterDelta):
         self.non_linearity = non_linearity
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         """The operator behind each slot of `shard()`, and the axes of its inputs; see `mindpet.utils.sharding`."""
         return {
             "strategy_matmul_org": (self.matmul, "ni,oi"),
@@ -465,26 +472,26 @@ class AdapterDense(DeltaDense, AdapterDelta):
 
     def shard(
         self,
-        strategy_matmul_org=None,
-        strategy_bias_org=None,
-        strategy_activation_org=None,
-        strategy_matmul_down_sampler=None,
-        strategy_bias_down_sampler=None,
-        strategy_non_linearity=None,
-        strategy_matmul_up_sampler=None,
-        strategy_bias_up_sampler=None,
-        strategy_residual_add=None,
-        strategy_scale_mul=None,
-    ):
-        """Set the strategies of the operators, each a tuple with one tuple of ints for each input, or None.
+        strategy_matmul_org: Optional[Strategy] = None,
+        strategy_bias_org: Optional[Strategy] = None,
+        strategy_activation_org: Optional[Strategy] = None,
+        strategy_matmul_down_sampler: Optional[Strategy] = None,
+        strategy_bias_down_sampler: Optional[Strategy] = None,
+        strategy_non_linearity: Optional[Strategy] = None,
+        strategy_matmul_up_sampler: Optional[Strategy] = None,
+        strategy_bias_up_sampler: Optional[Strategy] = None,
+        strategy_residual_add: Optional[Strategy] = None,
+        strategy_scale_mul: Optional[Strategy] = None,
+    ) -> "AdapterDense":
+        """Set the strategies of the operators; None leaves one alone.
 
         Args:
-            strategy_matmul_org (tuple): of the base matmul (transpose_b). Default: None.
-            strategy_bias_org (tuple): of the base bias addition. Default: None.
-            strategy_activation_org (tuple): of the base activation. Default: None.
+            strategy_matmul_org: of the base matmul (transpose_b). Default: None.
+            strategy_bias_org: of the base bias addition. Default: None.
+            strategy_activation_org: of the base activation. Default: None.
             strategy_matmul_down_sampler, strategy_bias_down_sampler, strategy_non_linearity,
-                strategy_matmul_up_sampler, strategy_bias_up_sampler, strategy_residual_add, strategy_scale_mul (tuple):
-                of the adapter, see `AdapterLayer.shard`. Default: None.
+                strategy_matmul_up_sampler, strategy_bias_up_sampler, strategy_residual_add, strategy_scale_mul: of the
+                adapter, see `AdapterLayer.shard`. Default: None.
 
         Returns:
             AdapterDense, itself.

@@ -13,8 +13,9 @@ from mindpet.delta._base import Delta, delta_parameter
 from mindpet.delta._config import TargetConfig
 from mindpet.errors import ConfigError
 from mindpet.layers.linear import cast
-from mindpet.network.kinds import layer_kind, why_not
+from mindpet.network.kinds import LayerKind, layer_kind, why_not
 from mindpet.network.match import ends_with
+from mindpet.utils.hints import Arrays, Operators, Shape
 from mindpet.utils.sharding import apply_strategies, cut_axes
 from mindpet.utils.validate import Checker
 
@@ -47,15 +48,15 @@ class AdaptionPromptConfig(TargetConfig):
         if isinstance(self.target_modules, str) and self.target_modules.isidentifier():
             self.target_modules = [self.target_modules]
 
-    def check_fields(self, check):
+    def check_fields(self, check: Checker) -> None:
         super().check_fields(check)
         sizes = {"adapter_len": self.adapter_len, "adapter_layers": self.adapter_layers}
         check.positive_int(**{name: size for name, size in sizes.items() if size is not None})
 
-    def delta_arguments(self, path):
+    def delta_arguments(self, path: str) -> dict[str, Any]:
         return {"tokens": self.adapter_len or 0}
 
-    def choose(self, layers):
+    def choose(self, layers: Sequence[Any]) -> list:
         missing = [f"'{name}' must be given" for name in self.told_by_tensors if getattr(self, name) is None]
         if not missing and self.adapter_layers > len(layers):
             missing = [f"'adapter_layers' is {self.adapter_layers}, but there are {len(layers)} attentions"]
@@ -63,7 +64,7 @@ class AdaptionPromptConfig(TargetConfig):
             raise ConfigError(f"{type(self).__name__}: " + "; ".join(missing) + ".")
         return layers[-self.adapter_layers :]
 
-    def with_targets(self, pairs, known):
+    def with_targets(self, pairs: Sequence[tuple[str, str]], known: Sequence[str]) -> "AdaptionPromptConfig":
         """By the one name that they have, where the last attentions of that name are these, for Hugging Face PEFT."""
         config, paths = super().with_targets(pairs, known), [new for _, new in pairs]
         ends = {path.rpartition(".")[2] for path in paths}
@@ -71,14 +72,16 @@ class AdaptionPromptConfig(TargetConfig):
         is_told = bool(paths) and sorted(alike[-len(paths) :]) == sorted(paths)
         return replace(config, target_modules=[*ends]) if is_told else config
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         content = super().to_dict()
         names = content["target_modules"]
         if isinstance(names, list) and len(names) == 1 and names[0].isidentifier():
             content["target_modules"] = names[0]
         return content
 
-    def of_delta_file(self, shapes, tensors):
+    def of_delta_file(
+        self, shapes: dict[str, dict[str, Shape]], tensors: Arrays
+    ) -> tuple["AdaptionPromptConfig", Arrays]:
         config, tensors = super().of_delta_file(shapes, tensors)
         lengths = {path: names[PROMPT][1] for path, names in shapes.items() if len(names.get(PROMPT, ())) > 1}
         told = {"adapter_len": max(lengths.values(), default=None), "adapter_layers": len(lengths) or None}
@@ -171,7 +174,7 @@ class AdaptionPrompt(nn.Cell):
         self.scores, self.attend = ops.BatchMatMul(transpose_b=True), ops.BatchMatMul()
         self.scale, self.softmax, self.gate_mul, self.add = ops.Mul(), ops.Softmax(-1), ops.Mul(), ops.Add()
 
-    def update_parameters_name(self, prefix="", recurse=True):
+    def update_parameters_name(self, prefix: str = "", recurse: bool = True) -> None:
         """Name the own parameters; the base's keep their names."""
         before = [(param, param.name) for name, param in self.parameters_and_names() if name.startswith("base_")]
         super().update_parameters_name(prefix, recurse)
@@ -208,12 +211,12 @@ class AdaptionPrompt(nn.Cell):
         x = ops.reshape(x, (batch, self.kv_heads, 1, self.adapter_len * self.head_dim))
         return ops.reshape(self.repeat(x, (1, 1, self.groups, 1)), (batch, self.heads, self.adapter_len, self.head_dim))
 
-    def shard(self, batch, heads):
+    def shard(self, batch: int, heads: int) -> "AdaptionPrompt":
         """Cut the result over the batch and the heads.
 
         Args:
-            batch (int): slices of the batch.
-            heads (int): slices of the heads, and of the key and value heads.
+            batch: slices of the batch.
+            heads: slices of the heads, and of the key and value heads.
 
         Returns:
             AdaptionPrompt, itself.
@@ -228,7 +231,7 @@ class AdaptionPrompt(nn.Cell):
         return apply_strategies(self, cut_axes(self, {"n": batch, "o": heads}))
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         """The operator behind each slot, and the axes of its inputs; see `mindpet.utils.sharding`."""
         products = ["ni,oi" if operator.transpose_b else "ni,io" for operator in (self.key_matmul, self.value_matmul)]
         return {
@@ -247,7 +250,7 @@ class AdaptionPrompt(nn.Cell):
             "strategy_add": (self.add, "nokl,nokl"),
         }
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return f"heads={self.heads}, head_dim={self.head_dim}, kv_heads={self.kv_heads}, adapter_len={self.adapter_len}"
 
 
@@ -261,13 +264,13 @@ class AdaptionPromptDelta(AdaptionPrompt, Delta):
     file_names = {PROMPT: "adaption_prompt", GATE: "adaption_gate"}
 
     @classmethod
-    def create(cls, cell, kind, tokens):
+    def create(cls, cell: nn.Cell, kind: LayerKind, tokens: int) -> "AdaptionPromptDelta":
         layers = key_value_layers(cell)
         dtype = layer_kind(layers[0]).compute_dtype
         return cls(layers, kind.heads, kind.head_dim, kind.kv_heads, tokens, compute_dtype=dtype)
 
     @classmethod
-    def problems(cls, cell, kind, is_sharded, **arguments):
+    def problems(cls, cell: nn.Cell, kind: LayerKind, is_sharded: bool, **arguments: Any) -> list[str]:
         layers = key_value_layers(cell)
         if not layers:
             return [f"its {PLACES!r} must name its layers of key and value, but is {getattr(cell, PLACES, None)!r}"]
@@ -275,7 +278,7 @@ class AdaptionPromptDelta(AdaptionPrompt, Delta):
             return ["no adaption prompt where an 'output_source', or one layer of query and key, has strategies"]
         return layer_problems(layers, kind.heads, kind.kv_heads, kind.head_dim)
 
-    def base_places(self, cell):
+    def base_places(self, cell: nn.Cell) -> dict[str, tuple[nn.Cell, str]]:
         layers, places = key_value_layers(cell), {}
         for name, layer in (("key", layers[0]), ("value", layers[-1])):
             kind = layer_kind(layer)
@@ -285,16 +288,16 @@ class AdaptionPromptDelta(AdaptionPrompt, Delta):
         return places
 
     @classmethod
-    def file_shapes(cls, shapes, tokens, **others):
+    def file_shapes(cls, shapes: dict[str, Shape], tokens: int, **others: Any) -> dict[str, Shape]:
         return {PROMPT: (1, tokens, *(shapes.get(PROMPT, ())[2:] or ("features",))), GATE: (1,)}
 
 
-def own_bias(layer, kind):
+def own_bias(layer: nn.Cell, kind: LayerKind) -> Any:
     """The bias that is in what a layer puts out, or None."""
     return kind.bias_of(layer) if kind.adds_bias else None
 
 
-def key_value_layers(attention):
+def key_value_layers(attention: nn.Cell) -> list:
     """The layers that an attention names in `key_value_layers`, a list; empty if it does not name one or two."""
     names = getattr(attention, PLACES, None)
     named = isinstance(names, tuple) and len(names) in (1, 2)
@@ -302,7 +305,7 @@ def key_value_layers(attention):
     return layers if all(isinstance(layer, nn.Cell) for layer in layers) else []
 
 
-def layer_problems(layers, heads, kv_heads, head_dim):
+def layer_problems(layers: Sequence[Any], heads: int, kv_heads: int, head_dim: int) -> list[str]:
     """Why layers cannot be those of key and value, or one of query, key and value: list of str."""
     if not (isinstance(layers, (list, tuple)) and len(layers) in (1, 2)):
         return ["the layers of key and value, or one of query, key and value"]

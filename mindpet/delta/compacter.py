@@ -1,8 +1,9 @@
 """Compacter: an adapter whose two matrices are sums of Kronecker products, of which all layers share one factor."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import mindspore as ms
 from mindspore import nn, ops
@@ -12,6 +13,8 @@ from mindpet.delta._base import Delta, DeltaDense, ResidualAdapter, delta_parame
 from mindpet.delta._config import TargetConfig
 from mindpet.layers.activation import ACTIVATIONS, get_activation
 from mindpet.layers.linear import cast
+from mindpet.network.kinds import LayerKind
+from mindpet.utils.hints import Operators, Shape, Strategy
 from mindpet.utils.sharding import apply_strategies
 from mindpet.utils.validate import Checker, is_int
 
@@ -29,10 +32,10 @@ class CompacterConfig(TargetConfig):
     feed-forward block of each layer it is Compacter, after the feed-forward block alone Compacter++.
 
     Args beyond those of PeftConfig and TargetConfig:
-        reduction_factor (int): by how much the inner size is smaller than the features. Default: 32.
-        phm_dim (int): n, Kronecker products in a sum; it divides the features and the inner size. Default: 4.
-        phm_rank (int): r, rank of their second factors. Default: 1.
-        non_linearity (str): activation inside, see `mindpet.layers.get_activation`. Default: 'gelu'.
+        reduction_factor: by how much the inner size is smaller than the features. Default: 32.
+        phm_dim: n, Kronecker products in a sum; it divides the features and the inner size. Default: 4.
+        phm_rank: r, rank of their second factors. Default: 1.
+        non_linearity: activation inside, see `mindpet.layers.get_activation`. Default: 'gelu'.
     """
 
     peft_type, method_name = "COMPACTER", "compacter"
@@ -43,7 +46,7 @@ class CompacterConfig(TargetConfig):
     phm_rank: int = 1
     non_linearity: str = "gelu"
 
-    def delta_arguments(self, path):
+    def delta_arguments(self, path: str) -> dict[str, Any]:
         return {
             "reduction_factor": self.reduction_factor,
             "phm_dim": self.phm_dim,
@@ -51,7 +54,7 @@ class CompacterConfig(TargetConfig):
             "non_linearity": self.non_linearity,
         }
 
-    def check_fields(self, check):
+    def check_fields(self, check: Checker) -> None:
         super().check_fields(check)
         check_numbers(check, self.reduction_factor, self.phm_dim, self.phm_rank, self.non_linearity)
 
@@ -68,14 +71,14 @@ class HypercomplexLinear(nn.Cell):
     more features are cut with the features; the factors are whole on each rank, and multiplied in float32.
 
     Args:
-        in_channels (int): features of the input.
-        out_channels (int): features of the output.
-        dim (int): n, divides both.
-        rank (int): r, of the second factors.
-        is_up (bool): whether it is the second one of an adapter: there the output has more features, and the t_i, and
-            so W, start as zeros.
-        param_init_type (mindspore.dtype): type of the parameters.
-        compute_dtype (mindspore.dtype): type of the computation.
+        in_channels: features of the input.
+        out_channels: features of the output.
+        dim: n, divides both.
+        rank: r, of the second factors.
+        is_up: whether it is the second one of an adapter: there the output has more features, and the t_i, and so W,
+            start as zeros.
+        param_init_type: type of the parameters.
+        compute_dtype: type of the computation.
 
     Parameters:
         left: s_i as `(n, r, in / n)`; right: t_i as `(n, r, out / n)`; bias `(out,)`.
@@ -88,7 +91,16 @@ class HypercomplexLinear(nn.Cell):
         `(rows, out)`.
     """
 
-    def __init__(self, in_channels, out_channels, dim, rank, is_up, param_init_type, compute_dtype):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        dim: int,
+        rank: int,
+        is_up: bool,
+        param_init_type: ms.Type,
+        compute_dtype: ms.Type,
+    ):
         super().__init__()
         self.compute_dtype, self.out_channels, self.is_up = compute_dtype, out_channels, is_up
         self.dim, self.rank = dim, rank
@@ -199,7 +211,7 @@ class CompacterLayer(ResidualAdapter):
         return self.mindpet_delta_compacter_up(inner, rule)
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         """The operator behind each slot of `shard()`, and the axes of its inputs; see `mindpet.utils.sharding`."""
         down, up = self.mindpet_delta_compacter_down, self.mindpet_delta_compacter_up
         return {
@@ -217,11 +229,11 @@ class CompacterLayer(ResidualAdapter):
             "strategy_residual_add": (self.residual_add, "no,no"),
         }
 
-    def shard(self, **strategies):
+    def shard(self, **strategies: Optional[Strategy]) -> "CompacterLayer":
         """Set the strategies of the operators; the slots are the keys of `operators`."""
         return apply_strategies(self, strategies)
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return (
             f"{super().extend_repr()}, reduction_factor={self.reduction_factor}, phm_dim={self.phm_dim}, "
             f"phm_rank={self.phm_rank}, non_linearity={self.non_linearity}"
@@ -242,7 +254,7 @@ class CompacterDelta(Delta):
     shared_names = {RULE: "compacter_rule"}
 
     @classmethod
-    def shared(cls, targets):
+    def shared(cls, targets: Sequence[Any]) -> dict[str, Any]:
         return {RULE: _rule(targets[0].arguments["phm_dim"], ms.float32)}
 
     def setup(self, cell, reduction_factor, phm_dim, rank, non_linearity, shared=None, dtype=ms.float32):
@@ -262,13 +274,17 @@ class CompacterDelta(Delta):
         return self.mindpet_delta_compacter(out)
 
     @classmethod
-    def problems(cls, cell, kind, is_sharded, reduction_factor, phm_dim, **others):
+    def problems(
+        cls, cell: nn.Cell, kind: LayerKind, is_sharded: bool, reduction_factor: int, phm_dim: int, **others: Any
+    ) -> list[str]:
         check = Checker(cls.__name__)
         check_division(check, out_features(cell, kind), reduction_factor, phm_dim)
         return [message for _, message in check.problems]
 
     @classmethod
-    def file_shapes(cls, shapes, reduction_factor, phm_dim, rank, non_linearity):
+    def file_shapes(
+        cls, shapes: dict[str, Shape], reduction_factor: int, phm_dim: int, rank: int, non_linearity: str
+    ) -> dict[str, Shape]:
         hidden = (*shapes.get(f"{LAYER}.{LAYER}_up.bias", ()), "out")[0]
         inner = "inner" if hidden == "out" else hidden // reduction_factor
         parts = {size: size if isinstance(size, str) else size // phm_dim for size in (hidden, inner)}
@@ -281,7 +297,7 @@ class CompacterDelta(Delta):
         return wanted
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         return self.mindpet_delta_compacter.operators
 
 
@@ -326,7 +342,7 @@ class CompacterDense(DeltaDense, CompacterDelta):
         phm_rank: int = 1,
         non_linearity: str = "gelu",
         shared: Optional[Union[CompacterLayer, "CompacterDense"]] = None,
-        **dense,
+        **dense: Any,
     ):
         check = Checker(type(self).__name__)
         check_numbers(check, reduction_factor, phm_dim, phm_rank, non_linearity)
@@ -345,13 +361,13 @@ class CompacterDense(DeltaDense, CompacterDelta):
         )
 
 
-def check_numbers(check, reduction_factor, phm_dim, phm_rank, non_linearity):
+def check_numbers(check: Checker, reduction_factor: int, phm_dim: int, phm_rank: int, non_linearity: str) -> None:
     """Note what is wrong with the numbers of a Compacter adapter in themselves."""
     check.positive_int(reduction_factor=reduction_factor, phm_dim=phm_dim, phm_rank=phm_rank)
     check.choice("non_linearity", non_linearity, ACTIVATIONS)
 
 
-def check_division(check, hidden_size, reduction_factor, phm_dim):
+def check_division(check: Checker, hidden_size: int, reduction_factor: int, phm_dim: int) -> None:
     """Note a `phm_dim` that does not divide the features, or the inner size."""
     sizes = (hidden_size, reduction_factor, phm_dim)
     if all(is_int(size) and size > 0 for size in sizes):
@@ -361,7 +377,7 @@ def check_division(check, hidden_size, reduction_factor, phm_dim):
         check.require(fits, ValueError, "phm_dim", phm_dim, rule)
 
 
-def check_shared(check, shared, phm_dim):
+def check_shared(check: Checker, shared: Any, phm_dim: int) -> None:
     """Note a layer that cannot share its A_i."""
     known = shared is None or isinstance(shared, (CompacterLayer, CompacterDense))
     rule = "a CompacterLayer, a CompacterDense or None"
@@ -370,7 +386,7 @@ def check_shared(check, shared, phm_dim):
         check.require(own == phm_dim, ValueError, "shared", own, f"of 'phm_dim' {phm_dim}")
 
 
-def rule_of(layer):
+def rule_of(layer: nn.Cell) -> Any:
     """The A_i of a layer that was made by hand."""
     layer = layer.mindpet_delta_compacter if isinstance(layer, CompacterDense) else layer
     return layer.mindpet_delta_compacter_rule

@@ -2,10 +2,11 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import mindspore as ms
-from mindspore import ops
+import numpy as np
+from mindspore import nn, ops
 from mindspore.common.initializer import HeUniform, Normal
 
 from mindpet.delta._base import Delta, DeltaDense, delta_parameter, matrix_shape
@@ -13,7 +14,9 @@ from mindpet.delta._config import TargetConfig
 from mindpet.errors import ConfigError
 from mindpet.layers.convolution import AXES, convolution_like
 from mindpet.layers.linear import cast, from_rows, to_rows
+from mindpet.network.kinds import LayerKind
 from mindpet.network.match import pattern_value
+from mindpet.utils.hints import Arrays, InitLike, Operators, Shape, Strategy
 from mindpet.utils.validate import Checker
 from mindpet.utils.version_control import get_dropout
 
@@ -40,18 +43,18 @@ class HiraConfig(TargetConfig):
     hira_dropout: float = 0.0
     fan_in_fan_out: bool = False
     init_weights: Optional[Union[bool, str]] = True
-    rank_pattern: dict = field(default_factory=dict)
+    rank_pattern: dict[str, int] = field(default_factory=dict)
 
     required = ("r",)
 
-    def delta_arguments(self, path):
+    def delta_arguments(self, path: str) -> dict[str, Any]:
         return {
             "rank": pattern_value(self.rank_pattern, path, self.r),
             "dropout": float(self.hira_dropout),
             "init": self.init_weights,
         }
 
-    def check_fields(self, check):
+    def check_fields(self, check: Checker) -> None:
         super().check_fields(check)
         check.positive_int(r=self.r)
         check.probability((int, float), hira_dropout=self.hira_dropout)
@@ -59,7 +62,7 @@ class HiraConfig(TargetConfig):
         check_init(check, self.init_weights)
 
 
-def check_init(check, init):
+def check_init(check: Checker, init: Any) -> None:
     """Note a value of `init_weights` that is none."""
     known = init is None or isinstance(init, bool) or init == "gaussian"
     check.require(known, ValueError, "init_weights", init, "a bool, 'gaussian' or None")
@@ -117,19 +120,19 @@ class HiraDelta(Delta):
         """The output as `(rows, out)`."""
         return to_rows(out)
 
-    def shapes(self, cell):
+    def shapes(self, cell: nn.Cell) -> tuple[Shape, Shape]:
         """The shapes of A and B: `(rank, in)` and `(out, rank)`."""
         out_channels, in_channels = matrix_shape(cell, self.kind)
         return (self.rank, in_channels), (out_channels, self.rank)
 
-    def initial_values(self, init):
+    def initial_values(self, init: Optional[Union[bool, str]]) -> tuple[InitLike, InitLike]:
         """Initialisers of A and B."""
         if not init:
             return Normal(1.0), Normal(1.0)
         is_normal = init == "gaussian" and not self.kind.is_convolution
         return (Normal(1 / self.rank) if is_normal else HeUniform(negative_slope=math.sqrt(5))), "zeros"
 
-    def make_operators(self, cell):
+    def make_operators(self, cell: nn.Cell) -> None:
         """Make the operators that multiply A by B and the input by the weight, which is `(out, in)` or `(in, out)`."""
         turned = bool(self.kind.transposed)
         self.keep_weight(cell)
@@ -137,26 +140,26 @@ class HiraDelta(Delta):
         self.hira_matmul = ops.MatMul(transpose_b=not turned)
 
     @classmethod
-    def problems(cls, cell, kind, is_sharded, **arguments):
+    def problems(cls, cell: nn.Cell, kind: LayerKind, is_sharded: bool, **arguments: Any) -> list[str]:
         return ["no HiRA beside a convolution in groups"] if kind.groups_of(cell) > 1 else []
 
     @classmethod
-    def fits(cls, shape, values, **arguments):
+    def fits(cls, shape: Shape, values: Arrays, **arguments: Any) -> bool:
         return (len(values[B]), math.prod(values[A].shape[1:])) == (shape[0], math.prod(shape[1:]))
 
     @classmethod
-    def file_shapes(cls, shapes, rank, **others):
+    def file_shapes(cls, shapes: dict[str, Shape], rank: int, **others: Any) -> dict[str, tuple]:
         rest = shapes.get(A, ())[1:] or ("in",)
         return {A: (rank, *rest), B: ((*shapes.get(B, ()), "out")[0], rank, *(1,) * (len(rest) - 1))}
 
     @classmethod
-    def fold(cls, matrix, values, **arguments):
+    def fold(cls, matrix: np.ndarray, values: Arrays, **arguments: Any) -> np.ndarray:
         """`W (1 + B A)`, element by element."""
         a, b = values[A], values[B]
         return matrix * (1 + b.reshape(len(b), -1) @ a.reshape(len(a), -1))
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         weight, inner = ("io", "ri,or") if self.kind.transposed else ("oi", "or,ri")
         return {
             "strategy_hira_dropout": (self.hira_dropout.dropout, "ni"),
@@ -166,7 +169,7 @@ class HiraDelta(Delta):
             "strategy_hira_add": (self.hira_add, "no,no"),
         }
 
-    def shard(self, **strategies):
+    def shard(self, **strategies: Optional[Strategy]) -> "HiraDelta":
         """Set the strategies of the operators, see `Delta.shard`.
 
         Raises:
@@ -180,10 +183,10 @@ class HiraDelta(Delta):
         return super().shard(**strategies)
 
     @property
-    def signature(self):
+    def signature(self) -> Any:
         return type(self), self.rank, self.hira_dropout.p
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return f"rank={self.rank}"
 
 
@@ -199,14 +202,14 @@ class HiraEmbedding(HiraDelta):
     def update(self, x, out, a, b):
         return self.hira_mul(self.to_compute(out), self.hira_matmul(self.hira_gather(a, ops.reshape(x, (-1,)), 1), b))
 
-    def initial_values(self, init):
+    def initial_values(self, init: Optional[Union[bool, str]]) -> tuple[InitLike, InitLike]:
         return (Normal(1.0) if init is False else "zeros"), Normal(1.0)
 
-    def make_operators(self, cell):
+    def make_operators(self, cell: nn.Cell) -> None:
         self.hira_gather, self.hira_matmul = ops.Gather(), ops.MatMul(transpose_a=True, transpose_b=True)
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         """The operator behind each slot of `shard()`; A is whole, as LoRA's."""
         return {
             "strategy_hira_gather": (self.hira_gather, "rf,n"),
@@ -228,19 +231,19 @@ class HiraConvolution(HiraDelta):
     def rows(self, out):
         return out
 
-    def shapes(self, cell):
+    def shapes(self, cell: nn.Cell) -> tuple[Shape, Shape]:
         """`(rank, in, *kernel)` and `(out, rank, 1, ...)`."""
         weight, axes = self.kind.weight_of(cell).shape, AXES[self.kind.name]
         self.weight_shape = (*weight[:2], *weight[-axes:])  # without the axis of length one of `nn.Conv1d`
         return (self.rank, *self.weight_shape[1:]), (weight[0], self.rank, *(1,) * axes)
 
-    def make_operators(self, cell):
+    def make_operators(self, cell: nn.Cell) -> None:
         self.keep_weight(cell)
         self.hira_ab_matmul = ops.MatMul()
         self.hira_matmul = convolution_like(cell, self.kind.name, self.weight_shape[0])
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         """The operator behind each slot of `shard()`, of a convolution with the one operator that has strategies."""
         if not isinstance(self.hira_matmul, ops.Conv2D):
             return {}
@@ -292,7 +295,7 @@ class HiraDense(DeltaDense, HiraDelta):
         hira_rank: int,
         hira_dropout: float = 0.0,
         init_weights: Optional[Union[bool, str]] = True,
-        **dense,
+        **dense: Any,
     ):
         check = Checker(type(self).__name__)
         check.positive_int(hira_rank=hira_rank)
@@ -308,5 +311,5 @@ class HiraDense(DeltaDense, HiraDelta):
             **dense,
         )
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return f"{super().extend_repr()}, rank={self.rank}"

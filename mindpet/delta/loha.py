@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Union
+from typing import Any, Union
 
 import mindspore as ms
 import numpy as np
@@ -19,6 +19,7 @@ from mindpet.delta._matrix import (
     product_shape,
 )
 from mindpet.layers.linear import to_rows
+from mindpet.utils.hints import Arrays, Operators, Shape
 from mindpet.utils.validate import Checker
 
 W1_A, W1_B, W2_A, W2_B, T1, T2 = (f"mindpet_delta_loha_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2"))
@@ -103,23 +104,23 @@ class LohaDelta(MatrixDelta):
         return self.loha_a_matmul(self.loha_b_matmul(rows, b), a)
 
     @classmethod
-    def matrix_of(cls, values):
+    def matrix_of(cls, values: Arrays) -> np.ndarray:
         first, second = (W1_A, W1_B, T1), (W2_A, W2_B, T2)
         one, other = ([values[name] for name in names if name in values] for names in (first, second))
         return product(*one) * product(*other)
 
     @classmethod
-    def fits(cls, shape, values, **arguments):
+    def fits(cls, shape: Shape, values: Arrays, **arguments: Any) -> bool:
         shapes = [values[name].shape for name in (W1_A, W1_B, T1) if name in values]
         return product_shape(*shapes) == (shape[0], math.prod(shape[1:]))
 
     @classmethod
-    def file_shapes(cls, shapes, rank, **others):
+    def file_shapes(cls, shapes: dict[str, Shape], rank: int, **others: Any) -> dict[str, tuple]:
         first = factors_in_file(shapes, rank, W1_A, W1_B, T1)
         return {**first, **dict(zip((W2_A, W2_B, T2), first.values()))}
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         """The operator behind each slot of `shard()`; the factors are whole, for they are small."""
         if not self.by_pairs:
             table = {
@@ -194,7 +195,7 @@ class LoHaDense(DeltaDense, LohaDelta):
         loha_alpha: Union[int, float],
         rank_dropout: float = 0.0,
         module_dropout: float = 0.0,
-        **dense,
+        **dense: Any,
     ):
         check = Checker(type(self).__name__)
         check.positive_int(loha_rank=loha_rank)
@@ -211,5 +212,5 @@ class LoHaDense(DeltaDense, LohaDelta):
             **dense,
         )
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return f"{super().extend_repr()}, rank={self.rank}, alpha={self.scale * self.rank:g}"

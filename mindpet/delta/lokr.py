@@ -1,10 +1,12 @@
 """LoKr: the Kronecker product of two small matrices beside a frozen layer, linear or convolution."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Union
+from typing import Any, Union
 
 import mindspore as ms
+import numpy as np
 from mindspore import ops
 
 from mindpet.delta._base import DeltaDense
@@ -18,6 +20,7 @@ from mindpet.delta._matrix import (
     product_shape,
 )
 from mindpet.layers.linear import to_rows
+from mindpet.utils.hints import Arrays, Operators, PathLike, Shape
 from mindpet.utils.validate import Checker, is_int
 
 W1, W1_A, W1_B, W2, W2_A, W2_B, T2 = (
@@ -32,12 +35,11 @@ class LoKrConfig(MatrixConfig):
     """LoKr, Yeh et al. 2023, arXiv:2309.14859.
 
     Args beyond those of MatrixConfig, of which `init_weights` can be 'lycoris': C is zero, and not B; by default B is:
-        decompose_both (bool): whether the first matrix is factored, too, where `r` is less than half of its longer
-            side. Default: False.
-        decompose_factor (int): how long the shorter side of the first matrix may be, or is if it divides that of the
-            weight; -1 for as long as the longer one. Default: -1.
-        rank_dropout_scale (bool): whether the rows that `rank_dropout` leaves are divided by their mean.
+        decompose_both: whether the first matrix is factored, too, where `r` is less than half of its longer side.
             Default: False.
+        decompose_factor: how long the shorter side of the first matrix may be, or is if it divides that of the weight;
+            -1 for as long as the longer one. Default: -1.
+        rank_dropout_scale: whether the rows that `rank_dropout` leaves are divided by their mean. Default: False.
     """
 
     peft_type, method_name = "LOKR", "lokr"
@@ -48,7 +50,7 @@ class LoKrConfig(MatrixConfig):
 
     inits = (LYCORIS,)
 
-    def delta_arguments(self, path):
+    def delta_arguments(self, path: str) -> dict[str, Any]:
         return {
             **super().delta_arguments(path),
             "rescales": self.rank_dropout_scale,
@@ -56,12 +58,12 @@ class LoKrConfig(MatrixConfig):
             "decompose_factor": self.decompose_factor,
         }
 
-    def check_fields(self, check):
+    def check_fields(self, check: Checker) -> None:
         super().check_fields(check)
         check.boolean(decompose_both=self.decompose_both, rank_dropout_scale=self.rank_dropout_scale)
         check_factor(check, self.decompose_factor)
 
-    def check_sizes(self, folder, paths, shapes):
+    def check_sizes(self, folder: PathLike, paths: Iterable[str], shapes: Iterable[Shape]) -> None:
         """Pass: no rank makes a tensor that is larger than those of the layer."""
 
 
@@ -151,17 +153,17 @@ class LokrDelta(MatrixDelta):
         return ops.reshape(parts, (-1, self.shape[0]))
 
     @classmethod
-    def matrix_of(cls, values):
-        return kronecker(*(product(*found) if len(found) > 1 else found[0] for found in _present(values)))
+    def matrix_of(cls, values: Arrays) -> np.ndarray:
+        return kronecker(*(product(*factors) if len(factors) > 1 else factors[0] for factors in _present(values)))
 
     @classmethod
-    def fits(cls, shape, values, **arguments):
-        shapes = [[value.shape for value in found] for found in _present(values)]
-        c, b = (product_shape(*own) if len(own) > 1 else (own[0][0], math.prod(own[0][1:])) for own in shapes)
+    def fits(cls, shape: Shape, values: Arrays, **arguments: Any) -> bool:
+        shapes = [[value.shape for value in factors] for factors in _present(values)]
+        c, b = (product_shape(*each) if len(each) > 1 else (each[0][0], math.prod(each[0][1:])) for each in shapes)
         return (c[0] * b[0], c[1] * b[1]) == (shape[0], math.prod(shape[1:]))
 
     @classmethod
-    def file_shapes(cls, shapes, rank, **others):
+    def file_shapes(cls, shapes: dict[str, Shape], rank: int, **others: Any) -> dict[str, tuple]:
         wanted = {}
         for whole, left, right, core in ((W1, W1_A, W1_B, None), (W2, W2_A, W2_B, T2)):
             if left in shapes or right in shapes:
@@ -173,7 +175,7 @@ class LokrDelta(MatrixDelta):
         return wanted
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         table = {
             "strategy_lokr_w2_matmul": (self.lokr_w2_matmul, "nf,kf"),
             "strategy_lokr_turn": (self.lokr_turn, "nfk"),
@@ -188,7 +190,7 @@ class LokrDelta(MatrixDelta):
         return table
 
     @property
-    def signature(self):
+    def signature(self) -> Any:
         return *super().signature, self.l, self.m
 
 
@@ -214,16 +216,13 @@ class LokrConvolution(MatrixConvolution, LokrDelta):
         return kronecker(c, product(w2_a, w2_b))
 
 
-def split(size, factor):
+def split(size: int, factor: int) -> tuple[int, int]:
     """Two factors of a number of features, as LyCORIS chooses them.
 
     Args:
-        size (int): the number.
-        factor (int): the first one, if it divides `size`. Else, or if it is -1, the first one is the largest that is no
+        size: the number.
+        factor: the first one, if it divides `size`. Else, or if it is -1, the first one is the largest that is no
             larger than the second, nor than `factor`.
-
-    Returns:
-        tuple of int.
     """
     if factor > 0 and size % factor == 0:
         return factor, size // factor
@@ -242,11 +241,11 @@ def kronecker(c, b):
 def _present(values):
     """C and B: a list of the one array, or of its factors."""
     names = (W1,), (W1_A, W1_B), (W2,), (W2_A, W2_B, T2)
-    found = [[values[name] for name in group if name in values] for group in names]
-    return found[0] or found[1], found[2] or found[3]
+    present = [[values[name] for name in group if name in values] for group in names]
+    return present[0] or present[1], present[2] or present[3]
 
 
-def check_factor(check, factor):
+def check_factor(check: Checker, factor: Any) -> None:
     """-1, or a positive int."""
     if check.require(is_int(factor), TypeError, "decompose_factor", factor, "an int"):
         check.require(factor == -1 or factor > 0, ValueError, "decompose_factor", factor, "-1 or positive")
@@ -298,7 +297,7 @@ class LoKrDense(DeltaDense, LokrDelta):
         rank_dropout_scale: bool = False,
         decompose_both: bool = False,
         decompose_factor: int = -1,
-        **dense,
+        **dense: Any,
     ):
         check = Checker(type(self).__name__)
         check.positive_int(lokr_rank=lokr_rank)
@@ -320,5 +319,5 @@ class LoKrDense(DeltaDense, LokrDelta):
             **dense,
         )
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return f"{super().extend_repr()}, rank={self.rank}, alpha={self.scale * self.rank:g}"

@@ -4,20 +4,23 @@ import math
 import re
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, ops
+from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import HeUniform, Normal, initializer
+from mindspore.ops import Primitive
 
 from mindpet.delta._base import Delta, DeltaDense, delta_parameter, scale_problems, set_zeros
-from mindpet.delta._config import TargetConfig
+from mindpet.delta._config import PeftConfig, TargetConfig
 from mindpet.errors import ConfigError
 from mindpet.layers.convolution import AXES, convolution_like, pointwise_like
 from mindpet.layers.linear import cast, from_rows, to_rows
+from mindpet.network.kinds import LayerKind
 from mindpet.network.match import exactly, pattern_value
 from mindpet.network.values import assign
+from mindpet.utils.hints import ActivationLike, Arrays, InitLike, Operators, Shape, Strategy
 from mindpet.utils.quote import quote
 from mindpet.utils.sharding import apply_strategies
 from mindpet.utils.validate import Checker
@@ -35,20 +38,19 @@ class LoraConfig(TargetConfig):
     """LoRA, Hu et al. 2021, arXiv:2106.09685.
 
     Args beyond those of PeftConfig and TargetConfig:
-        r (int): rank. Default: 8.
-        lora_alpha (Union[int, float]): scale; the update is multiplied by `lora_alpha / r`. Default: 8.
-        lora_dropout (float): probability in [0, 1) of zeroing an input of the update. Default: 0.0.
-        fan_in_fan_out (bool): whether the linear layers of the PyTorch model store their weight as `(in, out)`; kept
-            for Hugging Face PEFT. Which way up a Cell's weight is, `mindpet.network.kinds` knows. Default: False.
-        bias (str): which biases train: 'none', 'all', or 'lora_only' for those of the targets. Default: 'none'.
-        use_rslora (bool): scale by `lora_alpha / sqrt(r)`, Kalajdzievski 2023, arXiv:2312.03732. Default: False.
-        init_lora_weights (Union[bool, str]): True for Kaiming A and zero B, False for both random, 'gaussian',
-            'pissa', 'pissa_niter_N', which is computed exactly here, or 'olora'; of an adapter that is loaded,
-            whatever it says. Default: True.
-        rank_pattern (dict): layer name or regular expression -> another rank. Default: {}.
-        alpha_pattern (dict): layer name or regular expression -> another alpha. Default: {}.
-        use_dora (bool): magnitude and direction apart, Liu et al. 2024, arXiv:2402.09353. Default: False.
-        lora_bias (bool): a bias of B. Default: False.
+        r: rank. Default: 8.
+        lora_alpha: scale; the update is multiplied by `lora_alpha / r`. Default: 8.
+        lora_dropout: probability in [0, 1) of zeroing an input of the update. Default: 0.0.
+        fan_in_fan_out: whether the linear layers of the PyTorch model store their weight as `(in, out)`; kept for
+            Hugging Face PEFT. Which way up a Cell's weight is, `mindpet.network.kinds` knows. Default: False.
+        bias: which biases train: 'none', 'all', or 'lora_only' for those of the targets. Default: 'none'.
+        use_rslora: scale by `lora_alpha / sqrt(r)`, Kalajdzievski 2023, arXiv:2312.03732. Default: False.
+        init_lora_weights: True for Kaiming A and zero B, False for both random, 'gaussian', 'pissa', 'pissa_niter_N',
+            which is computed exactly here, or 'olora'; of an adapter that is loaded, whatever it says. Default: True.
+        rank_pattern: layer name or regular expression -> another rank. Default: {}.
+        alpha_pattern: layer name or regular expression -> another alpha. Default: {}.
+        use_dora: magnitude and direction apart, Liu et al. 2024, arXiv:2402.09353. Default: False.
+        lora_bias: a bias of B. Default: False.
     """
 
     peft_type, method_name = "LORA", "lora"
@@ -59,25 +61,25 @@ class LoraConfig(TargetConfig):
     fan_in_fan_out: bool = False
     bias: str = "none"
     use_rslora: bool = False
-    init_lora_weights: Any = True
-    rank_pattern: dict = field(default_factory=dict)
-    alpha_pattern: dict = field(default_factory=dict)
+    init_lora_weights: Union[bool, str] = True
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, Union[int, float]] = field(default_factory=dict)
     use_dora: bool = False
     lora_bias: bool = False
 
     required = ("lora_alpha",)
     told_by_tensors = ("r",)
 
-    def scaling(self, path):
+    def scaling(self, path: str) -> float:
         """The scale of the layer at `path`."""
         arguments = self.delta_arguments(path)
         return arguments["alpha"] / self.divisor(arguments["rank"])
 
-    def divisor(self, rank):
+    def divisor(self, rank: int) -> float:
         """What alpha is divided by."""
         return math.sqrt(rank) if self.use_rslora else rank
 
-    def of_delta_file(self, shapes, tensors):
+    def of_delta_file(self, shapes: dict[str, dict[str, Shape]], tensors: Arrays) -> tuple[PeftConfig, Arrays]:
         config, tensors = super().of_delta_file(shapes, tensors)
         ranks = {path: (*names[A], 0)[0] for path, names in shapes.items() if A in names}
         said = {path: pattern_value(self.rank_pattern, path, rank) for path, rank in ranks.items()}
@@ -97,7 +99,7 @@ class LoraConfig(TargetConfig):
             config.init_lora_weights = "pissa"  # it was computed exactly
         return config, {key: value for key, value in tensors.items() if key not in start}
 
-    def check_supported(self, from_file=False):
+    def check_supported(self, from_file: bool = False) -> None:
         super().check_supported(from_file)
         init = self.init_lora_weights
         # A fresh adapter starts from the exact decomposition; in a file it was an approximation with random numbers.
@@ -109,7 +111,7 @@ class LoraConfig(TargetConfig):
                 "path_initial_model_for_weight_conversion of save_pretrained in Hugging Face PEFT."
             )
 
-    def delta_arguments(self, path):
+    def delta_arguments(self, path: str) -> dict[str, Any]:
         return {
             "rank": pattern_value(self.rank_pattern, path, self.r),
             "alpha": pattern_value(self.alpha_pattern, path, self.lora_alpha),
@@ -120,7 +122,7 @@ class LoraConfig(TargetConfig):
             "init": self.init_lora_weights,
         }
 
-    def check_fields(self, check):
+    def check_fields(self, check: Checker) -> None:
         super().check_fields(check)
         check.require(not (self.use_dora and self.lora_bias), ValueError, "lora_bias", True, "False with DoRA")
         check.positive_int(r=self.r)
@@ -212,13 +214,13 @@ class LoraDelta(Delta):
         self.mul = ops.Mul()
         self.add = ops.Add()
 
-    def set_scaling(self, scaling):
+    def set_scaling(self, scaling: float) -> None:
         """Have s, as a Parameter, so that another adapter's can take its place without a new graph."""
         self.mindpet_lora_scaling = Parameter(Tensor(scaling, ms.float32), requires_grad=False)
 
     @property
-    def scaling(self):
-        """s, a float."""
+    def scaling(self) -> float:
+        """s."""
         return float(self.mindpet_lora_scaling.asnumpy())
 
     def after(self, x, out):
@@ -247,13 +249,13 @@ class LoraDelta(Delta):
         lora_a, lora_b = self.to_compute(self.mindpet_lora_start_a), self.to_compute(self.mindpet_lora_start_b)
         return self.lora_start_b_matmul(self.lora_start_a_matmul(self.to_compute(to_rows(x)), lora_a), lora_b)
 
-    def reset(self):
+    def reset(self) -> None:
         """Make the delta the identity, whatever its values were: all is zero, and DoRA's magnitude the norm of W."""
         set_zeros(*(param for name, param in self._params.items() if name in (A, B, BIAS, START_A, START_B)))
         if self.use_dora:
             self.set_magnitude()
 
-    def set_magnitude(self):
+    def set_magnitude(self) -> None:
         """Set DoRA's magnitude so that its gain is one."""
         if self.base_weight.has_init:  # in semi-auto parallel mode, until it is compiled or loaded
             warnings.warn(f"DoRA: {self.base_weight.name} has no values yet; load the base first.", stacklevel=2)
@@ -294,63 +296,78 @@ class LoraDelta(Delta):
         """A weight as `(first axis, rest)`."""
         return weight
 
-    def magnitude_shape(self, shape_b):
+    def magnitude_shape(self, shape_b: Shape) -> Shape:
         """The shape of DoRA's magnitude."""
         return shape_b[:1]
 
-    def shapes(self, cell, weight):
+    def shapes(self, cell: nn.Cell, weight: Shape) -> tuple[Shape, Shape]:
         """The shapes of A and B: `(rank, in)` and `(out, rank)`."""
         out_channels, in_channels = weight[::-1] if self.kind.transposed else weight
         return (self.rank, in_channels), (out_channels, self.rank)
 
-    def initial_values(self, init):
+    def initial_values(self, init: Union[bool, str]) -> tuple[InitLike, InitLike]:
         """Initialisers of A and B."""
         uniform = HeUniform(negative_slope=math.sqrt(5))
         return (Normal(1 / self.rank) if init == "gaussian" else uniform), (uniform if init is False else "zeros")
 
-    def make_operators(self, cell, shape_b):
+    def make_operators(
+        self, cell: nn.Cell, shape_b: Shape
+    ) -> tuple[Union[nn.Cell, Primitive], Union[nn.Cell, Primitive]]:
         """The operators that multiply by A and by B."""
         return ops.MatMul(transpose_b=True), ops.MatMul(transpose_b=True)
 
     @classmethod
-    def constants(cls, rank, alpha, use_rslora=False, **others):
+    def constants(cls, rank: int, alpha: Union[int, float], use_rslora: bool = False, **others: Any) -> Arrays:
         """`mindpet_lora_scaling`, s; other adapters of the same shapes may have another one."""
         return {SCALING: np.float32(alpha / (math.sqrt(rank) if use_rslora else rank))}
 
     @classmethod
-    def problems(cls, cell, kind, is_sharded, rank, alpha, use_rslora, use_dora, init, **others):
-        groups, found = kind.groups_of(cell), []
+    def problems(
+        cls,
+        cell: nn.Cell,
+        kind: LayerKind,
+        is_sharded: bool,
+        rank: int,
+        alpha: Union[int, float],
+        use_rslora: bool,
+        use_dora: bool,
+        init: Any,
+        **others: Any,
+    ) -> list[str]:
+        groups, problems = kind.groups_of(cell), []
         if rank % groups:
-            found.append(f"the rank, {rank}, must be a multiple of its {groups} groups")
+            problems.append(f"the rank, {rank}, must be a multiple of its {groups} groups")
         if use_dora and groups > 1:
-            found.append("no DoRA beside a convolution in groups")
+            problems.append("no DoRA beside a convolution in groups")
         if use_dora and is_sharded:
-            found.append("no DoRA beside a layer with strategies")
-        found += scale_problems(cls.constants(rank, alpha, use_rslora)[SCALING], kind)
+            problems.append("no DoRA beside a layer with strategies")
+        problems += scale_problems(cls.constants(rank, alpha, use_rslora)[SCALING], kind)
         if kind.name != "linear" and starts_from_weight(init):
-            found.append(f"init_lora_weights={init!r} is for linear layers")
-        return found
+            problems.append(f"init_lora_weights={init!r} is for linear layers")
+        return problems
 
     @classmethod
-    def start_names(cls, init=True, use_dora=False, **others):
+    def start_names(cls, init: Any = True, use_dora: bool = False, **others: Any) -> tuple[str, ...]:
         return ((A, B, START_A, START_B) if starts_from_weight(init) else ()) + ((MAGNITUDE,) if use_dora else ())
 
     @classmethod
-    def start(cls, matrix, values, init=True, use_dora=False, **others):
+    def start(
+        cls, matrix: np.ndarray, values: Arrays, init: Any = True, use_dora: bool = False, **others: Any
+    ) -> Arrays:
         """What PiSSA and OLoRA start from, see `start_from_weight`, and DoRA's magnitude with which its gain is one."""
-        found = {}
+        fresh = {}
         if starts_from_weight(init):
             if not np.isfinite(matrix).all():
                 raise ConfigError(f"init_lora_weights={init!r}, but the weight has NaN or infinite numbers.")
             lora_a, lora_b = start_from_weight(matrix, init, len(values[A]), float(values[SCALING]))
-            found = {A: lora_a, B: lora_b, START_A: lora_a, START_B: lora_b}
+            fresh = {A: lora_a, B: lora_b, START_A: lora_a, START_B: lora_b}
         if use_dora:
-            tuned = cls.fold(matrix, {name: value for name, value in {**values, **found}.items() if name != MAGNITUDE})
-            found[MAGNITUDE] = np.linalg.norm(tuned, axis=1).reshape(values[MAGNITUDE].shape)
-        return found
+            tuned = cls.fold(matrix, {name: value for name, value in {**values, **fresh}.items() if name != MAGNITUDE})
+            fresh[MAGNITUDE] = np.linalg.norm(tuned, axis=1).reshape(values[MAGNITUDE].shape)
+        return fresh
 
     @classmethod
-    def fold(cls, matrix, values, **arguments):
+    def fold(cls, matrix: np.ndarray, values: Arrays, **arguments: Any) -> np.ndarray:
         """`W + s (B A - B_0 A_0)`, or with DoRA `m (...) / ||...||`."""
         lora_a, lora_b = values[A], values[B]
         out_channels, rank = lora_b.shape[:2]
@@ -366,11 +383,13 @@ class LoraDelta(Delta):
         return merged
 
     @classmethod
-    def fits(cls, shape, values, **arguments):
+    def fits(cls, shape: Shape, values: Arrays, **arguments: Any) -> bool:
         return (len(values[B]), math.prod(values[A].shape[1:])) == (shape[0], math.prod(shape[1:]))
 
     @classmethod
-    def file_shapes(cls, shapes, rank, use_dora=False, lora_bias=False, **others):
+    def file_shapes(
+        cls, shapes: dict[str, Shape], rank: int, use_dora: bool = False, lora_bias: bool = False, **others: Any
+    ) -> dict[str, tuple]:
         a, b = shapes.get(A, ()), shapes.get(B, ())
         rest = a[1:] or ("in",)
         out, inner = (b[0], b[1]) if len(b) > 1 else ("out", rank)
@@ -385,15 +404,15 @@ class LoraDelta(Delta):
         return wanted
 
     @classmethod
-    def folds_bias(cls, lora_bias=False, **others):
+    def folds_bias(cls, lora_bias: bool = False, **others: Any) -> bool:
         return lora_bias
 
     @classmethod
-    def fold_bias(cls, bias, values, **arguments):
+    def fold_bias(cls, bias: np.ndarray, values: Arrays, **arguments: Any) -> np.ndarray:
         return bias + values[SCALING] * values[BIAS] if BIAS in values else bias
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         table = {
             "strategy_lora_dropout": (self.lora_dropout.dropout, "ni"),
             "strategy_lora_a_matmul": (self.lora_a_matmul, "ni,ri"),
@@ -410,10 +429,10 @@ class LoraDelta(Delta):
         return table
 
     @property
-    def signature(self):
+    def signature(self) -> Any:
         return type(self), self.rank, self.use_dora, self.lora_bias, self.starts_from_weight, self.lora_dropout.p
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         alpha = self.scaling * (math.sqrt(self.rank) if self.use_rslora else self.rank)
         return f"rank={self.rank}, alpha={alpha:g}, use_dora={self.use_dora}, lora_bias={self.lora_bias}"
 
@@ -428,21 +447,21 @@ class LoraEmbedding(LoraDelta):
     }
 
     @classmethod
-    def problems(cls, cell, kind, is_sharded, lora_bias, **others):
-        found = ["an embedding has no lora_bias"] if lora_bias else []
-        return found + super().problems(cell, kind, is_sharded, **others)
+    def problems(cls, cell: nn.Cell, kind: LayerKind, is_sharded: bool, lora_bias: bool, **others: Any) -> list[str]:
+        problems = ["an embedding has no lora_bias"] if lora_bias else []
+        return problems + super().problems(cell, kind, is_sharded, **others)
 
     def update(self, x, lora_a, lora_b):
         return self.lora_b_matmul(self.lora_a_matmul(lora_a, ops.reshape(x, (-1,)), 1), lora_b)
 
-    def initial_values(self, init):
+    def initial_values(self, init: Union[bool, str]) -> tuple[InitLike, InitLike]:
         return (Normal(1.0) if init is False else "zeros"), Normal(1.0)
 
-    def make_operators(self, cell, shape_b):
+    def make_operators(self, cell: nn.Cell, shape_b: Shape) -> tuple[Primitive, Primitive]:
         return ops.Gather(), ops.MatMul(transpose_a=True, transpose_b=True)
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         """The operator behind each slot of `shard()`; A is whole: MindSpore would gather what is taken from a part."""
         return {
             "strategy_lora_a_matmul": (self.lora_a_matmul, "rf,n"),
@@ -467,21 +486,23 @@ class LoraConvolution(LoraDelta):
     def as_matrix(self, weight):
         return ops.reshape(weight, (weight.shape[0], -1))
 
-    def magnitude_shape(self, shape_b):
+    def magnitude_shape(self, shape_b: Shape) -> Shape:
         return (1, shape_b[0]) + (1,) * AXES[self.kind.name]
 
-    def shapes(self, cell, weight):
+    def shapes(self, cell: nn.Cell, weight: Shape) -> tuple[Shape, Shape]:
         """`(rank, in / groups, *kernel)` and `(out, rank / groups, 1, ...)`."""
         axes = AXES[self.kind.name]
         taps = (1,) * axes
         return (self.rank, weight[1], *weight[-axes:]), (weight[0], self.rank // self.kind.groups_of(cell), *taps)
 
-    def make_operators(self, cell, shape_b):
+    def make_operators(
+        self, cell: nn.Cell, shape_b: Shape
+    ) -> tuple[Union[nn.Cell, Primitive], Union[nn.Cell, Primitive]]:
         name = self.kind.name
         return convolution_like(cell, name, self.rank), pointwise_like(cell, name, shape_b[0])
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         """The operator behind each slot of `shard()`, of a convolution with the one operator that has strategies."""
         if not isinstance(self.lora_a_matmul, ops.Conv2D):
             return {}
@@ -495,12 +516,12 @@ class LoraConvolution(LoraDelta):
         }
 
 
-def starts_from_weight(init):
+def starts_from_weight(init: Any) -> bool:
     """Whether A and B start from the layer's weight, and are taken off it: PiSSA and OLoRA."""
     return isinstance(init, str) and init.startswith(("pissa", "olora"))
 
 
-def start_from_weight(weight, init, rank, scaling):
+def start_from_weight(weight: np.ndarray, init: str, rank: int, scaling: float) -> tuple[np.ndarray, np.ndarray]:
     """A and B that start from a weight W, of which `s B A` is a part.
 
     PiSSA: with W = U S V^T, `B = U_r sqrt(S_r / s)`, `A = sqrt(S_r / s) V_r^T`. OLoRA: with W = Q R, `B = Q_r`,
@@ -509,13 +530,13 @@ def start_from_weight(weight, init, rank, scaling):
     Source: PiSSA, Meng et al. 2024, arXiv:2404.02948, section 3; OLoRA, Büyükakyüz 2024, arXiv:2406.01775, section 3.
 
     Args:
-        weight (numpy.ndarray): W, `(out, in)`, float32.
-        init (str): 'pissa', 'pissa_niter_N', which is computed exactly too, or 'olora'.
-        rank (int): rows of A.
-        scaling (float): s.
+        weight: W, `(out, in)`, float32.
+        init: 'pissa', 'pissa_niter_N', which is computed exactly too, or 'olora'.
+        rank: rows of A.
+        scaling: s.
 
     Returns:
-        tuple of numpy.ndarray: A, B.
+        A, B.
     """
     if init == "olora":
         left, right = np.linalg.qr(weight)
@@ -537,19 +558,19 @@ class LoRADense(DeltaDense, LoraDelta):
     B starts as zeros, so a fresh LoRADense computes what the Dense layer computed.
 
     Args:
-        in_channels (int): features of the input.
-        out_channels (int): features of the output.
-        lora_rank (int): rank of the update, the rows of A and the columns of B.
-        lora_alpha (Union[int, float]): scale of the update, finite and not zero.
-        lora_dropout (float): probability in [0, 1) of zeroing an input of the update while training. Default: 0.0.
-        lora_a_init (Union[Tensor, str, Initializer, Number]): of A. Default: HeUniform(negative_slope=sqrt(5)).
-        lora_b_init (Union[Tensor, str, Initializer, Number]): of B. Default: 'zeros'.
-        param_init_type (mindspore.dtype): type of A and B: float16, float32 or bfloat16. Default: float32.
-        compute_dtype (mindspore.dtype): type of the computation: float16, float32 or bfloat16. Default: float16.
-        weight_init (Union[Tensor, str, Initializer, Number]): of the weight W. Default: 'normal'.
-        bias_init (Union[Tensor, str, Initializer, Number]): of the bias b. Default: 'zeros'.
-        has_bias (bool): whether there is a bias. Default: True.
-        activation (Union[str, Cell, Primitive, None]): applied to the sum. Default: None.
+        in_channels: features of the input.
+        out_channels: features of the output.
+        lora_rank: rank of the update, the rows of A and the columns of B.
+        lora_alpha: scale of the update, finite and not zero.
+        lora_dropout: probability in [0, 1) of zeroing an input of the update while training. Default: 0.0.
+        lora_a_init: of A. Default: HeUniform(negative_slope=sqrt(5)).
+        lora_b_init: of B. Default: 'zeros'.
+        param_init_type: type of A and B: float16, float32 or bfloat16. Default: float32.
+        compute_dtype: type of the computation: float16, float32 or bfloat16. Default: float16.
+        weight_init: of the weight W. Default: 'normal'.
+        bias_init: of the bias b. Default: 'zeros'.
+        has_bias: whether there is a bias. Default: True.
+        activation: applied to the sum. Default: None.
 
     Parameters:
         weight `(out_channels, in_channels)`, bias `(out_channels,)`, mindpet_delta_lora_a `(lora_rank, in_channels)`,
@@ -572,19 +593,19 @@ class LoRADense(DeltaDense, LoraDelta):
 
     def __init__(
         self,
-        in_channels,
-        out_channels,
-        lora_rank,
-        lora_alpha,
-        lora_dropout=0.0,
-        lora_a_init=HeUniform(negative_slope=math.sqrt(5)),
-        lora_b_init="zeros",
-        param_init_type=ms.float32,
-        compute_dtype=ms.float16,
-        weight_init="normal",
-        bias_init="zeros",
-        has_bias=True,
-        activation=None,
+        in_channels: int,
+        out_channels: int,
+        lora_rank: int,
+        lora_alpha: Union[int, float],
+        lora_dropout: float = 0.0,
+        lora_a_init: InitLike = HeUniform(negative_slope=math.sqrt(5)),
+        lora_b_init: InitLike = "zeros",
+        param_init_type: ms.Type = ms.float32,
+        compute_dtype: ms.Type = ms.float16,
+        weight_init: InitLike = "normal",
+        bias_init: InitLike = "zeros",
+        has_bias: bool = True,
+        activation: ActivationLike = None,
     ):
         check = Checker(type(self).__name__)
         check.positive_int(lora_rank=lora_rank)
@@ -611,11 +632,11 @@ class LoRADense(DeltaDense, LoraDelta):
         self.lora_alpha = lora_alpha
 
     @property
-    def scaling(self):
+    def scaling(self) -> float:
         """`lora_alpha / lora_rank`."""
         return self.lora_alpha / self.lora_rank
 
-    def set_scaling(self, scaling):
+    def set_scaling(self, scaling: float) -> None:
         """Do nothing: checkpoints of this layer have never had a Parameter for it."""
 
     def scale(self, delta):
@@ -623,34 +644,34 @@ class LoRADense(DeltaDense, LoraDelta):
 
     def shard(
         self,
-        strategy_org_dense_matmul=None,
-        strategy_org_bias_add=None,
-        strategy_lora_dropout=None,
-        strategy_lora_a_matmul=None,
-        strategy_lora_b_matmul=None,
-        strategy_lora_mul=None,
-        strategy_lora_add=None,
-        strategy_activation=None,
-    ):
-        """Set the strategies of the operators, each a tuple with one tuple of ints for each input, or None.
+        strategy_org_dense_matmul: Optional[Strategy] = None,
+        strategy_org_bias_add: Optional[Strategy] = None,
+        strategy_lora_dropout: Optional[Strategy] = None,
+        strategy_lora_a_matmul: Optional[Strategy] = None,
+        strategy_lora_b_matmul: Optional[Strategy] = None,
+        strategy_lora_mul: Optional[Strategy] = None,
+        strategy_lora_add: Optional[Strategy] = None,
+        strategy_activation: Optional[Strategy] = None,
+    ) -> "LoRADense":
+        """Set the strategies of the operators; None leaves one alone.
 
         Args:
-            strategy_org_dense_matmul (tuple): of the base matmul (transpose_b). Default: None.
-            strategy_org_bias_add (tuple): of the bias addition. Default: None.
-            strategy_lora_dropout (tuple): of the dropout. Default: None.
-            strategy_lora_a_matmul (tuple): of the matmul with A (transpose_b). Default: None.
-            strategy_lora_b_matmul (tuple): of the matmul with B (transpose_b). Default: None.
-            strategy_lora_mul (tuple): of the scaling; its second input is a scalar. Default: None.
-            strategy_lora_add (tuple): of the sum of base and update. Default: None.
-            strategy_activation (tuple): of the activation. Default: None.
+            strategy_org_dense_matmul: of the base matmul (transpose_b). Default: None.
+            strategy_org_bias_add: of the bias addition. Default: None.
+            strategy_lora_dropout: of the dropout. Default: None.
+            strategy_lora_a_matmul: of the matmul with A (transpose_b). Default: None.
+            strategy_lora_b_matmul: of the matmul with B (transpose_b). Default: None.
+            strategy_lora_mul: of the scaling; its second input is a scalar. Default: None.
+            strategy_lora_add: of the sum of base and update. Default: None.
+            strategy_activation: of the activation. Default: None.
 
         Returns:
-            LoRADense, itself.
+            Itself.
 
         Raises:
             TypeError, ValueError: see `mindpet.utils.sharding.apply_strategies`; LogSoftmax cannot be sharded.
         """
         return apply_strategies(self, locals())
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return f"{super().extend_repr()}, lora_rank={self.lora_rank}, lora_alpha={self.lora_alpha}"

@@ -1,6 +1,7 @@
 """Low-rank adapter: an adapter whose two matrices are low-rank products, after a frozen Dense layer."""
 
 from dataclasses import dataclass
+from typing import Any, Optional, Union
 
 import mindspore as ms
 from mindspore import nn, ops
@@ -9,6 +10,7 @@ from mindspore.common.initializer import Initializer
 from mindpet.delta._base import Delta, DeltaDense, ResidualAdapter, delta_parameter, out_features
 from mindpet.delta._config import TargetConfig
 from mindpet.layers.activation import ACTIVATIONS, get_activation
+from mindpet.utils.hints import ActivationLike, InitLike, Operators, Strategy
 from mindpet.utils.sharding import apply_strategies
 from mindpet.utils.validate import Checker, is_int
 
@@ -18,9 +20,9 @@ class LowRankAdapterConfig(TargetConfig):
     """Low-rank adapters, Mahabadi et al. 2021, arXiv:2106.04647, section 3.
 
     Args beyond those of PeftConfig and TargetConfig:
-        reduction_factor (int): by how much the inner size is smaller than the features. Default: 32.
-        low_rank_size (int): rank of both products. Default: 1.
-        non_linearity (str): activation inside, see `mindpet.layers.get_activation`. Default: 'gelu'.
+        reduction_factor: by how much the inner size is smaller than the features. Default: 32.
+        low_rank_size: rank of both products. Default: 1.
+        non_linearity: activation inside, see `mindpet.layers.get_activation`. Default: 'gelu'.
     """
 
     peft_type, method_name = "LOW_RANK_ADAPTER", "low_rank_adapter"
@@ -30,14 +32,14 @@ class LowRankAdapterConfig(TargetConfig):
     low_rank_size: int = 1
     non_linearity: str = "gelu"
 
-    def delta_arguments(self, path):
+    def delta_arguments(self, path: str) -> dict[str, Any]:
         return {
             "reduction_factor": self.reduction_factor,
             "low_rank_size": self.low_rank_size,
             "non_linearity": self.non_linearity,
         }
 
-    def check_fields(self, check):
+    def check_fields(self, check: Checker) -> None:
         super().check_fields(check)
         check.positive_int(reduction_factor=self.reduction_factor, low_rank_size=self.low_rank_size)
         check.choice("non_linearity", self.non_linearity, ACTIVATIONS)
@@ -47,15 +49,23 @@ class LowRankLinear(nn.Cell):
     """`x (L R) + b` on rows of the compute type.
 
     Args:
-        in_channels (int): features of the input.
-        out_channels (int): features of the output.
-        rank (int): columns of L and rows of R.
-        weight_init (Union[str, Initializer]): of L and R.
-        param_init_type (mindspore.dtype): type of the parameters.
-        compute_dtype (mindspore.dtype): type of the computation.
+        in_channels: features of the input.
+        out_channels: features of the output.
+        rank: columns of L and rows of R.
+        weight_init: of L and R.
+        param_init_type: type of the parameters.
+        compute_dtype: type of the computation.
     """
 
-    def __init__(self, in_channels, out_channels, rank, weight_init, param_init_type, compute_dtype):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        rank: int,
+        weight_init: Union[str, Initializer],
+        param_init_type: ms.Type,
+        compute_dtype: ms.Type,
+    ):
         super().__init__()
         self.compute_dtype = compute_dtype
         self.mindpet_delta_low_rank_adapter_weight_left = delta_parameter(
@@ -88,13 +98,13 @@ class LowRankAdapterLayer(ResidualAdapter):
     matrices start by `low_rank_w_init`, so a fresh layer is not the identity.
 
     Args:
-        hidden_size (int): features of the input and the output.
-        reduction_factor (int): by how much the inner size is smaller; at most `hidden_size`. Default: 1.
-        low_rank_size (int): rank of both products. Default: 1.
-        low_rank_w_init (Union[str, Initializer]): of the four matrices. Default: 'xavier_uniform'.
-        non_linearity (str): name of the activation inside, see `mindpet.layers.get_activation`. Default: 'gelu'.
-        param_init_type (mindspore.dtype): type of the parameters: float16, float32 or bfloat16. Default: float32.
-        compute_dtype (mindspore.dtype): type of the computation: float16, float32 or bfloat16. Default: float16.
+        hidden_size: features of the input and the output.
+        reduction_factor: by how much the inner size is smaller; at most `hidden_size`. Default: 1.
+        low_rank_size: rank of both products. Default: 1.
+        low_rank_w_init: of the four matrices. Default: 'xavier_uniform'.
+        non_linearity: name of the activation inside, see `mindpet.layers.get_activation`. Default: 'gelu'.
+        param_init_type: type of the parameters: float16, float32 or bfloat16. Default: float32.
+        compute_dtype: type of the computation: float16, float32 or bfloat16. Default: float16.
 
     Parameters:
         In mindpet_delta_low_rank_adapter_down_sampler and ..._up_sampler each:
@@ -115,13 +125,13 @@ class LowRankAdapterLayer(ResidualAdapter):
 
     def __init__(
         self,
-        hidden_size,
-        reduction_factor=1,
-        low_rank_size=1,
-        low_rank_w_init="xavier_uniform",
-        non_linearity="gelu",
-        param_init_type=ms.float32,
-        compute_dtype=ms.float16,
+        hidden_size: int,
+        reduction_factor: int = 1,
+        low_rank_size: int = 1,
+        low_rank_w_init: Union[str, Initializer] = "xavier_uniform",
+        non_linearity: str = "gelu",
+        param_init_type: ms.Type = ms.float32,
+        compute_dtype: ms.Type = ms.float16,
     ):
         check = Checker(type(self).__name__)
         check.positive_int(hidden_size=hidden_size)
@@ -147,7 +157,7 @@ class LowRankAdapterLayer(ResidualAdapter):
         return self.mindpet_delta_low_rank_adapter_up_sampler(self.mindpet_delta_low_rank_adapter_non_linear(inner))
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         """The operator behind each slot of `shard()`, and the axes of its inputs; see `mindpet.utils.sharding`."""
         down = self.mindpet_delta_low_rank_adapter_down_sampler
         up = self.mindpet_delta_low_rank_adapter_up_sampler
@@ -164,36 +174,36 @@ class LowRankAdapterLayer(ResidualAdapter):
 
     def shard(
         self,
-        strategy_matmul_down_sampler_weight=None,
-        strategy_matmul_down_sampler_input=None,
-        strategy_bias_down_sampler=None,
-        strategy_non_linearity=None,
-        strategy_matmul_up_sampler_weight=None,
-        strategy_matmul_up_sampler_input=None,
-        strategy_bias_up_sampler=None,
-        strategy_residual_add=None,
-    ):
-        """Set the strategies of the operators, each a tuple with one tuple of ints for each input, or None.
+        strategy_matmul_down_sampler_weight: Optional[Strategy] = None,
+        strategy_matmul_down_sampler_input: Optional[Strategy] = None,
+        strategy_bias_down_sampler: Optional[Strategy] = None,
+        strategy_non_linearity: Optional[Strategy] = None,
+        strategy_matmul_up_sampler_weight: Optional[Strategy] = None,
+        strategy_matmul_up_sampler_input: Optional[Strategy] = None,
+        strategy_bias_up_sampler: Optional[Strategy] = None,
+        strategy_residual_add: Optional[Strategy] = None,
+    ) -> "LowRankAdapterLayer":
+        """Set the strategies of the operators; None leaves one alone.
 
         Args:
-            strategy_matmul_down_sampler_weight (tuple): of the product of the down matrices. Default: None.
-            strategy_matmul_down_sampler_input (tuple): of the down matmul. Default: None.
-            strategy_bias_down_sampler (tuple): of the down bias addition. Default: None.
-            strategy_non_linearity (tuple): of the activation inside. Default: None.
-            strategy_matmul_up_sampler_weight (tuple): of the product of the up matrices. Default: None.
-            strategy_matmul_up_sampler_input (tuple): of the up matmul. Default: None.
-            strategy_bias_up_sampler (tuple): of the up bias addition. Default: None.
-            strategy_residual_add (tuple): of the residual addition. Default: None.
+            strategy_matmul_down_sampler_weight: of the product of the down matrices. Default: None.
+            strategy_matmul_down_sampler_input: of the down matmul. Default: None.
+            strategy_bias_down_sampler: of the down bias addition. Default: None.
+            strategy_non_linearity: of the activation inside. Default: None.
+            strategy_matmul_up_sampler_weight: of the product of the up matrices. Default: None.
+            strategy_matmul_up_sampler_input: of the up matmul. Default: None.
+            strategy_bias_up_sampler: of the up bias addition. Default: None.
+            strategy_residual_add: of the residual addition. Default: None.
 
         Returns:
-            LowRankAdapterLayer, itself.
+            Itself.
 
         Raises:
             TypeError, ValueError: see `mindpet.utils.sharding.apply_strategies`; LogSoftmax cannot be sharded.
         """
         return apply_strategies(self, locals())
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return f"{super().extend_repr()}, reduction_factor={self.reduction_factor}, low_rank_size={self.low_rank_size}"
 
 
@@ -229,7 +239,7 @@ class LowRankAdapterDelta(Delta):
         return self.mindpet_delta_low_rank_adapter(out)
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         return self.mindpet_delta_low_rank_adapter.operators
 
 
@@ -242,19 +252,18 @@ class LowRankAdapterDense(DeltaDense, LowRankAdapterDelta):
     Source: Mahabadi et al. 2021, arXiv:2106.04647, section 3.
 
     Args:
-        in_channels (int): features of the input.
-        out_channels (int): features of the output.
-        weight_init (Union[Tensor, str, Initializer, Number]): of the weight W. Default: 'normal'.
-        bias_init (Union[Tensor, str, Initializer, Number]): of the bias b. Default: 'zeros'.
-        has_bias (bool): whether there is a bias. Default: True.
-        activation (Union[str, Cell, Primitive, None]): applied before the adapter. Default: None.
-        reduction_factor (int): by how much the adapter's inner size is smaller than `out_channels`. Default: 1.
-        low_rank_size (int): rank of the adapter's products. Default: 1.
-        low_rank_w_init (Union[str, Initializer]): of the adapter's matrices. Default: 'xavier_uniform'.
-        non_linearity (str): name of the activation inside the adapter. Default: 'gelu'.
-        param_init_type (mindspore.dtype): type of the adapter's parameters: float16, float32 or bfloat16.
-            Default: float32.
-        compute_dtype (mindspore.dtype): type of the computation: float16, float32 or bfloat16. Default: float16.
+        in_channels: features of the input.
+        out_channels: features of the output.
+        weight_init: of the weight W. Default: 'normal'.
+        bias_init: of the bias b. Default: 'zeros'.
+        has_bias: whether there is a bias. Default: True.
+        activation: applied before the adapter. Default: None.
+        reduction_factor: by how much the adapter's inner size is smaller than `out_channels`. Default: 1.
+        low_rank_size: rank of the adapter's products. Default: 1.
+        low_rank_w_init: of the adapter's matrices. Default: 'xavier_uniform'.
+        non_linearity: name of the activation inside the adapter. Default: 'gelu'.
+        param_init_type: type of the adapter's parameters: float16, float32 or bfloat16. Default: float32.
+        compute_dtype: type of the computation: float16, float32 or bfloat16. Default: float16.
 
     Parameters:
         weight `(out_channels, in_channels)`, bias `(out_channels,)`, and mindpet_delta_low_rank_adapter, a
@@ -276,18 +285,18 @@ class LowRankAdapterDense(DeltaDense, LowRankAdapterDelta):
 
     def __init__(
         self,
-        in_channels,
-        out_channels,
-        weight_init="normal",
-        bias_init="zeros",
-        has_bias=True,
-        activation=None,
-        reduction_factor=1,
-        low_rank_size=1,
-        low_rank_w_init="xavier_uniform",
-        non_linearity="gelu",
-        param_init_type=ms.float32,
-        compute_dtype=ms.float16,
+        in_channels: int,
+        out_channels: int,
+        weight_init: InitLike = "normal",
+        bias_init: InitLike = "zeros",
+        has_bias: bool = True,
+        activation: ActivationLike = None,
+        reduction_factor: int = 1,
+        low_rank_size: int = 1,
+        low_rank_w_init: Union[str, Initializer] = "xavier_uniform",
+        non_linearity: str = "gelu",
+        param_init_type: ms.Type = ms.float32,
+        compute_dtype: ms.Type = ms.float16,
     ):
         check = Checker(type(self).__name__)
         check_bottleneck(check, out_channels, reduction_factor, low_rank_size, low_rank_w_init, non_linearity)
@@ -312,7 +321,7 @@ class LowRankAdapterDense(DeltaDense, LowRankAdapterDelta):
         self.non_linearity = non_linearity
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         """The operator behind each slot of `shard()`, and the axes of its inputs; see `mindpet.utils.sharding`."""
         return {
             "strategy_matmul_org": (self.matmul, "ni,oi"),
@@ -323,31 +332,31 @@ class LowRankAdapterDense(DeltaDense, LowRankAdapterDelta):
 
     def shard(
         self,
-        strategy_matmul_org=None,
-        strategy_bias_org=None,
-        strategy_activation_org=None,
-        strategy_matmul_down_sampler_weight=None,
-        strategy_matmul_down_sampler_input=None,
-        strategy_bias_down_sampler=None,
-        strategy_non_linearity=None,
-        strategy_matmul_up_sampler_weight=None,
-        strategy_matmul_up_sampler_input=None,
-        strategy_bias_up_sampler=None,
-        strategy_residual_add=None,
-    ):
-        """Set the strategies of the operators, each a tuple with one tuple of ints for each input, or None.
+        strategy_matmul_org: Optional[Strategy] = None,
+        strategy_bias_org: Optional[Strategy] = None,
+        strategy_activation_org: Optional[Strategy] = None,
+        strategy_matmul_down_sampler_weight: Optional[Strategy] = None,
+        strategy_matmul_down_sampler_input: Optional[Strategy] = None,
+        strategy_bias_down_sampler: Optional[Strategy] = None,
+        strategy_non_linearity: Optional[Strategy] = None,
+        strategy_matmul_up_sampler_weight: Optional[Strategy] = None,
+        strategy_matmul_up_sampler_input: Optional[Strategy] = None,
+        strategy_bias_up_sampler: Optional[Strategy] = None,
+        strategy_residual_add: Optional[Strategy] = None,
+    ) -> "LowRankAdapterDense":
+        """Set the strategies of the operators; None leaves one alone.
 
         Args:
-            strategy_matmul_org (tuple): of the base matmul (transpose_b). Default: None.
-            strategy_bias_org (tuple): of the base bias addition. Default: None.
-            strategy_activation_org (tuple): of the base activation. Default: None.
+            strategy_matmul_org: of the base matmul (transpose_b). Default: None.
+            strategy_bias_org: of the base bias addition. Default: None.
+            strategy_activation_org: of the base activation. Default: None.
             strategy_matmul_down_sampler_weight, strategy_matmul_down_sampler_input, strategy_bias_down_sampler,
                 strategy_non_linearity, strategy_matmul_up_sampler_weight, strategy_matmul_up_sampler_input,
-                strategy_bias_up_sampler, strategy_residual_add (tuple): of the adapter, see
-                `LowRankAdapterLayer.shard`. Default: None.
+                strategy_bias_up_sampler, strategy_residual_add: of the adapter, see `LowRankAdapterLayer.shard`.
+                Default: None.
 
         Returns:
-            LowRankAdapterDense, itself.
+            Itself.
 
         Raises:
             TypeError, ValueError: see `mindpet.utils.sharding.apply_strategies`; LogSoftmax cannot be sharded.
@@ -355,7 +364,14 @@ class LowRankAdapterDense(DeltaDense, LowRankAdapterDelta):
         return apply_strategies(self, locals())
 
 
-def check_bottleneck(check, hidden_size, reduction_factor, low_rank_size, low_rank_w_init, non_linearity):
+def check_bottleneck(
+    check: Checker,
+    hidden_size: Any,
+    reduction_factor: Any,
+    low_rank_size: Any,
+    low_rank_w_init: Any,
+    non_linearity: Any,
+) -> None:
     """Check what LowRankAdapterLayer and LowRankAdapterDense have in common."""
     check.positive_int(reduction_factor=reduction_factor, low_rank_size=low_rank_size)
     if is_int(hidden_size) and is_int(reduction_factor):

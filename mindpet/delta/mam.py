@@ -1,6 +1,6 @@
 """The MAM adapter: a prefix and a scaled parallel adapter in one."""
 
-from typing import Optional
+from typing import Any, Optional, Union
 
 from mindpet.delta.adapter import BottleneckConfig
 from mindpet.delta.prefix_layer import PrefixTuningConfig
@@ -8,12 +8,12 @@ from mindpet.delta.union import UnionConfig
 
 
 def mam_config(
-    target_modules,
+    target_modules: Union[list[str], str],
     num_virtual_tokens: int = 30,
     bottleneck_size: int = 512,
-    scale=4.0,
-    modules_to_save: Optional[list] = None,
-    **prefix,
+    scale: Union[float, str] = 4.0,
+    modules_to_save: Optional[Union[list[str], str]] = None,
+    **prefix: Any,
 ) -> UnionConfig:
     """The configuration of a MAM adapter: prefixes in the attentions, scaled parallel adapters at feed-forward blocks.
 
@@ -21,10 +21,10 @@ def mam_config(
     section 4.6; the defaults are those of the paper.
 
     Args:
-        target_modules (Union[list, str]): the feed-forward blocks, see `TargetConfig`.
+        target_modules: the feed-forward blocks, see `TargetConfig`.
         num_virtual_tokens: tokens of the prefix. Default: 30.
         bottleneck_size: features inside of the adapters. Default: 512.
-        scale (Union[float, str]): of the adapters, see `BottleneckConfig`. Default: 4.0.
+        scale: of the adapters, see `BottleneckConfig`. Default: 4.0.
         modules_to_save: names of further Cells that are trained and saved as a whole. Default: None.
         prefix: further fields of PrefixTuningConfig, such as `prefix_projection`.
 

@@ -2,16 +2,18 @@
 
 import math
 from dataclasses import dataclass
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import mindspore as ms
 import numpy as np
-from mindspore import ops
+from mindspore import nn, ops
 from mindspore.common.initializer import HeUniform
 
 from mindpet.delta._base import Delta, DeltaDense, delta_parameter, matrix_shape
 from mindpet.delta._config import TargetConfig
 from mindpet.layers.linear import cast, from_rows, to_rows
+from mindpet.network.kinds import LayerKind
+from mindpet.utils.hints import Arrays, Operators, Shape
 from mindpet.utils.validate import Checker, is_int
 from mindpet.utils.version_control import get_dropout
 
@@ -46,7 +48,7 @@ class MissConfig(TargetConfig):
     required = ("r",)
     not_in_peft = ("fan_in_fan_out",)
 
-    def delta_arguments(self, path):
+    def delta_arguments(self, path: str) -> dict[str, Any]:
         return {
             "rank": self.r,
             "dropout": float(self.miss_dropout),
@@ -54,7 +56,7 @@ class MissConfig(TargetConfig):
             "init": self.init_weights,
         }
 
-    def check_fields(self, check):
+    def check_fields(self, check: Checker) -> None:
         super().check_fields(check)
         check.positive_int(r=self.r)
         check.probability((int, float), miss_dropout=self.miss_dropout)
@@ -64,7 +66,7 @@ class MissConfig(TargetConfig):
         check.require(given, TypeError, "fan_in_fan_out", self.fan_in_fan_out, "a bool or None")
 
 
-def check_block(check, mini_r, init, is_loaded=False):
+def check_block(check: Checker, mini_r: Any, init: Any, is_loaded: bool = False) -> None:
     """Note wrong arguments; what a file says of a block without 'mini' is of no effect."""
     known = isinstance(init, bool) or init in ("bat", "mini")
     check.require(known, ValueError, "init_weights", init, "a bool, 'bat' or 'mini'")
@@ -74,14 +76,14 @@ def check_block(check, mini_r, init, is_loaded=False):
         check.require(is_used, ValueError, "mini_r", mini_r, "1 where init_weights is not 'mini'")
 
 
-def misfits(outs, ins, rank, mini_r, init):
-    """Why a block does not fit a weight `(outs, ins)`; a list of str."""
-    found = [f"the rank, {rank}, must be at most the number of its inputs, {ins}"] if rank > ins else []
+def misfits(outs: int, ins: int, rank: int, mini_r: int, init: Union[bool, str]) -> list[str]:
+    """Why a block does not fit a weight `(outs, ins)`."""
+    problems = [f"the rank, {rank}, must be at most the number of its inputs, {ins}"] if rank > ins else []
     if init == "bat" and (outs % rank or ins % rank):
-        found.append(f"with 'bat' the rank, {rank}, must divide its inputs and outputs, {ins} and {outs}")
+        problems.append(f"with 'bat' the rank, {rank}, must divide its inputs and outputs, {ins} and {outs}")
     if init == "mini" and outs % mini_r:
-        found.append(f"mini_r, {mini_r}, must divide the number of its outputs, {outs}")
-    return found
+        problems.append(f"mini_r, {mini_r}, must divide the number of its outputs, {outs}")
+    return problems
 
 
 class MissDelta(Delta):
@@ -161,28 +163,39 @@ class MissDelta(Delta):
         return ops.reshape(self.miss_block_add(product, ops.expand_dims(block, 2)), (self.outs, self.ins))
 
     @classmethod
-    def problems(cls, cell, kind, is_sharded, rank, mini_r, init, **others):
-        found = misfits(*matrix_shape(cell, kind), rank, mini_r, init)
+    def problems(
+        cls,
+        cell: nn.Cell,
+        kind: LayerKind,
+        is_sharded: bool,
+        rank: int,
+        mini_r: int,
+        init: Union[bool, str],
+        **others: Any,
+    ) -> list[str]:
+        problems = misfits(*matrix_shape(cell, kind), rank, mini_r, init)
         if init == "mini" and kind.transposed:
-            found.append("no 'mini' beside a weight that is (in, out), for a file of it could be of either kind")
-        return found
+            problems.append("no 'mini' beside a weight that is (in, out), for a file of it could be of either kind")
+        return problems
 
     @classmethod
-    def fits(cls, shape, values, init=True, **others):
+    def fits(cls, shape: Shape, values: Arrays, init: Union[bool, str] = True, **others: Any) -> bool:
         (outs, ins), block = shape, values[BLOCK].shape
         if init == "bat":
             return block[0] * block[1] == outs and ins % block[1] == 0
         return block[0] <= ins and (outs % block[1] == 0 if init == "mini" else outs == block[1])
 
     @classmethod
-    def file_shapes(cls, shapes, rank, mini_r=1, init=True, **others):
+    def file_shapes(
+        cls, shapes: dict[str, Shape], rank: int, mini_r: int = 1, init: Union[bool, str] = True, **others: Any
+    ) -> dict[str, tuple]:
         shape = shapes.get(BLOCK, ())
         if init == "bat":
             return {BLOCK: ((*shape, "out / rank")[0], rank, rank)}
         return {BLOCK: (rank, mini_r if init == "mini" else (*shape, "out", "out")[1])}
 
     @classmethod
-    def fold(cls, matrix, values, **arguments):
+    def fold(cls, matrix: np.ndarray, values: Arrays, **arguments: Any) -> np.ndarray:
         (outs, ins), block = matrix.shape, values[BLOCK]
         if block.ndim == 3:
             count, rank = block.shape[:2]
@@ -192,7 +205,7 @@ class MissDelta(Delta):
         return matrix + np.tile(block, (-(-ins // rank), outs // columns))[:ins].T
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         table = {"strategy_miss_dropout": (self.miss_dropout.dropout, "ni")}
         if self.is_bat:
             if self.kind.transposed:
@@ -210,10 +223,10 @@ class MissDelta(Delta):
         return {**table, "strategy_miss_add": (self.miss_add, "no,no")}
 
     @property
-    def signature(self):
+    def signature(self) -> Any:
         return type(self), self.rank, self.is_bat, self.copies, self.miss_dropout.p
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return f"rank={self.rank}, block={self.mindpet_delta_miss.shape}"
 
 
@@ -260,7 +273,7 @@ class MissDense(DeltaDense, MissDelta):
         miss_dropout: float = 0.0,
         mini_r: int = 1,
         init_weights: Union[bool, str] = True,
-        **dense,
+        **dense: Any,
     ):
         check = Checker(type(self).__name__)
         check.positive_int(miss_rank=miss_rank)
@@ -281,5 +294,5 @@ class MissDense(DeltaDense, MissDelta):
             **dense,
         )
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return f"{super().extend_repr()}, rank={self.rank}, block={self.mindpet_delta_miss.shape}"

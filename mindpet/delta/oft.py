@@ -4,16 +4,19 @@ import math
 import re
 import warnings
 from dataclasses import dataclass
+from typing import Any, Optional, Union
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor, nn, ops
 from mindspore.common.initializer import Normal
 
 from mindpet.delta._base import Delta, DeltaDense, delta_parameter
 from mindpet.delta._config import TargetConfig
 from mindpet.errors import ConfigError
 from mindpet.layers.linear import cast, from_rows, to_rows
+from mindpet.network.kinds import LayerKind
+from mindpet.utils.hints import Arrays, Operators, Shape, Strategy
 from mindpet.utils.quote import quote
 from mindpet.utils.sharding import check_strategy
 from mindpet.utils.validate import Checker, is_int
@@ -34,18 +37,17 @@ class OFTConfig(TargetConfig):
     does not divide the features, the divisor next to it is taken, with a warning.
 
     Args beyond those of PeftConfig and TargetConfig:
-        r (int): blocks. Default: 0.
-        oft_block_size (int): features of a block. Default: 32.
-        module_dropout (float): probability in [0, 1) of leaving out the rotation of a block while training.
-            Default: 0.0.
-        fan_in_fan_out (bool): kept for Hugging Face PEFT, see `LoraConfig`. Default: False.
-        bias (str): which biases train: 'none', 'all', or 'oft_only' for those of the targets. Default: 'none'.
-        init_weights (bool): True for rotations by nothing, False for normal ones. Default: True.
-        coft (bool): keep each block's Q as short as `eps` says. Default: False.
-        eps (float): the length that Q may have in COFT, divided by the square root of the blocks. Default: 0.00006.
-        block_share (bool): one rotation for all blocks of a layer. Default: False.
-        use_cayley_neumann (bool): a power series in place of the exact transform, see `OFTDelta`. Default: True.
-        num_cayley_neumann_terms (int): its terms, at least 2. Default: 5.
+        r: blocks. Default: 0.
+        oft_block_size: features of a block. Default: 32.
+        module_dropout: probability in [0, 1) of leaving out the rotation of a block while training. Default: 0.0.
+        fan_in_fan_out: kept for Hugging Face PEFT, see `LoraConfig`. Default: False.
+        bias: which biases train: 'none', 'all', or 'oft_only' for those of the targets. Default: 'none'.
+        init_weights: True for rotations by nothing, False for normal ones. Default: True.
+        coft: keep each block's Q as short as `eps` says. Default: False.
+        eps: the length that Q may have in COFT, divided by the square root of the blocks. Default: 0.00006.
+        block_share: one rotation for all blocks of a layer. Default: False.
+        use_cayley_neumann: a power series in place of the exact transform, see `OFTDelta`. Default: True.
+        num_cayley_neumann_terms: its terms, at least 2. Default: 5.
     """
 
     peft_type, method_name = "OFT", "oft"
@@ -64,7 +66,7 @@ class OFTConfig(TargetConfig):
 
     required = ("oft_block_size", "use_cayley_neumann")
 
-    def check_supported(self, from_file=False):
+    def check_supported(self, from_file: bool = False) -> None:
         super().check_supported(from_file)
         version = re.match(r"0\.(\d+)\.", self.peft_version or "")
         if self.use_cayley_neumann and version and int(version[1]) < 18:
@@ -73,7 +75,7 @@ class OFTConfig(TargetConfig):
                 "series is another one since 0.18.0 of Hugging Face PEFT, so the adapter must be trained again."
             )
 
-    def delta_arguments(self, path):
+    def delta_arguments(self, path: str) -> dict[str, Any]:
         return {
             "blocks": self.r,
             "block_size": self.oft_block_size,
@@ -86,7 +88,7 @@ class OFTConfig(TargetConfig):
             "init": self.init_weights,
         }
 
-    def check_fields(self, check):
+    def check_fields(self, check: Checker) -> None:
         super().check_fields(check)
         sizes = {"r": self.r, "oft_block_size": self.oft_block_size}
         for name, value in sizes.items():
@@ -112,8 +114,15 @@ class OFTConfig(TargetConfig):
 
 
 def check_rotation(
-    check, module_dropout, coft, eps, block_share, use_cayley_neumann, num_cayley_neumann_terms, types=(int, float)
-):
+    check: Checker,
+    module_dropout: Any,
+    coft: Any,
+    eps: Any,
+    block_share: Any,
+    use_cayley_neumann: Any,
+    num_cayley_neumann_terms: Any,
+    types: Union[type, tuple[type, ...]] = (int, float),
+) -> None:
     """Note what is wrong with the arguments that the configuration and the hand-made layer have in common."""
     check.probability(types, module_dropout=module_dropout)
     check.boolean(coft=coft, block_share=block_share, use_cayley_neumann=use_cayley_neumann)
@@ -278,25 +287,29 @@ class OFTDelta(Delta):
         return self.oft_block_sub(double, self.oft_block_matmul(inverse, product))
 
     @classmethod
-    def problems(cls, cell, kind, is_sharded, blocks, block_size, coft, **others):
+    def problems(
+        cls, cell: nn.Cell, kind: LayerKind, is_sharded: bool, blocks: int, block_size: int, coft: bool, **others: Any
+    ) -> list[str]:
         features = _features(cls, cell, kind)
         size = nearest_size(features, blocks, block_size)
-        found = ["no COFT beside a layer with strategies"] if coft and is_sharded else []
+        problems = ["no COFT beside a layer with strategies"] if coft and is_sharded else []
         if size == 1:
-            found.append(f"its {features} features would be in blocks of one, which cannot be rotated")
+            problems.append(f"its {features} features would be in blocks of one, which cannot be rotated")
         name, asked, near = ("r", blocks, features // size) if blocks else ("oft_block_size", block_size, size)
-        if asked != near and not found:
+        if asked != near and not problems:
             warnings.warn(f"OFT: {name} {asked} does not divide {features} features; {near} is taken.", stacklevel=2)
-        return found
+        return problems
 
     @classmethod
-    def fits(cls, shape, values, blocks, block_size, block_share, **others):
+    def fits(cls, shape: Shape, values: Arrays, blocks: int, block_size: int, block_share: bool, **others: Any) -> bool:
         features = shape[cls.axis]
         size = nearest_size(features, blocks, block_size)
         return values[OFT].shape == (1 if block_share else features // size, size * (size - 1) // 2)
 
     @classmethod
-    def file_shapes(cls, shapes, blocks, block_size, block_share, **others):
+    def file_shapes(
+        cls, shapes: dict[str, Shape], blocks: int, block_size: int, block_share: bool, **others: Any
+    ) -> dict[str, tuple]:
         rows, pairs = shapes.get(OFT, ()) if len(shapes.get(OFT, ())) == 2 else (blocks, 0)
         size = (1 + math.isqrt(1 + 8 * pairs)) // 2
         if size < 2 or size * (size - 1) // 2 != pairs:
@@ -307,7 +320,16 @@ class OFTDelta(Delta):
         return {OFT: (rows * ((1 + math.isqrt(1 + 8 * pairs)) // 2) // size, size * (size - 1) // 2)}
 
     @classmethod
-    def fold(cls, matrix, values, coft=False, eps=6e-5, neumann=True, terms=5, **others):
+    def fold(
+        cls,
+        matrix: np.ndarray,
+        values: Arrays,
+        coft: bool = False,
+        eps: float = 6e-5,
+        neumann: bool = True,
+        terms: int = 5,
+        **others: Any,
+    ) -> np.ndarray:
         """`W diag(R_1, ..., R_n)^T`."""
         upper = values[OFT]
         size = (1 + math.isqrt(1 + 8 * upper.shape[1])) // 2
@@ -325,12 +347,12 @@ class OFTDelta(Delta):
         return cls.fold_change(matrix, change)
 
     @classmethod
-    def fold_change(cls, matrix, change):
+    def fold_change(cls, matrix: np.ndarray, change: np.ndarray) -> np.ndarray:
         """The folded weight, from `R - I` of each block."""
         blocks = matrix.reshape(len(matrix), -1, change.shape[1], 1)
         return matrix + (change @ blocks).reshape(matrix.shape)
 
-    def shard(self, **strategies):
+    def shard(self, **strategies: Optional[Strategy]) -> "OFTDelta":
         """Set the strategies of the operators; the slots are the keys of `operators`.
 
         Raises:
@@ -349,21 +371,21 @@ class OFTDelta(Delta):
         return self
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         """The operator behind each slot of `shard()`; a block stays whole, and one that is shared is on every rank."""
         cut = self.cut
-        own = "f" if self.block_share else cut
+        blocks = "f" if self.block_share else cut
         table = {
-            "strategy_oft_parts_mul": (self.oft_parts_mul, f"nff,{own}f"),
-            "strategy_oft_gather": (self.oft_gather, f"n{own}f,k"),
-            "strategy_oft_sign_mul": (self.oft_sign_mul, f"n{own}f,f"),
-            "strategy_oft_block_matmul": (self.oft_block_matmul, f"n{own}kl,n{own}kl"),
-            "strategy_oft_block_add": (self.oft_block_add, f"n{own}kl,n{own}kl"),
+            "strategy_oft_parts_mul": (self.oft_parts_mul, f"nff,{blocks}f"),
+            "strategy_oft_gather": (self.oft_gather, f"n{blocks}f,k"),
+            "strategy_oft_sign_mul": (self.oft_sign_mul, f"n{blocks}f,f"),
+            "strategy_oft_block_matmul": (self.oft_block_matmul, f"n{blocks}kl,n{blocks}kl"),
+            "strategy_oft_block_add": (self.oft_block_add, f"n{blocks}kl,n{blocks}kl"),
         }
         if not self.neumann:
-            table["strategy_oft_one_sub"] = (self.oft_one_sub, f"ffkl,n{own}kl")
-            table["strategy_oft_block_sub"] = (self.oft_block_sub, f"n{own}kl,n{own}kl")
-            table["strategy_oft_block_mul"] = (self.oft_block_mul, f"n{own}kl,")
+            table["strategy_oft_one_sub"] = (self.oft_one_sub, f"ffkl,n{blocks}kl")
+            table["strategy_oft_block_sub"] = (self.oft_block_sub, f"n{blocks}kl,n{blocks}kl")
+            table["strategy_oft_block_mul"] = (self.oft_block_mul, f"n{blocks}kl,")
         if self.block_share:
             table["strategy_oft_share_mul"] = (self.oft_share_mul, f"nfkl,{cut}ff")
         return {
@@ -377,10 +399,10 @@ class OFTDelta(Delta):
         }
 
     @property
-    def signature(self):
+    def signature(self) -> Any:
         return type(self), self.size, self.neumann, self.terms, self.limit, self.block_share, self.oft_dropout.p
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return f"block_size={self.size}, blocks={self.count}, block_share={self.block_share}"
 
 
@@ -397,11 +419,11 @@ class OFTEmbedding(OFTDelta):
         return self.rotate(out)
 
     @classmethod
-    def fold_change(cls, matrix, change):
+    def fold_change(cls, matrix: np.ndarray, change: np.ndarray) -> np.ndarray:
         return super().fold_change(np.ascontiguousarray(matrix.T), change.transpose(0, 2, 1)).T
 
 
-def nearest_size(features, blocks, size):
+def nearest_size(features: int, blocks: int, size: int) -> int:
     """The features of a block: `features / blocks`, or `size` if `blocks` is 0; of both the nearest divisor."""
     small = [number for number in range(1, math.isqrt(features) + 1) if features % number == 0]
     divisors = small + [features // number for number in reversed(small)]
@@ -409,12 +431,12 @@ def nearest_size(features, blocks, size):
     return features // near if blocks else near
 
 
-def longest(eps, rows):
+def longest(eps: float, rows: int) -> float:
     """How long the upper triangle of Q may be in COFT, which is 1 / sqrt(2) of Q's own length."""
     return eps / math.sqrt(2 * rows)
 
 
-def skew_places(size):
+def skew_places(size: int) -> tuple[np.ndarray, np.ndarray]:
     """For each element of Q, `(size, size)`, its place in the upper triangle, and its sign, 0 on the diagonal."""
     rows, columns = np.triu_indices(size, 1)
     places, signs = np.zeros((size, size), np.int32), np.zeros((size, size), np.int8)
@@ -489,7 +511,7 @@ class OFTDense(DeltaDense, OFTDelta):
         block_share: bool = False,
         use_cayley_neumann: bool = True,
         num_cayley_neumann_terms: int = 5,
-        **dense,
+        **dense: Any,
     ):
         check = Checker(type(self).__name__)
         check.positive_int(oft_block_size=oft_block_size)
@@ -514,5 +536,5 @@ class OFTDense(DeltaDense, OFTDelta):
             **dense,
         )
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return f"{super().extend_repr()}, block_size={self.size}, block_share={self.block_share}"

@@ -2,8 +2,9 @@
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Optional
+from typing import Any, Optional
 
 import mindspore as ms
 import numpy as np
@@ -11,9 +12,12 @@ from mindspore import Tensor, nn, ops
 from mindspore.common.initializer import Normal, Uniform
 
 from mindpet.delta._base import PROMPT, Delta, delta_parameter
+from mindpet.delta._config import PeftConfig
 from mindpet.delta.prompt_tuning import PromptCell, PromptConfig
 from mindpet.errors import CheckpointError, NotPositiveIntError
 from mindpet.layers.linear import Dense, cast
+from mindpet.network.kinds import InputEmbeddingKind
+from mindpet.utils.hints import Arrays
 from mindpet.utils.sharding import shard_whole
 from mindpet.utils.validate import Checker
 from mindpet.utils.version_control import get_dropout
@@ -42,7 +46,7 @@ class PromptEncoderConfig(PromptConfig):
     encoder_num_layers: int = 2
     encoder_dropout: float = 0.0
 
-    def delta_arguments(self, path):
+    def delta_arguments(self, path: str) -> dict[str, Any]:
         arguments = {
             "encoder_type": self.encoder_reparameterization_type,
             "hidden_size": self.encoder_hidden_size,
@@ -52,18 +56,18 @@ class PromptEncoderConfig(PromptConfig):
         return {**super().delta_arguments(path), **(arguments if self.encoder_reparameterization_type else {})}
 
     @property
-    def method_name(self):
+    def method_name(self) -> str:
         """A prompt that is not computed is that of prompt tuning."""
         return "p_tuning" if self.encoder_reparameterization_type else "prompt_tuning"
 
-    def computed(self):
+    def computed(self) -> PeftConfig:
         return replace(self, encoder_reparameterization_type=None)
 
-    def complete(self, kinds):
+    def complete(self, kinds: Sequence[Any]) -> None:
         super().complete(kinds)
         self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
 
-    def check_fields(self, check):
+    def check_fields(self, check: Checker) -> None:
         super().check_fields(check)
         if self.encoder_reparameterization_type is not None:
             check.choice("encoder_reparameterization_type", self.encoder_reparameterization_type, ENCODERS)
@@ -149,21 +153,21 @@ class PromptEncoder(PromptCell):
             rows = self.mindpet_delta_p_tuning_lstm(rows)
         return self.mindpet_delta_p_tuning_mlp(rows)
 
-    def shard(self, batch):
+    def shard(self, batch: int) -> "PromptEncoder":
         """Cut the result over the batch; every rank computes the whole prompt, without communication.
 
         Args:
-            batch (int): slices of the batch.
+            batch: slices of the batch.
 
         Returns:
-            PromptEncoder, itself.
+            Itself.
         """
         for layer in self.mindpet_delta_p_tuning_lstm if self.encoder_type == "LSTM" else ():
             layer.shard()
         shard_whole(*self.mindpet_delta_p_tuning_mlp)
         return super().shard(batch)
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         inner = f"encoder_type={self.encoder_type}, hidden_size={self.hidden_size}"
         return f"{super().extend_repr()}, {inner}, num_layers={self.num_layers}, dropout={self.dropout}"
 
@@ -211,21 +215,21 @@ class BiLSTM(nn.Cell):
         bias = self.add(self.stack(self.bias_ih, self.bias_ih_reverse), self.stack(self.bias_hh, self.bias_hh_reverse))
         entering = self.matmul(rows, self.stack(self.weight_ih, self.weight_ih_reverse))
         steps = self.rows(self.add(entering, bias))
-        hidden, memory, found = self.start, self.start, ()
+        hidden, memory, outputs = self.start, self.start, ()
         for step in steps:
             gates = self.gates(self.add(step, self.matmul(hidden, weight)))
             kept = self.mul(self.sigmoid(gates[1]), memory)
             memory = self.add(kept, self.mul(self.sigmoid(gates[0]), self.tanh(gates[2])))
             hidden = self.mul(self.sigmoid(gates[3]), self.tanh(memory))
-            found = (*found, hidden)
-        forth, back = self.ways(self.join(found))
+            outputs = (*outputs, hidden)
+        forth, back = self.ways(self.join(outputs))
         return self.ends((self.squeeze(forth), self.gather(self.squeeze(back), self.backwards, 0)))
 
     def stack(self, first, second):
         """Two matrices as one tensor `(2, ...)`, float32."""
         return self.both([self.expand_dims(cast(matrix, ms.float32), 0) for matrix in (first, second)])
 
-    def shard(self):
+    def shard(self) -> None:
         """Have every rank compute it as a whole."""
         shard_whole(self.dropout)
         whole = (1, 1, 1)
@@ -239,7 +243,7 @@ class BiLSTM(nn.Cell):
         self.gather.shard(((1, 1), (1,)))
 
 
-def dense(in_channels, out_channels, dtype):
+def dense(in_channels: int, out_channels: int, dtype: ms.Type) -> Dense:
     """A Dense layer that starts as PyTorch's do."""
     init = Uniform(1 / math.sqrt(in_channels))
     return Dense(in_channels, out_channels, init, init, dtype=dtype)
@@ -257,16 +261,16 @@ class PromptEncoderDelta(PromptEncoder, Delta):
     file_names = {}
 
     @classmethod
-    def create(cls, cell, kind, tokens, **arguments):
+    def create(cls, cell: nn.Cell, kind: InputEmbeddingKind, tokens: int, **arguments: Any) -> "PromptEncoderDelta":
         return cls(tokens, kind.token_dim, **arguments)
 
     @classmethod
-    def to_file(cls, values):
+    def to_file(cls, values: dict[str, Arrays]) -> Arrays:
         """The table that is computed, as prompt tuning has it: `(prompts * tokens, features)`."""
-        return {PROMPT: np.concatenate([computed(own) for own in values.values()])}
+        return {PROMPT: np.concatenate([computed(prompt) for prompt in values.values()])}
 
 
-def computed(values):
+def computed(values: Arrays) -> np.ndarray:
     """The prompt of a PromptEncoder in NumPy, from its parameters by name.
 
     Raises:
@@ -293,13 +297,13 @@ def computed(values):
 def _one_way(rows, weight_ih, bias_ih, weight_hh, bias_hh):
     """One direction of a BiLSTM."""
     hidden = memory = np.zeros((1, weight_hh.shape[1]), np.float32)
-    found = []
+    outputs = []
     for row in rows @ weight_ih.T + bias_ih:
         enter, forget, new, leave = np.split(row + hidden @ weight_hh.T + bias_hh, 4, 1)
         memory = _sigmoid(forget) * memory + _sigmoid(enter) * np.tanh(new)
         hidden = _sigmoid(leave) * np.tanh(memory)
-        found.append(hidden)
-    return np.concatenate(found)
+        outputs.append(hidden)
+    return np.concatenate(outputs)
 
 
 def _sigmoid(x):

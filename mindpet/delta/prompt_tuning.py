@@ -1,7 +1,8 @@
 """Prompt tuning: trained vectors in front of the embeddings of the input."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Optional
+from typing import Any, Optional
 
 import mindspore as ms
 import numpy as np
@@ -9,8 +10,10 @@ from mindspore import nn, ops
 from mindspore.common.initializer import Normal
 
 from mindpet.delta._base import PROMPT, Delta, delta_parameter
-from mindpet.delta._config import PromptLearningConfig
+from mindpet.delta._config import PeftConfig, PromptLearningConfig
 from mindpet.errors import ConfigError, NotPositiveIntError
+from mindpet.network.kinds import InputEmbeddingKind, LayerKind
+from mindpet.utils.hints import Arrays, InitLike, Shape
 from mindpet.utils.validate import Checker, is_int
 
 TABLE = "mindpet_delta_prompt"
@@ -21,19 +24,19 @@ INITS = ("RANDOM", "TEXT", "SAMPLE_VOCAB")
 class PromptConfig(PromptLearningConfig):
     """What methods have in common that put vectors in front of the embeddings, see `PromptCell`."""
 
-    def delta_arguments(self, path):
+    def delta_arguments(self, path: str) -> dict[str, Any]:
         return {"tokens": self.num_virtual_tokens}
 
     @staticmethod
-    def network_sizes(kinds):
+    def network_sizes(kinds: Sequence[InputEmbeddingKind]) -> dict[str, int]:
         return {"token_dim": kinds[0].token_dim, "num_transformer_submodules": len(kinds)}
 
     @property
-    def table_shape(self):
+    def table_shape(self) -> Optional[Shape]:
         sizes = (self.num_virtual_tokens, self.token_dim)
         return None if None in sizes else (sizes[0] * (self.num_transformer_submodules or 1), sizes[1])
 
-    def of_delta_file(self, shapes, tensors):
+    def of_delta_file(self, shapes: dict[str, dict[str, Shape]], tensors: Arrays) -> tuple[PeftConfig, Arrays]:
         """The configuration with the sizes of the prompt; one that says others is refused."""
         config, tensors = super().of_delta_file(shapes, tensors)
         shape, parts = tensors[PROMPT].shape, self.num_transformer_submodules or 1
@@ -69,19 +72,19 @@ class PromptTuningConfig(PromptConfig):
     prompt_tuning_init_text: Optional[str] = None
     tokenizer_name_or_path: Optional[str] = None
     tokenizer_kwargs: Optional[dict] = None
-    prompt_tuning_init_ids: Optional[list] = None
+    prompt_tuning_init_ids: Optional[list[int]] = None
 
     not_in_peft = ("prompt_tuning_init_ids",)
 
-    def delta_arguments(self, path):
+    def delta_arguments(self, path: str) -> dict[str, Any]:
         starts = {"TEXT": self.prompt_tuning_init_ids or [], "SAMPLE_VOCAB": None}
         start = {"start_ids": starts[self.prompt_tuning_init]} if self.prompt_tuning_init in starts else {}
         return {**super().delta_arguments(path), **start}
 
-    def computed(self):
+    def computed(self) -> PeftConfig:
         return replace(self, prompt_tuning_init="RANDOM", prompt_tuning_init_ids=None)
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """All fields; of a prompt with values without ids, and without a start that Hugging Face PEFT cannot read."""
         content = super().to_dict()
         if self.inference_mode:
@@ -93,7 +96,7 @@ class PromptTuningConfig(PromptConfig):
                 content["prompt_tuning_init"] = "RANDOM"
         return content
 
-    def check_fields(self, check):
+    def check_fields(self, check: Checker) -> None:
         super().check_fields(check)
         check.choice("prompt_tuning_init", self.prompt_tuning_init, INITS)
         for name, kind in (
@@ -141,14 +144,14 @@ class PromptCell(nn.Cell):
         """The vectors, `(tokens, features)`."""
         raise NotImplementedError
 
-    def shard(self, batch):
+    def shard(self, batch: int) -> "PromptCell":
         """Cut the result over the batch; the vectors are the same on every rank.
 
         Args:
-            batch (int): slices of the batch.
+            batch: slices of the batch.
 
         Returns:
-            PromptCell, itself.
+            Itself.
         """
         layout = (batch, 1, 1)
         self.expand_dims.shard(((1, 1),))
@@ -156,7 +159,7 @@ class PromptCell(nn.Cell):
         self.concat.shard((layout, layout))
         return self
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return f"tokens={self.tokens}, features={self.features}"
 
 
@@ -169,10 +172,10 @@ class PromptEmbedding(PromptCell):
     Source: Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", arXiv:2104.08691, section 2.
 
     Args:
-        tokens (int): vectors in front.
-        features (int): of an embedding.
-        init (Union[Tensor, str, Initializer, Number]): of the vectors. Default: Normal(1.0).
-        param_init_type (mindspore.dtype): type of the vectors: float16, float32 or bfloat16. Default: float32.
+        tokens: vectors in front.
+        features: of an embedding.
+        init: of the vectors. Default: Normal(1.0).
+        param_init_type: type of the vectors: float16, float32 or bfloat16. Default: float32.
 
     Parameters:
         mindpet_delta_prompt `(tokens, features)`.
@@ -185,7 +188,7 @@ class PromptEmbedding(PromptCell):
         ValueError: `init` has the wrong shape or an unknown name.
     """
 
-    def __init__(self, tokens, features, init=Normal(1.0), param_init_type=ms.float32):
+    def __init__(self, tokens: int, features: int, init: InitLike = Normal(1.0), param_init_type: ms.Type = ms.float32):
         check = Checker(type(self).__name__)
         check.positive_int(NotPositiveIntError, tokens=tokens, features=features)
         check.initial("init", init, (tokens, features))
@@ -212,11 +215,11 @@ class PromptDelta(PromptEmbedding, Delta):
     usual_path = "prompt"
 
     @classmethod
-    def create(cls, cell, kind, tokens, **start):
+    def create(cls, cell: nn.Cell, kind: InputEmbeddingKind, tokens: int, **start: Any) -> "PromptDelta":
         return cls(tokens, kind.token_dim)
 
     @classmethod
-    def problems(cls, cell, kind, is_sharded, tokens, **start):
+    def problems(cls, cell: nn.Cell, kind: LayerKind, is_sharded: bool, tokens: int, **start: Any) -> list[str]:
         if not start:
             return []
         try:
@@ -229,20 +232,20 @@ class PromptDelta(PromptEmbedding, Delta):
         return [f"'prompt_tuning_init_ids' must be below {vocab}, but are {ids}"] if max(ids or [0]) >= vocab else []
 
     @classmethod
-    def start_names(cls, tokens, **start):
+    def start_names(cls, tokens: int, **start: Any) -> tuple[str, ...]:
         return (TABLE,) if start else ()
 
     @classmethod
-    def start(cls, matrix, values, tokens, start_ids):
+    def start(cls, matrix: np.ndarray, values: Arrays, tokens: int, start_ids: Optional[Sequence[int]]) -> Arrays:
         ids = np.random.randint(len(matrix), size=tokens) if start_ids is None else np.resize(start_ids, tokens)
         return {TABLE: matrix[ids]}
 
     @classmethod
-    def to_file(cls, values):
+    def to_file(cls, values: dict[str, Arrays]) -> Arrays:
         """One table of all prompts, `(prompts * tokens, features)`; Hugging Face PEFT has two for two submodules."""
-        return {PROMPT: np.concatenate([own[TABLE] for own in values.values()])}
+        return {PROMPT: np.concatenate([prompt[TABLE] for prompt in values.values()])}
 
     @classmethod
-    def from_file(cls, tensors, paths):
+    def from_file(cls, tensors: Arrays, paths: Sequence[str]) -> dict[str, Arrays]:
         parts = np.split(tensors[PROMPT], len(paths))
         return {path: {TABLE: np.ascontiguousarray(part)} for path, part in zip(paths, parts)}

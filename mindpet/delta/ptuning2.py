@@ -1,6 +1,7 @@
 """P-Tuning v2: trained keys and values before those of every attention layer."""
 
 from dataclasses import dataclass
+from typing import Any, Union
 
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
@@ -8,6 +9,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindpet.delta._base import PrefixDelta
 from mindpet.delta.prefix_layer import PrefixTuningConfig
 from mindpet.errors import NotPositiveIntError
+from mindpet.network.kinds import AttentionKind
 from mindpet.utils.sharding import shard_whole
 from mindpet.utils.validate import Checker
 from mindpet.utils.version_control import get_dropout
@@ -20,14 +22,14 @@ class Ptuning2Config(PrefixTuningConfig):
     A file says PREFIX_TUNING, which Hugging Face PEFT knows, and has `dropout_prob` besides.
 
     Args beyond those of PrefixTuningConfig:
-        dropout_prob (float): probability in [0, 1) of zeroing an element of the prefix. Default: 0.0.
+        dropout_prob: probability in [0, 1) of zeroing an element of the prefix. Default: 0.0.
     """
 
     peft_type, method_name = "PTUNING2", "ptuning2"
 
     dropout_prob: float = 0.0
 
-    def delta_arguments(self, path):
+    def delta_arguments(self, path: str) -> dict[str, Any]:
         projection = {"prefix_projection": True, "projection_dim": self.encoder_hidden_size or 128}
         return {
             "tokens": self.num_virtual_tokens,
@@ -35,10 +37,10 @@ class Ptuning2Config(PrefixTuningConfig):
             **(projection if self.prefix_projection else {}),
         }
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "peft_type": "PREFIX_TUNING"}
 
-    def check_fields(self, check):
+    def check_fields(self, check: Checker) -> None:
         super().check_fields(check)
         check.probability((int, float), dropout_prob=self.dropout_prob)
 
@@ -56,17 +58,17 @@ class PrefixEncoder(nn.Cell):
     Tasks", arXiv:2110.07602, section 3.2.
 
     Args:
-        pre_seq_len (int): prefix tokens a layer.
-        num_layers (int): layers of the network.
-        num_heads (int): key and value heads of a layer.
-        kv_channels (int): features of a head.
-        prefix_projection (bool): whether a network of two Dense layers computes the prefixes from the embedding.
+        pre_seq_len: prefix tokens a layer.
+        num_layers: layers of the network.
+        num_heads: key and value heads of a layer.
+        kv_channels: features of a head.
+        prefix_projection: whether a network of two Dense layers computes the prefixes from the embedding.
             Default: False.
-        projection_dim (int): features between those two layers. Default: 128.
-        dropout_prob (float): probability in [0, 1) of zeroing an element while training. Default: 0.0.
-        out_perm (tuple): order of the axes (batch, token, slot, head, channel) in the result. Its first entry must
-            be 2, the slots, which are what the result is split along. Default: (2, 0, 3, 1, 4).
-        parallel_config (object): has `data_parallel` and `model_parallel`, for `shard()`. Default: None.
+        projection_dim: features between those two layers. Default: 128.
+        dropout_prob: probability in [0, 1) of zeroing an element while training. Default: 0.0.
+        out_perm: order of the axes (batch, token, slot, head, channel) in the result. Its first entry must be 2, the
+            slots, which are what the result is split along. Default: (2, 0, 3, 1, 4).
+        parallel_config: has `data_parallel` and `model_parallel`, for `shard()`. Default: None.
 
     Parameters:
         mindpet_delta_ptuning2_prefix `(pre_seq_len,)`: token ids, int32, not trained;
@@ -89,15 +91,15 @@ class PrefixEncoder(nn.Cell):
 
     def __init__(
         self,
-        pre_seq_len,
-        num_layers,
-        num_heads,
-        kv_channels,
-        prefix_projection=False,
-        projection_dim=128,
-        dropout_prob=0.0,
-        out_perm=(2, 0, 3, 1, 4),
-        parallel_config=None,
+        pre_seq_len: int,
+        num_layers: int,
+        num_heads: int,
+        kv_channels: int,
+        prefix_projection: bool = False,
+        projection_dim: int = 128,
+        dropout_prob: Union[int, float] = 0.0,
+        out_perm: tuple[int, ...] = (2, 0, 3, 1, 4),
+        parallel_config: Any = None,
     ):
         check = Checker(type(self).__name__)
         check.positive_int(
@@ -155,15 +157,15 @@ class PrefixEncoder(nn.Cell):
         prefix = self.tile(self.expand_dims(prefix, 0), (batch_size, 1, 1, 1, 1))
         return self.split(self.transpose(prefix, self.out_perm))
 
-    def shard(self, data_parallel, model_parallel):
+    def shard(self, data_parallel: int, model_parallel: int) -> "PrefixEncoder":
         """Split the result over the batch and the heads; what comes before it is the same on every rank.
 
         Args:
-            data_parallel (int): slices of the batch.
-            model_parallel (int): slices of the heads.
+            data_parallel: slices of the batch.
+            model_parallel: slices of the heads.
 
         Returns:
-            PrefixEncoder, itself.
+            Itself.
 
         Raises:
             TypeError: a number of slices is not an int.
@@ -182,7 +184,7 @@ class PrefixEncoder(nn.Cell):
         self.split.shard((tuple(layout[axis] for axis in self.out_perm),))
         return self
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return (
             f"pre_seq_len={self.pre_seq_len}, num_layers={self.num_layers}, num_heads={self.num_heads}, "
             f"kv_channels={self.kv_channels}, prefix_projection={self.prefix_projection}, "
@@ -203,20 +205,20 @@ class PrefixEncoderDelta(PrefixDelta, PrefixEncoder):
     may_be_plain = True
 
     @classmethod
-    def create(cls, cell, kind, tokens, **arguments):
+    def create(cls, cell: nn.Cell, kind: AttentionKind, tokens: int, **arguments: Any) -> "PrefixEncoderDelta":
         delta = cls(tokens, 1, kind.kv_heads, kind.head_dim, **arguments)
         delta.concat, delta.halves, delta.squeeze = ops.Concat(axis=2), ops.Split(axis=0, output_num=2), ops.Squeeze(0)
         return delta
 
     @property
-    def positions(self):
+    def positions(self) -> int:
         return self.pre_seq_len
 
     def past(self, batch, dtype):
         key, value = self.halves(self.prefixes(batch, dtype)[0])
         return self.squeeze(key), self.squeeze(value)
 
-    def shard(self, batch, heads):
+    def shard(self, batch: int, heads: int) -> "PrefixEncoderDelta":
         PrefixEncoder.shard(self, batch, heads)
         layout = (1, batch, heads, 1, 1)
         self.halves.shard((layout,))

@@ -136,13 +136,6 @@ class RDropWithLossCell(nn.Cell):
         return self.loss_fn(logits, labels) + self.alpha * self.r_drop.divergence(logits, labels) / 4
 
 
-def rdrop_repeat(*tensors: Tensor) -> tuple:
-    """Each row of each tensor twice, side by side: `(N, *) -> (2N, *)`.
-
-    Args:
-        tensors: a batch: inputs, masks, labels.
-
-    Returns:
-        tuple of Tensor, one for each argument.
-    """
+def rdrop_repeat(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Each row of each tensor of a batch (inputs, masks, labels) twice, side by side: `(N, *) -> (2N, *)`."""
     return tuple([ops.repeat_interleave(tensor, 2, 0) for tensor in tensors])

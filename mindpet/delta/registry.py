@@ -3,6 +3,8 @@
 import enum
 from dataclasses import dataclass, field
 
+from mindpet.delta._base import Delta
+from mindpet.delta._config import PeftConfig
 from mindpet.delta.adalora import AdaLoraConfig, AdaLoRADelta, AdaLoRADense
 from mindpet.delta.adapter import (
     AdapterDelta,
@@ -42,30 +44,30 @@ class Method:
     """What generic code needs to know about a method.
 
     Attributes:
-        name (str): of the method, a mode of `freeze_delta`.
-        config (type): its PeftConfig.
-        trainable (tuple): patterns (fnmatch) of the parameters that it trains.
-        deltas (dict): kind of a place, see `mindpet.network.kinds` -> Delta for it; empty for a method that only
-            chooses base parameters.
-        cells (tuple): its hand-made Cells.
-        constants (tuple): patterns of its parameters that are fixed by construction and need not be in a checkpoint.
-        saved (tuple): patterns of its parameters that do not train, but belong in a checkpoint of what was trained.
-        aliases (tuple): further names of the mode.
-        identity (bool): whether a fresh delta leaves the network's output as it was.
+        name: of the method, a mode of `freeze_delta`.
+        config: its PeftConfig.
+        trainable: patterns (fnmatch) of the parameters that it trains.
+        deltas: kind of a place, see `mindpet.network.kinds` -> Delta for it; empty for a method that only chooses base
+            parameters.
+        cells: its hand-made Cells.
+        constants: patterns of its parameters that are fixed by construction and need not be in a checkpoint.
+        saved: patterns of its parameters that do not train, but belong in a checkpoint of what was trained.
+        aliases: further names of the mode.
+        identity: whether a fresh delta leaves the network's output as it was.
     """
 
     name: str
-    config: type
-    trainable: tuple
-    deltas: dict = field(default_factory=dict)
-    cells: tuple = ()
-    constants: tuple = ()
-    saved: tuple = ()
-    aliases: tuple = ()
+    config: type[PeftConfig]
+    trainable: tuple[str, ...]
+    deltas: dict[str, type[Delta]] = field(default_factory=dict)
+    cells: tuple[type, ...] = ()
+    constants: tuple[str, ...] = ()
+    saved: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
     identity: bool = False
 
     @property
-    def mergeable(self):
+    def mergeable(self) -> bool:
         """Whether its deltas, if it has any, can be folded into the weights of their layers."""
         return not self.deltas or any(delta.fold for delta in self.deltas.values())
 
@@ -242,12 +244,12 @@ for _method in METHODS.values():
     _method.config.peft_type = PeftType(_method.config.peft_type)
 
 
-def method_of(config):
+def method_of(config: PeftConfig) -> Method:
     """The method of a configuration that is no union, see `PeftConfig.parts`."""
     return METHODS[config.method_name]
 
 
-def find_method(mode):
+def find_method(mode: str) -> Method:
     """The method of a mode name or alias, in any letter case.
 
     Raises:

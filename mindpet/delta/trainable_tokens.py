@@ -1,11 +1,12 @@
 """Trainable tokens: some rows of an embedding train, the others are frozen."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, ops
+from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Normal
 
 from mindpet.delta._base import Delta, delta_parameter, set_zeros
@@ -14,6 +15,7 @@ from mindpet.errors import ConfigError
 from mindpet.layers.linear import cast, from_rows, to_rows
 from mindpet.network.kinds import LayerKind
 from mindpet.network.values import assign, value_of
+from mindpet.utils.hints import Arrays, InitLike, Operators, Shape
 from mindpet.utils.validate import Checker, is_int
 
 ROWS, SLOTS = "mindpet_delta_trainable_tokens", "mindpet_trainable_tokens_slots"
@@ -24,14 +26,14 @@ class TrainableTokensConfig(TargetConfig):
     """Trainable tokens, as Hugging Face PEFT has them.
 
     Args beyond those of PeftConfig and TargetConfig:
-        token_indices (list of int): numbers of the rows that train, each once. Default: [], they must be given before
-            the adapter is made.
-        init_weights (bool): True for rows that start as those of the table, False for normal ones. Default: True.
+        token_indices: numbers of the rows that train, each once. Default: [], they must be given before the adapter is
+            made.
+        init_weights: True for rows that start as those of the table, False for normal ones. Default: True.
     """
 
     peft_type, method_name = "TRAINABLE_TOKENS", "trainable_tokens"
 
-    token_indices: list = field(default_factory=list)
+    token_indices: list[int] = field(default_factory=list)
     init_weights: bool = True
 
     required = ("token_indices",)
@@ -39,15 +41,15 @@ class TrainableTokensConfig(TargetConfig):
     task_heads = ()  # in Hugging Face PEFT this method trains no head, and its files have none
     usual_targets = (("embed_tokens",), ("word_embeddings",), ("wte",), ("tok_embeddings",), ("shared",))
 
-    def delta_arguments(self, path):
+    def delta_arguments(self, path: str) -> dict[str, Any]:
         return {"token_indices": tuple(self.token_indices), "init": self.init_weights}
 
-    def check_fields(self, check):
+    def check_fields(self, check: Checker) -> None:
         super().check_fields(check)
         _check_tokens(check, self.token_indices)
         check.boolean(init_weights=self.init_weights)
 
-    def check_supported(self, from_file=False):
+    def check_supported(self, from_file: bool = False) -> None:
         super().check_supported(from_file)
         if not self.token_indices:
             raise ConfigError("TrainableTokensConfig: 'token_indices' must be given.")
@@ -79,7 +81,9 @@ class TrainableTokensDelta(Delta):
     file_names = {ROWS: "trainable_tokens_delta"}
 
     @classmethod
-    def problems(cls, cell, kind, is_sharded, token_indices, **others):
+    def problems(
+        cls, cell: nn.Cell, kind: LayerKind, is_sharded: bool, token_indices: Sequence[int], **others: Any
+    ) -> list[str]:
         return _beyond(token_indices, kind.weight_of(cell).shape[0])
 
     def setup(self, cell, token_indices, init=True, shared=None, dtype=ms.float32):
@@ -104,43 +108,43 @@ class TrainableTokensDelta(Delta):
 
     def replace(self, slot, rows):
         """`rows`, and in place of those whose slot is not 0 the trained ones."""
-        own = cast(self.tokens_equal(ops.reshape(slot, (-1, 1)), 0), rows.dtype)
+        stays = cast(self.tokens_equal(ops.reshape(slot, (-1, 1)), 0), rows.dtype)
         new = self.tokens_gather(self.padded_rows(rows.dtype), slot, 0)
-        return self.tokens_add(self.tokens_mul(rows, own), new)
+        return self.tokens_add(self.tokens_mul(rows, stays), new)
 
     def padded_rows(self, dtype):
         """R behind a row of zeros, so that slot 0 is zero whatever R holds; in a type."""
         return self.tokens_concat((cast(self.tokens_zero, dtype), cast(self.mindpet_delta_trainable_tokens, dtype)))
 
-    def reset(self):
+    def reset(self) -> None:
         """Make the delta the identity: no token has a slot."""
         set_zeros(self.mindpet_delta_trainable_tokens, self.mindpet_trainable_tokens_slots)
 
     @classmethod
-    def start_names(cls, init=True, **others):
+    def start_names(cls, init: bool = True, **others: Any) -> tuple[str, ...]:
         return (ROWS,) if init else ()
 
     @classmethod
-    def start(cls, matrix, values, token_indices, **others):
+    def start(cls, matrix: np.ndarray, values: Arrays, token_indices: Sequence[int], **others: Any) -> Arrays:
         return {ROWS: matrix[:, list(token_indices)].T}
 
     @classmethod
-    def fits(cls, shape, values, token_indices, **others):
+    def fits(cls, shape: Shape, values: Arrays, token_indices: Sequence[int], **others: Any) -> bool:
         features, vocab = shape
         return values[ROWS].shape[1] == features and not _beyond(token_indices, vocab)
 
     @classmethod
-    def file_shapes(cls, shapes, token_indices, **others):
+    def file_shapes(cls, shapes: dict[str, Shape], token_indices: Sequence[int], **others: Any) -> dict[str, tuple]:
         return {ROWS: (len(token_indices), (*shapes.get(ROWS, ()), "features", "features")[1])}
 
     @classmethod
-    def fold(cls, matrix, values, token_indices, **others):
+    def fold(cls, matrix: np.ndarray, values: Arrays, token_indices: Sequence[int], **others: Any) -> np.ndarray:
         merged = matrix.copy()
         merged[:, list(token_indices)] = values[ROWS].T
         return merged
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         return {
             "strategy_tokens_concat": (self.tokens_concat, "kf,kf"),
             "strategy_tokens_slot": (self.tokens_slot, "f,n"),
@@ -151,10 +155,10 @@ class TrainableTokensDelta(Delta):
         }
 
     @property
-    def signature(self):
+    def signature(self) -> Any:
         return (type(self),)
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return f"tokens={len(self.mindpet_delta_trainable_tokens)}"
 
 
@@ -166,9 +170,9 @@ class TrainableTokensHead(TrainableTokensDelta):
     """
 
     @classmethod
-    def problems(cls, cell, kind, is_sharded, **others):
-        found = ["its weight is the table of an embedding, but not as (out, in)"] if kind.transposed else []
-        return found + ["no rows of an embedding beside a head with strategies"] * is_sharded
+    def problems(cls, cell: nn.Cell, kind: LayerKind, is_sharded: bool, **others: Any) -> list[str]:
+        problems = ["its weight is the table of an embedding, but not as (out, in)"] if kind.transposed else []
+        return problems + ["no rows of an embedding beside a head with strategies"] * is_sharded
 
     def setup(self, cell, **arguments):
         super().setup(cell, **arguments)
@@ -179,13 +183,13 @@ class TrainableTokensHead(TrainableTokensDelta):
         slots, rows = self.mindpet_trainable_tokens_slots, to_rows(out)
         new = self.tokens_matmul(self.to_compute(to_rows(x)), self.padded_rows(self.compute_dtype))
         new = cast(self.tokens_gather(new, slots, 1), out.dtype)
-        own = cast(self.tokens_equal(slots, 0), out.dtype)
+        stays = cast(self.tokens_equal(slots, 0), out.dtype)
         if self.base_bias is not None:
-            new = new + (1 - own) * cast(self.base_bias, out.dtype)
-        return from_rows(self.tokens_add(self.tokens_mul(rows, own), new), out)
+            new = new + (1 - stays) * cast(self.base_bias, out.dtype)
+        return from_rows(self.tokens_add(self.tokens_mul(rows, stays), new), out)
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         """None: it has no strategies, see `problems`."""
         return {}
 
@@ -207,10 +211,10 @@ class TrainableTokensEmbedding(TrainableTokensDelta):
     Args:
         vocab_size: rows of the table.
         embedding_size: features of a row.
-        token_indices (list of int): numbers t of the rows that train, each once.
-        embedding_table (Union[Tensor, str, Initializer, Number]): of the table. Default: 'normal'.
-        dtype (mindspore.dtype): of the table, and of the output: float16, float32 or bfloat16. Default: float32.
-        param_init_type (mindspore.dtype): of the rows: float16, float32 or bfloat16. Default: float32.
+        token_indices: numbers t of the rows that train, each once.
+        embedding_table: of the table. Default: 'normal'.
+        dtype: of the table, and of the output: float16, float32 or bfloat16. Default: float32.
+        param_init_type: of the rows: float16, float32 or bfloat16. Default: float32.
 
     Parameters:
         embedding_table `(vocab_size, embedding_size)`, mindpet_delta_trainable_tokens `(tokens, embedding_size)`, and
@@ -232,10 +236,10 @@ class TrainableTokensEmbedding(TrainableTokensDelta):
         self,
         vocab_size: int,
         embedding_size: int,
-        token_indices: list,
-        embedding_table: Any = "normal",
-        dtype: Any = ms.float32,
-        param_init_type: Any = ms.float32,
+        token_indices: Sequence[int],
+        embedding_table: InitLike = "normal",
+        dtype: ms.Type = ms.float32,
+        param_init_type: ms.Type = ms.float32,
     ):
         check = Checker(type(self).__name__)
         check.positive_int(vocab_size=vocab_size, embedding_size=embedding_size)
@@ -261,26 +265,26 @@ class TrainableTokensEmbedding(TrainableTokensDelta):
         rows = self.gather(self.embedding_table, ops.reshape(ids, (-1,)), 0)
         return ops.reshape(self.after(ids, rows), ids.shape + (self.embedding_size,))
 
-    def start_from_table(self):
+    def start_from_table(self) -> None:
         """Set the rows to those of the table."""
         rows = value_of(self.embedding_table)[list(self.token_indices)]
         assign(self.mindpet_delta_trainable_tokens, Tensor(rows.astype(ms.dtype_to_nptype(self.param_init_type))))
 
-    def table(self):
+    def table(self) -> Tensor:
         """The table with the rows, `(vocab_size, embedding_size)`."""
         return self.replace(self.mindpet_trainable_tokens_slots, self.embedding_table)
 
-    def merged_weight(self):
-        """The table with the rows, a Tensor in the type of the table, for a plain embedding."""
+    def merged_weight(self) -> Tensor:
+        """The table with the rows, in the type of the table, for a plain embedding."""
         params = (self.embedding_table, self.mindpet_delta_trainable_tokens)
         table, rows = (param.asnumpy().astype(np.float32) for param in params)
         return Tensor(self.fold(table.T, {ROWS: rows}, self.token_indices).T.copy(), self.embedding_table.dtype)
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         return {"strategy_org_gather": (self.gather, "vo,n"), **super().operators}
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return (
             f"vocab_size={self.vocab_size}, embedding_size={self.embedding_size}, tokens={len(self.token_indices)}, "
             f"param_init_type={self.param_init_type}"

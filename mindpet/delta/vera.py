@@ -1,6 +1,8 @@
 """VeRA: vectors that scale random matrices, which all layers share."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Optional, Union
 
 import mindspore as ms
 import numpy as np
@@ -9,6 +11,7 @@ from mindspore import Parameter, Tensor, ops
 from mindpet.delta._base import Delta, DeltaDense, delta_parameter, matrix_shape
 from mindpet.delta._config import TargetConfig
 from mindpet.layers.linear import cast, from_rows, to_rows
+from mindpet.utils.hints import Arrays, Operators, Shape
 from mindpet.utils.validate import Checker, is_int
 from mindpet.utils.version_control import get_dropout
 
@@ -21,15 +24,14 @@ class VeraConfig(TargetConfig):
     """VeRA, Kopiczko et al. 2023, arXiv:2310.11454.
 
     Args beyond those of PeftConfig and TargetConfig:
-        r (int): rank. Default: 256.
-        projection_prng_key (int): seed of the random matrices. They are others than PyTorch's of the same seed.
-            Default: 0.
-        save_projection (bool): whether a file has them; must be True. Default: True.
-        vera_dropout (float): probability in [0, 1) of zeroing an input of the update. Default: 0.0.
-        d_initial (float): what lambda_d starts as. Default: 0.1.
-        fan_in_fan_out (bool): kept for Hugging Face PEFT, see `LoraConfig`. Default: False.
-        bias (str): which biases train: 'none', 'all', or 'vera_only' for those of the targets. Default: 'none'.
-        init_weights (bool): kept for Hugging Face PEFT; of no effect. Default: True.
+        r: rank. Default: 256.
+        projection_prng_key: seed of the random matrices. They are others than PyTorch's of the same seed. Default: 0.
+        save_projection: whether a file has them; must be True. Default: True.
+        vera_dropout: probability in [0, 1) of zeroing an input of the update. Default: 0.0.
+        d_initial: what lambda_d starts as. Default: 0.1.
+        fan_in_fan_out: kept for Hugging Face PEFT, see `LoraConfig`. Default: False.
+        bias: which biases train: 'none', 'all', or 'vera_only' for those of the targets. Default: 'none'.
+        init_weights: kept for Hugging Face PEFT; of no effect. Default: True.
     """
 
     peft_type, method_name = "VERA", "vera"
@@ -46,7 +48,7 @@ class VeraConfig(TargetConfig):
     required = ("r",)
     not_in_peft = ("exclude_modules",)
 
-    def delta_arguments(self, path):
+    def delta_arguments(self, path: str) -> dict[str, Any]:
         return {
             "rank": self.r,
             "dropout": float(self.vera_dropout),
@@ -54,7 +56,7 @@ class VeraConfig(TargetConfig):
             "seed": self.projection_prng_key,
         }
 
-    def check_fields(self, check):
+    def check_fields(self, check: Checker) -> None:
         super().check_fields(check)
         check.positive_int(r=self.r)
         check.require(
@@ -96,7 +98,7 @@ class VeraDelta(Delta):
     shared_names = {A: "vera_A", B: "vera_B"}
 
     @classmethod
-    def shared(cls, targets):
+    def shared(cls, targets: Sequence[Any]) -> dict[str, Parameter]:
         shapes = [matrix_shape(target.cell, target.kind) for target in targets]
         outs, ins = zip(*shapes)
         return _projections(max(ins), max(outs), targets[0].arguments["rank"], targets[0].arguments["seed"])
@@ -122,24 +124,24 @@ class VeraDelta(Delta):
         return from_rows(self.vera_add(to_rows(out), cast(delta, out.dtype)), out)
 
     @classmethod
-    def fits(cls, shape, values, **arguments):
+    def fits(cls, shape: Shape, values: Arrays, **arguments: Any) -> bool:
         out_channels, in_channels = shape
         return len(values[LAMBDA_B]) == out_channels and values[A].shape[1] >= in_channels
 
     @classmethod
-    def file_shapes(cls, shapes, rank, **others):
+    def file_shapes(cls, shapes: dict[str, Shape], rank: int, **others: Any) -> dict[str, tuple]:
         (out, *_), a, b = (shapes.get(name, ()) or ("out",) for name in (LAMBDA_B, A, B))
         rows = b[0] if b[0] == "out" or out == "out" or b[0] > out else out
         return {LAMBDA_B: (out,), LAMBDA_D: (rank,), A: (rank, (*a, "in", "in")[1]), B: (rows, rank)}
 
     @classmethod
-    def fold(cls, matrix, values, **arguments):
+    def fold(cls, matrix: np.ndarray, values: Arrays, **arguments: Any) -> np.ndarray:
         outs, ins = matrix.shape
         scaled = values[LAMBDA_D][:, None] * values[A][:, :ins]
         return matrix + values[LAMBDA_B][:, None] * (values[B][:outs] @ scaled)
 
     @property
-    def operators(self):
+    def operators(self) -> Operators:
         return {
             "strategy_vera_dropout": (self.vera_dropout.dropout, "ni"),
             "strategy_vera_a_slice": (self.vera_a_slice, "fk"),
@@ -152,22 +154,22 @@ class VeraDelta(Delta):
         }
 
     @property
-    def signature(self):
+    def signature(self) -> Any:
         return type(self), self.rank, self.vera_dropout.p
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return f"rank={self.rank}"
 
 
 def _projections(ins, outs, rank, seed):
     """A `(rank, ins)` and B `(outs, rank)`, Kaiming uniform: of variance 2 / columns."""
     rng = np.random.default_rng(seed)
-    found = {}
+    matrices = {}
     for name, shape in ((A, (rank, ins)), (B, (outs, rank))):
         bound = np.sqrt(6 / shape[1])
         value = rng.uniform(-bound, bound, shape).astype(np.float32)
-        found[name] = Parameter(Tensor(value), name=name, requires_grad=False)
-    return found
+        matrices[name] = Parameter(Tensor(value), name=name, requires_grad=False)
+    return matrices
 
 
 class VeraDense(DeltaDense, VeraDelta):
@@ -180,13 +182,13 @@ class VeraDense(DeltaDense, VeraDelta):
     what the Dense layer computed.
 
     Args:
-        in_channels (int): features of the input.
-        out_channels (int): features of the output.
-        vera_rank (int): rows of A and columns of B.
-        vera_dropout (float): probability in [0, 1) of zeroing an input of the delta while training. Default: 0.0.
-        d_initial (float): what lambda_d starts as. Default: 0.1.
-        seed (int): of A and B. Default: 0.
-        shared (VeraDense): a layer that is at least as large, to have the A and B of. Default: None, for its own.
+        in_channels: features of the input.
+        out_channels: features of the output.
+        vera_rank: rows of A and columns of B.
+        vera_dropout: probability in [0, 1) of zeroing an input of the delta while training. Default: 0.0.
+        d_initial: what lambda_d starts as. Default: 0.1.
+        seed: of A and B. Default: 0.
+        shared: a layer that is at least as large, to have the A and B of. Default: None, for its own.
         dense: keywords of `DeltaDense`.
 
     Parameters:
@@ -203,7 +205,15 @@ class VeraDense(DeltaDense, VeraDelta):
     """
 
     def __init__(
-        self, in_channels, out_channels, vera_rank, vera_dropout=0.0, d_initial=0.1, seed=0, shared=None, **dense
+        self,
+        in_channels: int,
+        out_channels: int,
+        vera_rank: int,
+        vera_dropout: float = 0.0,
+        d_initial: Union[int, float] = 0.1,
+        seed: int = 0,
+        shared: Optional["VeraDense"] = None,
+        **dense: Any,
     ):
         check = Checker(type(self).__name__)
         check.positive_int(vera_rank=vera_rank)
@@ -229,5 +239,5 @@ class VeraDense(DeltaDense, VeraDelta):
             **dense,
         )
 
-    def extend_repr(self):
+    def extend_repr(self) -> str:
         return f"{super().extend_repr()}, rank={self.rank}"

@@ -3,33 +3,36 @@
 import dataclasses
 import pathlib
 import re
+from typing import Any, Union
 
 import numpy as np
+from mindspore import Parameter
 
 import mindpet
-from mindpet.delta._config import CONFIG_NAME
+from mindpet.delta._config import CONFIG_NAME, PeftConfig
 from mindpet.errors import CheckpointError
 from mindpet.files.names import PREFIX
 from mindpet.files.passport import PASSPORT_NAME, WEIGHTS_NAME, fingerprint, write_passport
 from mindpet.files.tensors import TensorFile, save_tensors
 from mindpet.network.match import listed
 from mindpet.utils.files import together
+from mindpet.utils.hints import Arrays, PathLike, Shape
 
 FILES = (WEIGHTS_NAME, "adapter_model.bin", PASSPORT_NAME, CONFIG_NAME)  # names that a folder of 'default' has
 VERSION = f"0.21.2+mindpet.{mindpet.__version__}"  # of some methods Hugging Face PEFT takes it apart, by PEP 440
 DOUBLES = re.compile(r"\.((modules_to_save|original_module)\.bias|num_batches_tracked)$")
 
 
-def save_adapter(folder, config, tensors, passport):
+def save_adapter(folder: PathLike, config: PeftConfig, tensors: Arrays, passport: dict[str, Any]) -> None:
     """Write an adapter's three files: a reader finds all of this save, or all of the one before.
 
     A configuration that names no version of Hugging Face PEFT gets the one whose format it has.
 
     Args:
-        folder (str): of the adapter.
-        config (PeftConfig): its configuration.
-        tensors (dict): key -> numpy.ndarray.
-        passport (dict): see `mindpet.files.passport`.
+        folder: of the adapter.
+        config: of the adapter.
+        tensors: by key.
+        passport: see `mindpet.files.passport`.
     """
     config, tensors = config.pack(tensors)
     config = dataclasses.replace(config, peft_version=config.peft_version or VERSION)
@@ -39,7 +42,7 @@ def save_adapter(folder, config, tensors, passport):
         write_passport(staged, folder, passport)
 
 
-def read_tensors(folder):
+def read_tensors(folder: PathLike) -> Arrays:
     """The tensors of an adapter's folder.
 
     Raises:
@@ -60,7 +63,7 @@ def read_tensors(folder):
     return without_doubles(tensors)
 
 
-def without_doubles(tensors):
+def without_doubles(tensors: Arrays) -> Arrays:
     """The tensors of a file without those that say nothing more.
 
     With `bias="all"` Hugging Face PEFT has the biases of modules_to_save three times, two of them under names of its
@@ -69,7 +72,7 @@ def without_doubles(tensors):
     return {name: value for name, value in tensors.items() if not DOUBLES.search(name)}
 
 
-def has_statistics(tensors, config):
+def has_statistics(tensors: Arrays, config: PeftConfig) -> bool:
     """Whether a file has running statistics of BatchNorms other than those in modules that are saved as a whole."""
     modules = listed(config.modules_to_save)
     paths = [f".{key.rpartition('.')[0]}." for key in tensors if key.endswith((".running_mean", ".moving_mean"))]
@@ -79,13 +82,13 @@ def has_statistics(tensors, config):
     return any(not any(f".{module}." in path for module in modules) for path in paths)
 
 
-def check_finite(folder, values, types):
+def check_finite(folder: PathLike, values: Arrays, types: dict[str, np.dtype]) -> None:
     """Refuse what is not finite, in the type of the file or in that of the base's own parameter.
 
     Args:
-        folder (str): for the message.
-        values (dict): name -> numpy.ndarray.
-        types (dict): name -> NumPy type of the parameter of the base that takes the value.
+        folder: for the message.
+        values: by name.
+        types: by name, of the parameter of the base that takes the value.
 
     Raises:
         CheckpointError: some are not finite; all are in the message.
@@ -93,50 +96,52 @@ def check_finite(folder, values, types):
     problems = []
     for name, value in values.items():
         with np.errstate(over="ignore"):
-            own = value.astype(types.get(name, value.dtype))
-        if not np.isfinite(own.astype(np.float32)).all():
-            problems.append(f"{name} as {own.dtype.name}")
+            held = value.astype(types.get(name, value.dtype))
+        if not np.isfinite(held.astype(np.float32)).all():
+            problems.append(f"{name} as {held.dtype.name}")
     if problems:
         raise CheckpointError(
             f"{folder}: NaN or infinite numbers (with force they are used all the same):\n  " + "\n  ".join(problems)
         )
 
 
-def take_base_layers(folder, found, weights):
-    """Take out of `found` weights of the base, which Hugging Face PEFT saves with deltas of embeddings.
+def take_base_layers(folder: PathLike, tensors: Arrays, weights: dict[str, Union[Parameter, np.ndarray]]) -> None:
+    """Take out of `tensors` weights of the base, which Hugging Face PEFT saves with deltas of embeddings.
 
     Args:
-        folder (str): for the message.
-        found (dict): key -> numpy.ndarray.
-        weights (dict): path of a layer in the PyTorch model -> its weight, a Parameter or numpy.ndarray.
+        folder: for the message.
+        tensors: by key.
+        weights: of the layers, by their path in the PyTorch model.
 
     Raises:
         CheckpointError: they are not those of this base.
     """
     for path, weight in weights.items():
-        theirs = found.pop(f"{PREFIX}{path}.base_layer.weight", None)
+        theirs = tensors.pop(f"{PREFIX}{path}.base_layer.weight", None)
         if theirs is not None and (theirs.shape != weight.shape or fingerprint(theirs) != fingerprint(weight)):
             raise CheckpointError(
                 f"{folder}: trained on another base: the weight {list(weight.shape)} of {path} is not the same."
             )
 
 
-def check_tensors(folder, found, wanted, what="the network, which is unchanged"):
+def check_tensors(
+    folder: PathLike, tensors: Arrays, wanted: dict[str, Shape], what: str = "the network, which is unchanged"
+) -> None:
     """Refuse tensors that do not fit.
 
     Args:
-        folder (str): for the message.
-        found (dict): key -> numpy.ndarray.
-        wanted (dict): key -> shape.
-        what (str): what they must fit, for the message. Default: 'the network, which is unchanged'.
+        folder: for the message.
+        tensors: by key.
+        wanted: shapes by key.
+        what: what they must fit, for the message. Default: 'the network, which is unchanged'.
 
     Raises:
         CheckpointError: tensors are missing, surplus, or of the wrong shape or type; all are in the message.
     """
-    problems = [f"missing: {key} {list(shape)}" for key, shape in wanted.items() if key not in found]
-    problems += [f"surplus: {key} {list(found[key].shape)}" for key in found if key not in wanted]
+    problems = [f"missing: {key} {list(shape)}" for key, shape in wanted.items() if key not in tensors]
+    problems += [f"surplus: {key} {list(tensors[key].shape)}" for key in tensors if key not in wanted]
     for key, shape in wanted.items():
-        value = found.get(key)
+        value = tensors.get(key)
         if value is not None and value.shape != tuple(shape):
             problems.append(f"{key}: {list(shape)} is needed, but it is {list(value.shape)}")
         elif value is not None and value.dtype.kind in "iubc":
@@ -145,11 +150,11 @@ def check_tensors(folder, found, wanted, what="the network, which is unchanged")
         raise CheckpointError(f"{folder}: the adapter does not fit {what}:\n  " + "\n  ".join(problems))
 
 
-def folder_of(directory, adapter_name):
+def folder_of(directory: PathLike, adapter_name: str) -> pathlib.Path:
     """The folder of an adapter in a directory of several: 'default' is in the directory itself."""
     return pathlib.Path(directory) / ("" if adapter_name == "default" else adapter_name)
 
 
-def is_adapter(folder):
+def is_adapter(folder: PathLike) -> bool:
     """Whether a folder has the configuration of an adapter."""
     return (pathlib.Path(folder) / CONFIG_NAME).is_file()

@@ -7,6 +7,7 @@ writes or reads beyond the tensor's memory.
 import itertools
 import math
 import os
+from typing import Optional
 
 import mindspore as ms
 from google.protobuf.message import DecodeError
@@ -15,21 +16,21 @@ from mindspore.train.checkpoint_pb2 import Checkpoint
 
 from mindpet.errors import CheckpointError
 from mindpet.files.tensors import LARGEST, TensorFile, check_names
+from mindpet.utils.hints import PathLike
 
 # Types in a .ckpt file -> bytes of a number. A `str` is read by NumPy, which knows its length.
 SIZES = {"Bool": 1, "BFloat16": 2, **{f"Float{bits}": bits // 8 for bits in (16, 32, 64)}}
 SIZES.update({f"{kind}{bits}": bits // 8 for kind in ("Int", "UInt") for bits in (8, 16, 32, 64)})
 
 
-def read_checkpoint(path, dec_key=None, dec_mode="AES-GCM", crc_check=False):
-    """The parameters in a file that ends in .ckpt or .safetensors.
+def read_checkpoint(
+    path: PathLike, dec_key: Optional[bytes] = None, dec_mode: str = "AES-GCM", crc_check: bool = False
+) -> dict[str, Parameter]:
+    """The parameters, by name, in a file that ends in .ckpt or .safetensors.
 
     Args:
-        path (str): the file.
+        path: of the file.
         dec_key, dec_mode, crc_check: see `mindspore.load_checkpoint`. What is encrypted is trusted.
-
-    Returns:
-        dict of str -> Parameter.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -48,7 +49,7 @@ def read_checkpoint(path, dec_key=None, dec_mode="AES-GCM", crc_check=False):
     return {name: value for name, value in content.items() if isinstance(value, Parameter)}
 
 
-def check_checkpoint(path):
+def check_checkpoint(path: PathLike) -> None:
     """Refuse a file whose tensors are not of the bytes that their shapes and types say.
 
     Raises:
@@ -70,8 +71,8 @@ def check_checkpoint(path):
         if not parts or parts[-1].tensor_type == "str":
             continue
         shape, dtype = list(parts[-1].dims), parts[-1].tensor_type
-        found = sum(len(part.tensor_content) for part in parts)
+        length = sum(len(part.tensor_content) for part in parts)
         is_shape = all(size >= 0 for size in shape) and math.prod(max(size, 1) for size in shape) < LARGEST
         size = 1 if shape == [0] else math.prod(shape)  # so a scalar is written
-        if dtype not in SIZES or not is_shape or found != size * SIZES[dtype]:
-            raise CheckpointError(f"{path}: {name}: {found} bytes cannot be {shape} of {dtype[:20]!r}.")
+        if dtype not in SIZES or not is_shape or length != size * SIZES[dtype]:
+            raise CheckpointError(f"{path}: {name}: {length} bytes cannot be {shape} of {dtype[:20]!r}.")

@@ -5,6 +5,7 @@ import math
 import os
 import pathlib
 import re
+from typing import Any, Optional
 
 import mindspore as ms
 import numpy as np
@@ -32,6 +33,7 @@ from mindpet.files.tensors import TensorFile, save_tensors
 from mindpet.network.match import Layer, check_patterns, exact_targets, listed, names_module
 from mindpet.network.parameters import TRAINED, matches
 from mindpet.utils.files import atomic
+from mindpet.utils.hints import Arrays, PathLike, Shape
 from mindpet.utils.parse import read_json
 from mindpet.utils.quote import printable, quote
 
@@ -47,7 +49,7 @@ STATISTICS = ("running_mean", "running_var")
 CONSTANTS = [pattern for method in METHODS.values() for pattern in method.constants]
 
 
-def read_delta(path):
+def read_delta(path: PathLike) -> Arrays:
     """The tensors of a file of MindSpore, by their names.
 
     Raises:
@@ -64,7 +66,7 @@ def read_delta(path):
     return {name: param.asnumpy() for name, param in read_checkpoint(path).items()}
 
 
-def write_delta(path, tensors):
+def write_delta(path: PathLike, tensors: Arrays) -> None:
     """Write a file of MindSpore as a whole; its ending says which."""
     path = pathlib.Path(path)
     if path.suffix == ".safetensors":
@@ -76,18 +78,19 @@ def write_delta(path, tensors):
         ms.save_checkpoint([{"name": name, "data": Tensor(value)} for name, value in tensors.items()], staged)
 
 
-def read_adapter(path, config=None, names=None, force=False):
+def read_adapter(
+    path: PathLike, config: Optional[PeftConfig] = None, names: Optional[NameMap] = None, force: bool = False
+) -> tuple[PeftConfig, Arrays, dict[str, Any]]:
     """An adapter from a folder of Hugging Face PEFT or mindpet, or from a delta file of mindpet.
 
     Args:
-        path (str): the folder or the file.
-        config (PeftConfig): of a delta file, which does not hold its own. Default: None.
-        names (NameMap): from the names in a delta file to those of the PyTorch model. Default: None.
-        force (bool): whether a folder's files need not be those of its passport, and numbers not finite.
-            Default: False.
+        path: of the folder or the file.
+        config: of a delta file, which does not hold its own. Default: None.
+        names: from the names in a delta file to those of the PyTorch model. Default: None.
+        force: whether a folder's files need not be those of its passport, and numbers not finite. Default: False.
 
     Returns:
-        tuple: configuration, dict of key -> numpy.ndarray as in a file of Hugging Face PEFT, and the folder's passport.
+        The configuration, the tensors by key as in a file of Hugging Face PEFT, and the folder's passport.
 
     Raises:
         FileNotFoundError, CheckpointError: it cannot be read; its tensors are not those that its configuration says,
@@ -120,15 +123,15 @@ def read_adapter(path, config=None, names=None, force=False):
     return config, tensors, passport
 
 
-def wanted_tensors(config, tensors):
+def wanted_tensors(config: PeftConfig, tensors: Arrays) -> dict[str, Shape]:
     """What an adapter must have by its configuration, as far as that can be told without a network.
 
     Args:
-        config (PeftConfig): the configuration.
-        tensors (dict): key -> numpy.ndarray, of the adapter: they tell the layers, and the sizes of these.
+        config: of the adapter.
+        tensors: of the adapter, by key: they tell the layers, and the sizes of these.
 
     Returns:
-        dict of key -> shape.
+        Shapes by key.
     """
     wanted, own_names = {}, []  # patterns of parameters that are in a file by their own names
     for part in config.parts:
@@ -159,14 +162,14 @@ def _layer_shapes(config, path, shapes):
     keys = parse_keys(shapes, config)
     kinds = [kind for kind in method_of(config).deltas if all(kind in key.kinds for key in keys.values())]
     delta = method_of(config).deltas[(kinds or list(method_of(config).deltas))[0]]
-    own = {key.name: shapes[name] for name, key in keys.items()}
-    wanted = delta.file_shapes(own, **config.delta_arguments(path))
+    known = {key.name: shapes[name] for name, key in keys.items()}
+    wanted = delta.file_shapes(known, **config.delta_arguments(path))
     keys = {name: f"{config.key_start}{path}.{file}" for name, file in delta.file_names.items()}
     keys.update({name: shared_key(file) for name, file in delta.shared_names.items()})
     return {keys[name]: shape for name, shape in wanted.items()}
 
 
-def in_modules_to_save(path, config):
+def in_modules_to_save(path: str, config: PeftConfig) -> bool:
     """Whether a parameter is in a module that the adapter has as a whole; Hugging Face PEFT looks at ends of names."""
     entries = (*listed(config.modules_to_save), *config.task_heads)
     parts = path.split(".")
@@ -199,35 +202,35 @@ def _unique(pairs):
     return dict(pairs)
 
 
-def from_delta(tensors, config, names):
+def from_delta(tensors: Arrays, config: PeftConfig, names: NameMap) -> tuple[PeftConfig, Arrays]:
     """An adapter from the tensors of a delta file; rank and targets are found in them.
 
     Those of a union of methods are taken apart by the names of the methods' parameters; what has no such name is the
     base's, and goes with the first method that is no prefix or prompt.
 
     Returns:
-        tuple: configuration, and dict of key -> numpy.ndarray as in a file of Hugging Face PEFT.
+        The configuration, and the tensors by key as in a file of Hugging Face PEFT.
 
     Raises:
         CheckpointError: a prefix lacks a part of what it is computed from; two tensors would be the same.
         ConfigError: `config` does not say what Hugging Face PEFT needs, or does not fit the tensors.
         NoMatchError: a pattern of `config` fits no layer.
     """
-    rest, found, parts = _known_names(tensors), {}, []
+    rest, content, parts = _known_names(tensors), {}, []
     targets = {names.to_torch(match["path"]) for name in rest if (match := DELTA_KEY.fullmatch(name))}
     first = next((part for part in config.parts if not part.is_prompt_learning), config.parts[0])
     patterns = {id(part): (*method_of(part).trainable, *method_of(part).saved) for part in config.parts}
     others = [pattern for part in config.parts if part is not first for pattern in patterns[id(part)]]
     for part in config.parts:
-        own = {
+        chosen = {
             name: value
             for name, value in rest.items()
             if (not matches(name, others) if part is first else matches(name, patterns[id(part)]))
         }
-        part, own = _of_method(own, part, names, targets)
-        found.update(own)
+        part, chosen = _of_method(chosen, part, names, targets)
+        content.update(chosen)
         parts.append(part)
-    return config.with_parts(parts), found
+    return config.with_parts(parts), content
 
 
 def _of_method(tensors, config, names, targets):
@@ -237,7 +240,7 @@ def _of_method(tensors, config, names, targets):
         heads = {name: value for name, value in heads if "mindpet" not in name}
         return config.of_delta_file({}, {**_whole(tensors, config), **heads})
     deltas = {name: match for name in tensors if (match := DELTA_KEY.fullmatch(name))}
-    found, shapes, shared = [], {}, {}
+    content, shapes, shared = [], {}, {}
     for name, value in tensors.items():
         if name in deltas:
             path, local = names.to_torch(deltas[name]["path"]), deltas[name]["name"]
@@ -246,24 +249,24 @@ def _of_method(tensors, config, names, targets):
                 continue
             file_names = _file_names(config, path)
             local = local if local in file_names else local.lower()  # LoRA's A and B of hand-made layers
-            found.append((f"{PREFIX}{path}.{file_names.get(local, local)}", value))
+            content.append((f"{PREFIX}{path}.{file_names.get(local, local)}", value))
             shapes.setdefault(path, {})[local] = value.shape
         elif (layer := _copied_layer(names.to_torch(name), config)) is not None:
-            found.append((copied_key(layer, names.to_torch(name), config), value))
+            content.append((copied_key(layer, names.to_torch(name), config), value))
         else:
             path, _, leaf = names.to_torch(name).rpartition(".")
             # Hugging Face PEFT keeps the layer itself inside of its own as `base_layer`.
             inner = ".".join(filter(None, (path, "base_layer" if path in targets else "", leaf)))
-            found.append((PREFIX + inner, value))
-    found += [(key, _only(own)) for key, own in shared.items()]
+            content.append((PREFIX + inner, value))
+    content += [(key, _only(copies)) for key, copies in shared.items()]
     if shapes:
         check_patterns(config, [Layer(None, [path], []) for path in shapes])
-    config, found = config.of_delta_file(shapes, _unique(found))
-    found, config = names.split(found, config)
-    paths = target_paths(found, config)
+    config, content = config.of_delta_file(shapes, _unique(content))
+    content, config = names.split(content, config)
+    paths = target_paths(content, config)
     if paths:
         config.target_modules = config.target_modules or exact_targets(paths)
-    return config, found
+    return config, content
 
 
 def _copied_layer(name, config):
@@ -321,7 +324,7 @@ def _whole(tensors, config):
         match = WHOLE_KEY.fullmatch(key)
         if match:
             values.setdefault(match["path"] or "", {})[match["name"]] = value
-    names = {name for own in values.values() for name in own}
+    names = {name for parts in values.values() for name in parts}
     for method in METHODS.values():
         # Prefixes of both methods are the same in a file of Hugging Face PEFT, and so may be their configuration.
         is_meant = isinstance(config, method.config) or issubclass(method.config, type(config))
@@ -334,17 +337,14 @@ def _whole(tensors, config):
     )
 
 
-def to_delta(tensors, config, names, prefix_path=None):
-    """The tensors of a delta file of mindpet, from those of a file of Hugging Face PEFT.
+def to_delta(tensors: Arrays, config: PeftConfig, names: NameMap, prefix_path: Optional[str] = None) -> Arrays:
+    """The tensors of a delta file of mindpet by name, from those of a file of Hugging Face PEFT.
 
     Args:
-        tensors (dict): key -> numpy.ndarray.
-        config (PeftConfig): of the adapter.
-        names (NameMap): between the network's names and those of the PyTorch model.
-        prefix_path (str): where the network has its prefix or its prompt. Default: None, see `Delta.usual_path`.
-
-    Returns:
-        dict of name -> numpy.ndarray.
+        tensors: by key.
+        config: of the adapter.
+        names: between the network's names and those of the PyTorch model.
+        prefix_path: where the network has its prefix or its prompt. Default: None, see `Delta.usual_path`.
     """
     result, keys = [], parse_keys(tensors, config)
     for key, value in tensors.items():
@@ -352,8 +352,8 @@ def to_delta(tensors, config, names, prefix_path=None):
             (part,) = (part for part in config.computed().parts if part.is_prompt_learning)
             delta = _whole_delta(method_of(part))
             path = delta.usual_path if prefix_path is None else prefix_path
-            found = delta.from_file({PROMPT: value}, [path])[path]
-            result += [(".".join(filter(None, (path, name))), own) for name, own in found.items()]
+            parts = delta.from_file({PROMPT: value}, [path])[path]
+            result += [(".".join(filter(None, (path, name))), tensor) for name, tensor in parts.items()]
         elif key in keys:
             path, name, _, part = keys[key]
             path = target_paths(tensors, part)[0] if path is None else path
@@ -364,16 +364,23 @@ def to_delta(tensors, config, names, prefix_path=None):
     return _unique(result)
 
 
-def convert(source, target, config=None, name_map=None, prefix_path=None, force=False):
+def convert(
+    source: PathLike,
+    target: PathLike,
+    config: Optional[PeftConfig] = None,
+    name_map: Optional[NameMap] = None,
+    prefix_path: Optional[str] = None,
+    force: bool = False,
+) -> None:
     """A folder of Hugging Face PEFT or mindpet into a delta file of mindpet, or a delta file into such a folder.
 
     Args:
-        source (str): folder or file.
-        target (str): a file that ends in .ckpt or .safetensors, or a folder.
-        config (PeftConfig): of a delta file, which does not hold its own. Default: None.
-        name_map (NameMap): between the network's names and those of the PyTorch model. Default: None, see `NameMap`.
-        prefix_path (str): where the network has its prefix or its prompt. Default: None, see `Delta.usual_path`.
-        force (bool): see `read_adapter`. Default: False.
+        source: folder or file.
+        target: a file that ends in .ckpt or .safetensors, or a folder.
+        config: of a delta file, which does not hold its own. Default: None.
+        name_map: between the network's names and those of the PyTorch model. Default: None, see `NameMap`.
+        prefix_path: where the network has its prefix or its prompt. Default: None, see `Delta.usual_path`.
+        force: see `read_adapter`. Default: False.
 
     Raises:
         FileNotFoundError, CheckpointError, ConfigError: see `read_adapter`.
@@ -389,14 +396,11 @@ def convert(source, target, config=None, name_map=None, prefix_path=None, force=
         save_adapter(target, config, tensors, {})
 
 
-def inspect(path):
+def inspect(path: PathLike) -> str:
     """What is in a folder or file of an adapter, and for which base, as text. Of safetensors only the header is read.
 
     Args:
-        path (str): folder of an adapter, or a .ckpt or .safetensors file.
-
-    Returns:
-        str.
+        path: folder of an adapter, or a .ckpt or .safetensors file.
 
     Raises:
         FileNotFoundError, CheckpointError, ConfigError: it cannot be read.
@@ -439,10 +443,10 @@ def _methods(shapes, config):
     first = re.compile(r".*(?<![a-z])lora_(embedding_)?[aA](\.weight)?")
     may_be = config is None or any(isinstance(part, LoraConfig) for part in config.parts)
     ranks = [shape[0] for name, shape in shapes.items() if may_be and shape and first.fullmatch(name)]
-    found = [f"LORA, rank {', '.join(map(str, sorted(set(ranks))))}, {len(ranks)} layers"] if ranks else []
-    own = (method for method in METHODS.values() if method.cells and method.name != "lora")
-    found += [
-        method.config.peft_type.value for method in own if any(matches(name, method.trainable) for name in shapes)
+    lines = [f"LORA, rank {', '.join(map(str, sorted(set(ranks))))}, {len(ranks)} layers"] if ranks else []
+    others = (method for method in METHODS.values() if method.cells and method.name != "lora")
+    lines += [
+        method.config.peft_type.value for method in others if any(matches(name, method.trainable) for name in shapes)
     ]
     whole = (
         [part for part in config.parts if part.is_prompt_learning]
@@ -450,15 +454,15 @@ def _methods(shapes, config):
         else [method.config() for method in METHODS.values() if _whole_delta(method)]
     )
     names = sorted({one.to_dict()["peft_type"] for one in whole})
-    return found + [" or ".join(names)] * (PROMPT in shapes)
+    return lines + [" or ".join(names)] * (PROMPT in shapes)
 
 
 def _lacking(config, content, with_told=False):
     """Lines for what the content of a file does not say, but its methods need, and defaults are guesses for."""
     lacking = []
-    for part, own in zip(config.parts, content.get("configs", [content]) if config.parts != [config] else [content]):
+    for part, fields in zip(config.parts, content.get("configs", [content]) if config.parts != [config] else [content]):
         names = part.required + (part.told_by_tensors if with_told else ())
-        lacking += [f"{name!r} is missing" for name in names if name not in own]
+        lacking += [f"{name!r} is missing" for name in names if name not in fields]
     return lacking
 
 
@@ -467,7 +471,7 @@ def _require(path, config, problems):
         raise ConfigError(f"{path}: {'; '.join(problems)} (a configuration of {config.peft_name}).")
 
 
-def load_config(path):
+def load_config(path: PathLike) -> PeftConfig:
     """The configuration of a delta file in a JSON file that somebody wrote, or that a library wrote for an adapter.
 
     Raises:

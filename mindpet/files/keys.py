@@ -1,44 +1,38 @@
 """How the tensors of a delta are called in an adapter's file."""
 
+from collections.abc import Iterable
 from typing import NamedTuple, Optional
 
 from mindpet.delta._config import PeftConfig
 from mindpet.delta.registry import method_of
 from mindpet.network.match import names_module
+from mindpet.utils.hints import Arrays
 
 
 class Key(NamedTuple):
     """What a key of an adapter's file says.
 
     Attributes:
-        path (str): of the layer in the PyTorch model; None for a tensor that layers share.
-        name (str): of the parameter in the Delta.
-        kinds (tuple): of layers whose Delta has a parameter of this name in a file.
-        config (PeftConfig): of the method, one of the `parts` of that of the adapter.
+        path: of the layer in the PyTorch model; None for a tensor that layers share.
+        name: of the parameter in the Delta.
+        kinds: of layers whose Delta has a parameter of this name in a file.
+        config: of the method, one of the `parts` of that of the adapter.
     """
 
     path: Optional[str]
     name: str
-    kinds: tuple
+    kinds: tuple[str, ...]
     config: PeftConfig
 
 
-def shared_key(file):
+def shared_key(file: str) -> str:
     """The key of a tensor that the layers share."""
     return f"base_model.{file}"
 
 
-def parse_keys(keys, config):
-    """The keys that are of deltas, with what they say.
-
-    Args:
-        keys (iterable of str): of an adapter's file.
-        config (PeftConfig): of the adapter.
-
-    Returns:
-        dict of key -> Key.
-    """
-    found = {}
+def parse_keys(keys: Iterable[str], config: PeftConfig) -> dict[str, Key]:
+    """The keys that are of deltas, with what they say."""
+    parsed = {}
     for part in config.parts:
         kinds, shared = {}, {}  # (name in a file, name in the Delta), (key, name in the Delta) -> kinds
         for kind, delta in method_of(part).deltas.items():
@@ -49,35 +43,35 @@ def parse_keys(keys, config):
         for key in keys:
             for (whole, name), of in shared.items():
                 if key == whole:
-                    found[key] = Key(None, name, tuple(of), part)
+                    parsed[key] = Key(None, name, tuple(of), part)
             for (file, name), of in kinds.items():
                 if key.startswith(part.key_start) and key.endswith(f".{file}"):
-                    found[key] = Key(key[len(part.key_start) : -len(file) - 1], name, tuple(of), part)
-    return found
+                    parsed[key] = Key(key[len(part.key_start) : -len(file) - 1], name, tuple(of), part)
+    return parsed
 
 
-def target_paths(keys, config):
+def target_paths(keys: Iterable[str], config: PeftConfig) -> list[str]:
     """The paths of the layers that have a delta in a file, or a copy, in its order."""
     copied = [copied_layer(key, config) for key in keys if copied_layer(key, config) is not None]
     return list(dict.fromkeys([*copied, *(key.path for key in parse_keys(keys, config).values() if key.path)]))
 
 
-def copied_key(layer, name, config):
+def copied_key(layer: str, name: str, config: PeftConfig) -> str:
     """The key of a parameter of a layer that is copied, see `TargetConfig.copied_as`.
 
     Args:
-        layer (str): path of the layer in the PyTorch model.
-        name (str): of the parameter there, which begins with the path.
-        config (PeftConfig): of the adapter.
+        layer: path of the layer in the PyTorch model.
+        name: of the parameter there, which begins with the path.
+        config: of the adapter.
     """
     return f"{config.key_start}{layer}.{_infix(config)}{name[len(layer) :]}"
 
 
-def copied_layer(key, config):
+def copied_layer(key: str, config: PeftConfig) -> Optional[str]:
     """The path of the layer that a key of `copied_key` is of; None for any other key."""
     infix, name = _infix(config), key[len(config.key_start) :]
-    path, found, _ = name.partition(f".{infix}.") if infix and key.startswith(config.key_start) else ("", "", "")
-    return path if found else None
+    path, mark, _ = name.partition(f".{infix}.") if infix and key.startswith(config.key_start) else ("", "", "")
+    return path if mark else None
 
 
 def _infix(config):
@@ -85,7 +79,7 @@ def _infix(config):
     return next(filter(None, (getattr(part, "copied_as", None) for part in config.parts)), None)
 
 
-def base_name(key, config):
+def base_name(key: str, config: PeftConfig) -> str:
     """The name in the base of a parameter that an adapter has a value of its own for, from its key."""
     layer, name = copied_layer(key, config), key[len(config.key_start) :] if key.startswith(config.key_start) else key
     if layer is not None:
@@ -93,17 +87,14 @@ def base_name(key, config):
     return name.replace(".base_layer.", ".")
 
 
-def tied_keys(tensors, config):
+def tied_keys(tensors: Arrays, config: PeftConfig) -> set[str]:
     """The keys of layers that `target_modules` does not mean, which have the tensor of one that it means.
 
     Hugging Face PEFT saves what layers of one weight have in common for each of them, see `Delta.tied_deltas`.
 
     Args:
-        tensors (dict): key -> numpy.ndarray, of an adapter's file.
-        config (PeftConfig): of the adapter.
-
-    Returns:
-        set of str.
+        tensors: those of an adapter's file, by key.
+        config: of the adapter.
     """
     ties = set()
     for part in config.parts:
@@ -115,7 +106,7 @@ def tied_keys(tensors, config):
     return ties
 
 
-def without_ties(tensors, config):
+def without_ties(tensors: Arrays, config: PeftConfig) -> Arrays:
     """The tensors of an adapter without those of `tied_keys`."""
     ties = tied_keys(tensors, config)
     return {key: value for key, value in tensors.items() if key not in ties}

@@ -6,12 +6,14 @@ import json
 import pathlib
 import shutil
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 from tqdm import tqdm
 
+from mindpet.delta._base import Delta
 from mindpet.delta._config import PeftConfig
 from mindpet.delta.registry import method_of
 from mindpet.errors import CheckpointError, MergeError
@@ -24,6 +26,7 @@ from mindpet.files.tensors import TYPES, TensorFile, write_tensors
 from mindpet.network.kinds import LayerKind
 from mindpet.network.match import ALL_LINEAR, names_module
 from mindpet.utils.files import together
+from mindpet.utils.hints import Arrays, PathLike, Shape
 from mindpet.utils.parse import read_json
 from mindpet.utils.quote import quote
 from mindpet.utils.validate import is_int
@@ -39,11 +42,11 @@ class MergedLayer:
     """What storing a merged weight costs.
 
     Attributes:
-        path (str): of the layer.
-        dtype (str): that the weight is stored in.
-        largest_change (float): largest absolute change of the weight, in float32.
-        largest_error (float): largest absolute difference between the stored weight and the one in float32.
-        unchecked (str): why the merged layer could not be compared with the layer and its deltas; None if it was.
+        path: of the layer.
+        dtype: that the weight is stored in.
+        largest_change: largest absolute change of the weight, in float32.
+        largest_error: largest absolute difference between the stored weight and the one in float32.
+        unchecked: why the merged layer could not be compared with the layer and its deltas; None if it was.
     """
 
     path: str
@@ -52,7 +55,7 @@ class MergedLayer:
     largest_error: float
     unchecked: Optional[str] = None
 
-    def __str__(self):
+    def __str__(self) -> str:
         unchecked = f", not probed: {self.unchecked}" if self.unchecked else ""
         return (
             f"{self.path}: {self.dtype}, change up to {self.largest_change:.3g}, error up to {self.largest_error:.3g}"
@@ -60,7 +63,7 @@ class MergedLayer:
         )
 
 
-def describe(path, stored, before, after, kind):
+def describe(path: str, stored: np.ndarray, before: np.ndarray, after: np.ndarray, kind: LayerKind) -> MergedLayer:
     """The MergedLayer of a merged weight."""
     back = kind.to_matrix(stored.astype(np.float32))
     return MergedLayer(path, stored.dtype.name, float(np.abs(after - before).max()), float(np.abs(back - after).max()))
@@ -70,13 +73,13 @@ class Base:
     """The files of a base model, and their tensors by name.
 
     Args:
-        path (str): a .ckpt or .safetensors file, or a folder of .safetensors files.
+        path: a .ckpt or .safetensors file, or a folder of .safetensors files.
 
     Raises:
         FileNotFoundError, CheckpointError: there is nothing to read, or it is damaged; a tensor is there twice.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: PathLike):
         self.path = pathlib.Path(path)
         if self.path.is_dir():
             files = _files_of(self.path)
@@ -97,7 +100,7 @@ class Base:
         self.shapes = {name: shard.shapes[name] for name, shard in self.where.items()}
         self.dtypes = {name: shard.dtypes[name] for name, shard in self.where.items()}
 
-    def read(self, name):
+    def read(self, name: str) -> np.ndarray:
         """A tensor."""
         return self.where[name].read(name)
 
@@ -117,17 +120,17 @@ def _files_of(folder):
 def _weight_map(index):
     """The dict of tensor -> file in an index, whose files are in its folder or below."""
     content = read_json(index, CheckpointError)
-    found = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
-        raise CheckpointError(f"{index}: 'weight_map' must be an object of names of files, but is {quote(found)}.")
-    names = {name: pathlib.PurePosixPath(name) for name in found.values()}
+    files = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+        raise CheckpointError(f"{index}: 'weight_map' must be an object of names of files, but is {quote(files)}.")
+    names = {name: pathlib.PurePosixPath(name) for name in files.values()}
     wrong = [name for name, path in names.items() if path.is_absolute() or ".." in path.parts or str(path) != name]
     wrong += [name for name, path in names.items() if path.suffix != ".safetensors" and name not in wrong]
     if wrong:
         raise CheckpointError(
             f"{index}: must name .safetensors files in its folder or below, but names {quote(sorted(wrong))}."
         )
-    return found
+    return files
 
 
 class _Checkpoint:
@@ -143,23 +146,28 @@ class _Checkpoint:
         return self.values[name]
 
 
-def merge(base, adapter, output, config=None, name_map=None, progressbar=True, force=False):
+def merge(
+    base: PathLike,
+    adapter: PathLike,
+    output: PathLike,
+    config: Optional[PeftConfig] = None,
+    name_map: Optional[NameMap] = None,
+    progressbar: bool = True,
+    force: bool = False,
+) -> list[MergedLayer]:
     """Fold an adapter into the files of its base, one tensor in memory at a time (a .ckpt is read as a whole).
 
     What comes out is like the base: a folder with the same files, or a file of the same kind.
 
     Args:
-        base (str): a .ckpt or .safetensors file, or a folder of .safetensors files and what belongs to them.
-        adapter (str): a folder of Hugging Face PEFT or mindpet, or a delta file of mindpet.
-        output (str): must not exist; of a file, with the same ending as the base.
-        config (PeftConfig): of a delta file. Default: None.
-        name_map (NameMap): from the base's names to those of the adapter. Default: None, see `NameMap`.
-        progressbar (bool): whether to show progress, on a terminal. Default: True.
-        force (bool): whether to merge an adapter that was trained on another base, or whose files are not those of
-            its passport. Default: False.
-
-    Returns:
-        list of MergedLayer.
+        base: a .ckpt or .safetensors file, or a folder of .safetensors files and what belongs to them.
+        adapter: a folder of Hugging Face PEFT or mindpet, or a delta file of mindpet.
+        output: must not exist; of a file, with the same ending as the base.
+        config: of a delta file. Default: None.
+        name_map: from the base's names to those of the adapter. Default: None, see `NameMap`.
+        progressbar: whether to show progress, on a terminal. Default: True.
+        force: whether to merge an adapter that was trained on another base, or whose files are not those of its
+            passport. Default: False.
 
     Raises:
         FileNotFoundError, FileExistsError: a file is missing or in the way.
@@ -183,8 +191,8 @@ def merge(base, adapter, output, config=None, name_map=None, progressbar=True, f
     if lasting:
         raise MergeError(f"{adapter}: {' and '.join(lasting)} cannot be folded into weights.")
     tensors, config = names.fuse(tensors, config)
-    own = [f"{key.path}.weight" for key in parse_keys(tensors, config).values() if key.path is not None]
-    places = Places(files, names, own or [base_name(key, config) for key in tensors])
+    weights = [f"{key.path}.weight" for key in parse_keys(tensors, config).values() if key.path is not None]
+    places = Places(files, names, weights or [base_name(key, config) for key in tensors])
     ties = {key: parse_keys([key], config)[key].path for key in tied_keys(tensors, config)}
     absent = {key for key, path in ties.items() if places.find(f"{path}.weight") is None}  # the base has it once
     tensors = {key: value for key, value in tensors.items() if key not in absent}
@@ -226,9 +234,9 @@ class Places:
     """Where the tensors of an adapter are in a base, whose names may begin otherwise: all of them alike.
 
     Args:
-        files (Base): the base.
-        names (NameMap): from the base's names to those of the adapter.
-        paths (list of str): of the weights that the adapter changes.
+        files: of the base.
+        names: from the base's names to those of the adapter.
+        paths: of the weights that the adapter changes.
 
     Attributes:
         start (tuple): what the adapter's names begin with, and what the base's begin with in its place.
@@ -237,7 +245,7 @@ class Places:
         MergeError: the adapter fits several places.
     """
 
-    def __init__(self, files, names, paths):
+    def __init__(self, files: Base, names: NameMap, paths: Sequence[str]):
         self.known, self._shapes = {}, files.shapes
         for name in files.shapes:
             self.known.setdefault(names.to_torch(name), []).append(name)
@@ -246,8 +254,8 @@ class Places:
         hits = {start: sum(self._name(path, start) in self.known for path in paths) for start in starts}
         best = [start for start in starts if hits[start] == max(hits.values())]
         if len(best) > 1:
-            found = [self._name(path, start) for start in best for path in paths if self._name(path, start)]
-            raise MergeError(f"it cannot be told which tensor of the base {paths[0]} is: one of {quote(found)}.")
+            candidates = [self._name(path, start) for start in best for path in paths if self._name(path, start)]
+            raise MergeError(f"it cannot be told which tensor of the base {paths[0]} is: one of {quote(candidates)}.")
         self.start = best[0] if best else self.start
 
     def _starts(self, path):
@@ -261,11 +269,11 @@ class Places:
         cut, put = start
         return put + path[len(cut) :] if path.startswith(cut) else None
 
-    def new(self, path):
+    def new(self, path: str) -> str:
         """The name that a tensor gets which the base does not have."""
         return self._name(path, self.start) or path
 
-    def lacking(self, config, paths):
+    def lacking(self, config: PeftConfig, paths: set[str]) -> list[str]:
         """The layers of the base that a configuration means by their names, beside those at `paths`."""
         # With 'all-linear' and numbers the names do not tell.
         parts = [part for part in config.parts if getattr(part, "target_modules", None) not in (None, ALL_LINEAR)]
@@ -273,8 +281,8 @@ class Places:
         cut, put = self.start
         paths = {
             cut + name[len(put) : -len(".weight")]
-            for name, own in self.known.items()
-            if name.startswith(put) and name.endswith(".weight") and len(self._shapes[own[0]]) > 1
+            for name, names in self.known.items()
+            if name.startswith(put) and name.endswith(".weight") and len(self._shapes[names[0]]) > 1
         } - paths
         return sorted(
             path
@@ -283,16 +291,16 @@ class Places:
             and not in_modules_to_save(f"{path}.weight", config)
         )
 
-    def find(self, path):
+    def find(self, path: str) -> Optional[str]:
         """The name in the base, or None.
 
         Raises:
             MergeError: several tensors of the base are called so.
         """
-        found = self.known.get(self._name(path, self.start), ())
-        if len(found) > 1:
-            raise MergeError(f"several tensors of the base are {path}: {quote(found)}.")
-        return found[0] if found else None
+        names = self.known.get(self._name(path, self.start), ())
+        if len(names) > 1:
+            raise MergeError(f"several tensors of the base are {path}: {quote(names)}.")
+        return names[0] if names else None
 
 
 class _BaseValues(collections.abc.Mapping):
@@ -303,10 +311,10 @@ class _BaseValues(collections.abc.Mapping):
         self._prints = passport.get("base", {}).get("parameters", {})
 
     def __getitem__(self, name):
-        own = self._places.find(self._names.to_torch(name))
-        if own is None:
+        stored = self._places.find(self._names.to_torch(name))
+        if stored is None:
             raise KeyError(name)
-        value, expected = self._files.read(own), self._prints[name]
+        value, expected = self._files.read(stored), self._prints[name]
         dtype = expected.rpartition(" ")[0].rpartition(" ")[2]
         if value.dtype.name in FLOATS:
             with np.errstate(over="ignore"):
@@ -330,43 +338,45 @@ class FileDelta:
     """A delta of an adapter's file, and the layer in the base that it is for.
 
     Attributes:
-        path (str): of the layer, as the adapter has it.
-        kinds (set): what the layer may be.
-        config (PeftConfig): of the method.
-        values (dict): name -> numpy.ndarray, float32.
-        weight (str): name of the layer's weight in the base.
-        cls (type): the Delta.
-        arguments (dict): delta arguments.
-        kind (LayerKind): of the layer.
+        path: of the layer, as the adapter has it.
+        kinds: what the layer may be.
+        config: of the method.
+        values: by name, float32.
+        weight: name of the layer's weight in the base.
+        cls: the Delta.
+        arguments: delta arguments.
+        kind: of the layer.
     """
 
     path: str
-    kinds: set
+    kinds: set[str]
     config: PeftConfig
-    values: dict = field(default_factory=dict)
+    values: Arrays = field(default_factory=dict)
     weight: Optional[str] = None
-    cls: Optional[type] = None
-    arguments: Optional[dict] = None
+    cls: Optional[type[Delta]] = None
+    arguments: Optional[dict[str, Any]] = None
     kind: Optional[LayerKind] = None
 
-    def fits(self, stored, turned):
+    def fits(self, stored: Shape, turned: bool) -> bool:
         """Whether the values can be of a layer whose weight has a shape in the base, or the one the other way round."""
         return self.cls.fits(stored[::-1] if turned else stored, self.values, **self.arguments)
 
 
-def assign_places(adapter, tensors, config, files, places):
+def assign_places(
+    adapter: PathLike, tensors: Arrays, config: PeftConfig, files: Base, places: Places
+) -> tuple[dict[str, tuple[FileDelta, bool]], Arrays]:
     """Which tensor of the base each tensor of an adapter goes to.
 
     Args:
-        adapter (str): for the message.
-        tensors (dict): key -> numpy.ndarray, of the adapter; weights of the base itself are taken out.
-        config (PeftConfig): of the adapter.
-        files (Base): the base.
-        places (Places): of the adapter in the base.
+        adapter: for the message.
+        tensors: of the adapter, by key; weights of the base itself are taken out.
+        config: of the adapter.
+        files: of the base.
+        places: of the adapter in the base.
 
     Returns:
-        tuple: dict of name in the base -> (FileDelta, whether it is the layer's weight, and not its bias); dict of name
-        -> whole value.
+        By the name in the base: the delta, and whether it is for the layer's weight and not its bias; and the whole
+        values.
 
     Raises:
         CheckpointError: the adapter has other weights of the base than this one.
@@ -476,8 +486,8 @@ def _tied(layers, files):
 
     A Hugging Face model with a language model head has them tied unless its configuration says otherwise.
     """
-    own = [layer for layer in layers if layer.kind and not layer.cls.tied_deltas]
-    embeddings = [layer.weight for layer in own if layer.kind.name == "embedding"]
+    holders = [layer for layer in layers if layer.kind and not layer.cls.tied_deltas]
+    embeddings = [layer.weight for layer in holders if layer.kind.name == "embedding"]
     path = files.path / "config.json"
     if not embeddings or not path.is_file():
         for name in embeddings:
@@ -500,9 +510,9 @@ def _tied(layers, files):
 
 def _fold(name, value, layer, is_weight, report):
     """A merged tensor."""
-    own = value.astype(np.float32)
+    base = value.astype(np.float32)
     if is_weight:
-        before = layer.kind.to_matrix(own)
+        before = layer.kind.to_matrix(base)
         values = layer.values
         if not set(layer.cls.start_names(**layer.arguments)) <= set(values):
             values = {**layer.cls.start(before, values, **layer.arguments), **values}
@@ -510,7 +520,7 @@ def _fold(name, value, layer, is_weight, report):
         result = layer.kind.from_matrix(after, value.shape).astype(value.dtype)
         report.append(describe(name, result, before, after, layer.kind))
     else:
-        result = layer.cls.fold_bias(own, layer.values, **layer.arguments).astype(value.dtype)
+        result = layer.cls.fold_bias(base, layer.values, **layer.arguments).astype(value.dtype)
     if not np.isfinite(result.astype(np.float32)).all():
         raise MergeError(f"{name} would hold NaN or infinite numbers as {value.dtype.name}; nothing was written.")
     return result

@@ -5,14 +5,17 @@ import hashlib
 import json
 import pathlib
 import warnings
+from collections.abc import Mapping
+from typing import Any, Optional, Union
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, ops
+from mindspore import Parameter, Tensor, nn, ops
 
 import mindpet
 from mindpet.delta._config import CONFIG_NAME
 from mindpet.errors import CheckpointError
+from mindpet.utils.hints import PathLike
 from mindpet.utils.parse import read_json
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -20,7 +23,9 @@ PASSPORT_NAME = "mindpet_passport.json"
 SAMPLES = 64
 
 
-def make_passport(base, network, step):
+def make_passport(
+    base: dict[str, Union[Parameter, np.ndarray]], network: nn.Cell, step: Optional[int]
+) -> dict[str, Any]:
     """What is written beside an adapter: for which base it was trained, with what, and how long."""
     return {
         "mindpet": mindpet.__version__,
@@ -33,13 +38,13 @@ def make_passport(base, network, step):
     }
 
 
-def write_passport(staged, folder, passport):
+def write_passport(staged: pathlib.Path, folder: PathLike, passport: dict[str, Any]) -> None:
     """Write a passport that tells which files belong together: those beside it, or those that are in the folder yet.
 
     Args:
-        staged (Path): a folder with the adapter's new files, and where the passport goes.
-        folder (str): where the files go.
-        passport (dict): what `make_passport` returns, or {}.
+        staged: a folder with the adapter's new files, and where the passport goes.
+        folder: where the files go.
+        passport: what `make_passport` returns, or {}.
     """
     passport = {**passport, "files": _digests(staged)}
     with contextlib.suppress(CheckpointError, OSError):
@@ -50,11 +55,11 @@ def write_passport(staged, folder, passport):
 
 
 def _digests(folder):
-    found = (pathlib.Path(folder) / name for name in (CONFIG_NAME, WEIGHTS_NAME))
-    return {path.name: hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() for path in found}
+    files = (pathlib.Path(folder) / name for name in (CONFIG_NAME, WEIGHTS_NAME))
+    return {path.name: hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() for path in files}
 
 
-def check_files(folder):
+def check_files(folder: PathLike) -> dict[str, Any]:
     """The passport of the save that an adapter's files are of; an empty dict if there is none.
 
     Raises:
@@ -78,11 +83,11 @@ def check_files(folder):
     return passport
 
 
-def fingerprint(value):
+def fingerprint(value: Union[np.ndarray, Parameter]) -> str:
     """Shape, type and a hash of up to 64 evenly spaced values, compared in float32.
 
     Args:
-        value (Union[numpy.ndarray, Parameter]): of a Parameter only the samples leave the device.
+        value: of a Parameter only the samples leave the device.
     """
     if isinstance(value, Parameter):
         dtype = np.dtype(ms.dtype_to_nptype(value.dtype)).name
@@ -103,7 +108,7 @@ def _is_on_host(param):
     return param.size == 0 or ms.get_context("device_target") == "CPU"
 
 
-def read_passport(folder):
+def read_passport(folder: PathLike) -> dict[str, Any]:
     """The passport of an adapter's folder; an empty dict if there is none.
 
     Raises:
@@ -129,13 +134,13 @@ def _is_passport(passport):
     return "before" not in passport or _is_passport(passport["before"])
 
 
-def check_base(folder, passport, base):
+def check_base(folder: PathLike, passport: dict[str, Any], base: Mapping[str, Union[Parameter, np.ndarray]]) -> None:
     """Refuse an adapter that was trained on another base; one without a passport is taken to fit.
 
     Args:
-        folder (str): of the adapter, for the message.
-        passport (dict): what `check_files` returns.
-        base (dict): path -> Parameter, or numpy.ndarray, with the base's own value.
+        folder: of the adapter, for the message.
+        passport: what `check_files` returns.
+        base: the base's own values by path.
 
     Raises:
         CheckpointError: the base differs; the parameters are in the message.

@@ -9,12 +9,15 @@ import json
 import math
 import os
 import struct
+from collections.abc import Iterable
+from typing import Callable, Optional
 
 import mindspore as ms
 import numpy as np
 
 from mindpet.errors import CheckpointError
 from mindpet.utils.files import atomic
+from mindpet.utils.hints import Arrays, PathLike, Shape
 from mindpet.utils.parse import parse_json
 from mindpet.utils.quote import LONGEST_VALUE, quote
 from mindpet.utils.validate import is_int
@@ -45,7 +48,7 @@ class TensorFile:
     """A safetensors file to read from.
 
     Args:
-        path (str): the file.
+        path: of the file.
 
     Attributes:
         metadata (dict): str -> str.
@@ -56,7 +59,7 @@ class TensorFile:
         CheckpointError: it is not a whole safetensors file, or a name in it cannot be shown.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: PathLike):
         self.path = path
         size = os.path.getsize(path)
         try:
@@ -95,7 +98,7 @@ class TensorFile:
         if file_size != self._data + end:
             raise ValueError(f"{self._data + end} bytes are expected")
 
-    def read(self, name):
+    def read(self, name: str) -> np.ndarray:
         """A tensor."""
         begin, stop = self._places[name]
         with open(self.path, "rb") as file:
@@ -103,17 +106,17 @@ class TensorFile:
             data = bytearray(file.read(stop - begin))
         return np.frombuffer(data, self.dtypes[name]).reshape(self.shapes[name])
 
-    def read_all(self):
+    def read_all(self) -> Arrays:
         """All tensors by name."""
         return {name: self.read(name) for name in self.shapes}
 
 
-def check_names(path, names):
+def check_names(path: PathLike, names: Iterable[str]) -> None:
     """Refuse a file with names that cannot be shown in a line.
 
     Args:
-        path (str): the file, for the message.
-        names (iterable of str): of its tensors.
+        path: of the file, for the message.
+        names: of its tensors.
 
     Raises:
         CheckpointError: a name is too long, or has control characters.
@@ -145,15 +148,21 @@ def _is_entry(entry):
     return possible and isinstance(place, list) and len(place) == 2 and all(map(is_int, place))
 
 
-def write_tensors(path, shapes, dtypes, read, metadata=None):
+def write_tensors(
+    path: PathLike,
+    shapes: dict[str, Shape],
+    dtypes: dict[str, np.dtype],
+    read: Callable[[str], np.ndarray],
+    metadata: Optional[dict[str, str]] = None,
+) -> None:
     """Write a safetensors file, one tensor after the other; it appears under its name when it is whole.
 
     Args:
-        path (str): the file.
-        shapes (dict): name -> shape.
-        dtypes (dict): name -> NumPy type.
-        read (callable): name -> numpy.ndarray of that shape and type.
-        metadata (dict): str -> str. Default: None, for `{"format": "pt"}`.
+        path: of the file.
+        shapes: by name.
+        dtypes: by name.
+        read: gives the tensor of a name.
+        metadata: of the file. Default: None, for `{"format": "pt"}`.
 
     Raises:
         OSError: the file cannot be written; one that was there is left as it was.
@@ -170,7 +179,7 @@ def write_tensors(path, shapes, dtypes, read, metadata=None):
             file.write(read(name).tobytes())
 
 
-def save_tensors(path, tensors, metadata=None):
+def save_tensors(path: PathLike, tensors: Arrays, metadata: Optional[dict[str, str]] = None) -> None:
     """Write arrays by name; see `write_tensors`."""
     shapes = {name: value.shape for name, value in tensors.items()}
     dtypes = {name: value.dtype for name, value in tensors.items()}

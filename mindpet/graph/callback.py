@@ -1,7 +1,9 @@
 """What the callbacks of this package share."""
 
+from typing import Any
+
 from mindspore import nn
-from mindspore.train import Callback
+from mindspore.train import Callback, RunContext
 
 
 class TrainCallback(Callback):
@@ -11,26 +13,26 @@ class TrainCallback(Callback):
     that of the evaluation.
     """
 
-    def on_eval_begin(self, run_context):
+    def on_eval_begin(self, run_context: RunContext) -> None:
         """Nothing."""
 
-    def on_eval_epoch_begin(self, run_context):
+    def on_eval_epoch_begin(self, run_context: RunContext) -> None:
         """Nothing."""
 
-    def on_eval_step_begin(self, run_context):
+    def on_eval_step_begin(self, run_context: RunContext) -> None:
         """Nothing."""
 
-    def on_eval_step_end(self, run_context):
+    def on_eval_step_end(self, run_context: RunContext) -> None:
         """Nothing."""
 
-    def on_eval_epoch_end(self, run_context):
+    def on_eval_epoch_end(self, run_context: RunContext) -> None:
         """Nothing."""
 
-    def on_eval_end(self, run_context):
+    def on_eval_end(self, run_context: RunContext) -> None:
         """Nothing."""
 
 
-def model_of(callback_params):
+def model_of(callback_params: dict[str, Any]) -> nn.Cell:
     """The user's model in the parameters of a callback: without training cells around it."""
     network = callback_params.get("network") or callback_params["train_network"]
     while isinstance(network, nn.TrainOneStepCell):

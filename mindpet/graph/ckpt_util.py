@@ -9,11 +9,12 @@ import re
 import tempfile
 import threading
 import warnings
+from typing import Any, Callable, Optional, Union
 
 import mindspore as ms
-from mindspore import nn
+from mindspore import Parameter, nn
 from mindspore.communication import GlobalComm, get_rank
-from mindspore.train import CheckpointConfig, ModelCheckpoint
+from mindspore.train import CheckpointConfig, ModelCheckpoint, RunContext
 from mindspore.train.callback._checkpoint import CheckpointManager
 from safetensors import SafetensorError
 
@@ -29,7 +30,7 @@ from mindpet.utils.validate import Checker
 CANNOT_SAVE = OSError, SafetensorError, LinkPathError
 
 
-def saved_parameters(network):
+def saved_parameters(network: nn.Cell) -> dict[str, Parameter]:
     """What a checkpoint of what was trained holds: trainable parameters, and what varies with them; see `Method`.
 
     Running statistics are among it: the network moves them while it trains, so the base's do not fit any more.
@@ -59,11 +60,10 @@ class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
     Make it after the parallel context is set.
 
     Args:
-        directory (str): absolute path of the folder for the files; made if missing. The folder itself, however it is
-            spelled, is not a symbolic link; those above it may be.
-        prefix (Union[str, callable]): of the file names, or what makes one, as in `ModelCheckpoint`.
-            Default: 'DELTA_CKP'.
-        config (CheckpointConfig): when and how to save. Default: None, for `CheckpointConfig()`.
+        directory: absolute path of the folder for the files; made if missing. The folder itself, however it is spelled,
+            is not a symbolic link; those above it may be.
+        prefix: of the file names, or what makes one, as in `ModelCheckpoint`. Default: 'DELTA_CKP'.
+        config: when and how to save. Default: None, for `CheckpointConfig()`.
 
     Raises:
         TypeError: `directory` is not a str, `config` not a CheckpointConfig.
@@ -75,7 +75,12 @@ class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
             in which it was made; while training, if a file cannot be written: complete ones are left.
     """
 
-    def __init__(self, directory, prefix="DELTA_CKP", config=None):
+    def __init__(
+        self,
+        directory: str,
+        prefix: Union[str, Callable[..., str]] = "DELTA_CKP",
+        config: Optional[CheckpointConfig] = None,
+    ):
         check = Checker("TrainableParamsCheckPoint")
         check.require(isinstance(directory, str), TypeError, "directory", directory, "a str")
         is_name = isinstance(prefix, str) and "/" not in prefix
@@ -102,7 +107,7 @@ class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
         self._saves = True  # whether this rank does
         self._last = None  # of the last step: train network, model, epoch, step in the epoch, step
 
-    def on_train_begin(self, run_context):
+    def on_train_begin(self, run_context: RunContext) -> None:
         """Refuse to start if there is nothing to save."""
         parallel_mode = ms.get_auto_parallel_context("parallel_mode")
         if parallel_mode != self._parallel_mode:
@@ -117,7 +122,7 @@ class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
                 "be nothing to save; see freeze_delta."
             )
 
-    def on_train_step_end(self, run_context):
+    def on_train_step_end(self, run_context: RunContext) -> None:
         """Save if it is time to."""
         if not self._saves:
             return
@@ -130,14 +135,14 @@ class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
                 self._manager.publish()
             self.step_end(run_context)
 
-    def on_train_end(self, run_context):
+    def on_train_end(self, run_context: RunContext) -> None:
         """Save the last checkpoint."""
         if self._saves:
             with self._manager.one_error():
                 self.end(run_context)
                 self._manager.publish()
 
-    def __exit__(self, *err):
+    def __exit__(self, *err: Any) -> None:
         if err and err[0] is not None and self._last is not None:
             try:
                 _wait_for_writing()
@@ -148,7 +153,7 @@ class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
                 warnings.warn(f"TrainableParamsCheckPoint: the last step is not saved: {error}", stacklevel=2)
 
     @property
-    def latest_ckpt_file_name(self):
+    def latest_ckpt_file_name(self) -> str:
         """The last complete file that this callback has saved; '' before there is one."""
         return self._manager.latest
 
@@ -272,7 +277,7 @@ class _AtomicManager(CheckpointManager):
         self.latest = ""
         self._given = None if callable(prefix) else prefix
         self.prefix = None if callable(prefix) else _free_prefix(directory, prefix)
-        self._own = {}  # path -> its identity, in order of time
+        self._published = {}  # path -> its identity, in order of time
         self._folder = None  # for staging
         self._staged = None  # a file that is or will be complete, and its prefix
         self._doomed = []
@@ -290,9 +295,11 @@ class _AtomicManager(CheckpointManager):
     def update_ckpoint_filelist(self, directory, prefix):
         """List the files that may go. MindSpore calls this before each save."""
         self._doomed = []
-        self._own = {path: identity for path, identity in self._own.items() if _identity(path) == identity}
+        self._published = {path: identity for path, identity in self._published.items() if _identity(path) == identity}
         # MindSpore counts no files of a callable prefix, and no breakpoints.
-        self._ckpoint_filelist = [path for path in self._own if self._given is not None and "_breakpoint." not in path]
+        self._ckpoint_filelist = [
+            path for path in self._published if self._given is not None and "_breakpoint." not in path
+        ]
 
     def remove_oldest_ckpoint_file(self):
         """Remove the file that was published first."""
@@ -339,10 +346,10 @@ class _AtomicManager(CheckpointManager):
             path = self._give_name(staged, prefix)
         finally:
             self.close_staging()
-        self._own[path] = _identity(path)
+        self._published[path] = _identity(path)
         self.latest = path
         for old in self._doomed:
-            if _identity(old) == self._own[old]:
+            if _identity(old) == self._published[old]:
                 try:
                     os.unlink(old)
                 except FileNotFoundError:
@@ -356,7 +363,7 @@ class _AtomicManager(CheckpointManager):
         name = os.path.basename(staged)
         path = os.path.join(self.directory, name)
         while True:
-            is_own = self._given is None or (path in self._own and _identity(path) == self._own[path])
+            is_own = self._given is None or (path in self._published and _identity(path) == self._published[path])
             try:
                 files.publish(staged, path, replace=is_own)
                 return path
@@ -376,8 +383,8 @@ def _identity(path):
 def _free_prefix(directory, prefix):
     """`prefix`, or if there are checkpoints of it, with the next number behind it."""
     taken = re.compile(rf"{re.escape(prefix)}(?:_(\d+))?-\d.*\.(?:ckpt|safetensors)")
-    found = [taken.fullmatch(name) for name in os.listdir(directory)]
-    numbers = [int(match[1] or 0) for match in found if match]
+    matched = [taken.fullmatch(name) for name in os.listdir(directory)]
+    numbers = [int(match[1] or 0) for match in matched if match]
     return f"{prefix}_{max(numbers) + 1}" if numbers else prefix
 
 

@@ -6,6 +6,7 @@ import pathlib
 import re
 import shutil
 import tempfile
+from typing import Optional, Union
 
 import mindspore as ms
 from mindspore import Parameter, Tensor
@@ -13,6 +14,7 @@ from mindspore import Parameter, Tensor
 from mindpet.errors import CheckpointError
 from mindpet.files.checkpoints import read_checkpoint
 from mindpet.network.values import digest
+from mindpet.utils.hints import PathLike
 from mindpet.utils.validate import Checker
 
 SUFFIXES = (".ckpt", ".safetensors")
@@ -22,18 +24,20 @@ FILE_NAME = re.compile(  # as MindSpore gives it
 STRATEGY_FOLDER = "strategy"  # beside the folders of the ranks
 
 
-def gather_delta(folder, strategy=None, name=None):
+def gather_delta(
+    folder: PathLike, strategy: Optional[PathLike] = None, name: Optional[str] = None
+) -> dict[str, Parameter]:
     """Put the slices of all ranks together.
 
     Args:
-        folder (str): has a folder `rank_N` for each rank, as `TrainableParamsCheckPoint` writes them.
-        strategy (str): MindSpore's strategy file of the run, or for several pipeline stages a folder with the file of
-            each. Default: None, for the folder `strategy` in `folder`.
-        name (str): of the file in each rank's folder. Default: None, for that of the last step which all ranks have, by
-            the names that `TrainableParamsCheckPoint` gives.
+        folder: has a folder `rank_N` for each rank, as `TrainableParamsCheckPoint` writes them.
+        strategy: MindSpore's strategy file of the run, or for several pipeline stages a folder with the file of each.
+            Default: None, for the folder `strategy` in `folder`.
+        name: of the file in each rank's folder. Default: None, for that of the last step which all ranks have, by the
+            names that `TrainableParamsCheckPoint` gives.
 
     Returns:
-        dict of str -> Parameter, whole, as `mindspore.load_checkpoint` returns it.
+        The whole Parameters by name, as `mindspore.load_checkpoint` returns them.
 
     Raises:
         TypeError: an argument is not a path.
@@ -57,17 +61,19 @@ def gather_delta(folder, strategy=None, name=None):
         return read_checkpoint(whole)
 
 
-def slice_delta(delta, strategy, folder):
+def slice_delta(
+    delta: Union[dict[str, Union[Tensor, Parameter]], PathLike], strategy: PathLike, folder: PathLike
+) -> list[str]:
     """Cut a whole delta for the ranks of a run: the inverse of `gather_delta`.
 
     Args:
-        delta (Union[dict, str]): name -> Tensor or Parameter, or a checkpoint file.
-        strategy (str): MindSpore's strategy file of the run, or for several pipeline stages a folder with the file of
-            each; `dry_run(..., strategy_ckpt_config={"save_file": ...})` writes one.
-        folder (str): gets a file `delta.ckpt` in a folder `rank_N` for each rank; must be new or empty.
+        delta: values by name, or a checkpoint file.
+        strategy: MindSpore's strategy file of the run, or for several pipeline stages a folder with the file of each;
+            `dry_run(..., strategy_ckpt_config={"save_file": ...})` writes one.
+        folder: gets a file `delta.ckpt` in a folder `rank_N` for each rank; must be new or empty.
 
     Returns:
-        list of str, the files in order of the ranks.
+        The files in order of the ranks.
 
     Raises:
         TypeError: an argument is not a path, `delta` neither a dict of Tensors nor a path.
@@ -140,7 +146,7 @@ def _layouts(strategy):
 
 
 def _count_ranks(layouts):
-    stages = {found.group(1) for found in (re.match(r"(\d+)-", name) for name in layouts) if found}
+    stages = {match.group(1) for match in (re.match(r"(\d+)-", name) for name in layouts) if match}
     return math.prod(next(iter(layouts.values())).dev_matrix[0].dim) * max(len(stages), 1)
 
 
@@ -150,24 +156,24 @@ def _rank_files(folder, ranks, name):
     wanted = [f"rank_{rank}" for rank in range(ranks)]
     problems = [f"missing: {rank}" for rank in wanted if rank not in folders]
     problems += [f"surplus: {rank}" for rank in sorted(set(folders) - set(wanted))]
-    found = {
+    contents = {
         rank: {file.name: file for file in folders[rank].iterdir() if file.suffix in SUFFIXES}
         for rank in wanted
         if rank in folders
     }
-    if name is None and found:
-        name = _last_everywhere(folder, found)
-    for rank, files in found.items():
+    if name is None and contents:
+        name = _last_everywhere(folder, contents)
+    for rank, files in contents.items():
         if name not in files:
             problems.append(f"missing: {rank}/{name or '*.ckpt'}")
         elif not files[name].stat().st_size:
             problems.append(f"empty: {rank}/{name}")
     if problems:
         raise CheckpointError(f"{folder} does not fit a strategy for {ranks} ranks:\n  " + "\n  ".join(problems))
-    return [found[rank][name] for rank in wanted]
+    return [contents[rank][name] for rank in wanted]
 
 
-def _last_everywhere(folder, found):
+def _last_everywhere(folder, contents):
     """The name of the file of the last step that all ranks have; if there is none, some name of the first rank.
 
     A run has one prefix, and each that is started again the next number behind it. Where the ranks have different runs,
@@ -175,15 +181,15 @@ def _last_everywhere(folder, found):
 
     Args:
         folder (Path): for the message.
-        found (dict): rank -> its files by name.
+        contents (dict): rank -> its files by name.
 
     Raises:
         CheckpointError: the names do not tell.
     """
-    common = set.intersection(*map(set, found.values()))
-    names = sorted(set().union(*found.values()))
+    common = set.intersection(*map(set, contents.values()))
+    names = sorted(set().union(*contents.values()))
     known = {name: match for name in names for match in [FILE_NAME.fullmatch(name)] if match}
-    runs = {tuple(sorted({known[name]["run"] or "" for name in files if name in known})) for files in found.values()}
+    runs = {tuple(sorted({known[name]["run"] or "" for name in files if name in known})) for files in contents.values()}
     numbers = {int(match["run"] or 0) for match in known.values()}
     steps = {name: _position(known[name]) for name in common if name in known}
     last = [name for name, step in steps.items() if step == max(steps.values())]
@@ -193,8 +199,8 @@ def _last_everywhere(folder, found):
     if is_told and set(steps) == common:
         return last[0]
     if len(common) <= 1 and len(runs) == 1:
-        return next(iter(common), max(next(iter(found.values())), default=None))
-    each = [f"{rank}: {', '.join(sorted(files)[-20:])}" for rank, files in found.items()]
+        return next(iter(common), max(next(iter(contents.values())), default=None))
+    each = [f"{rank}: {', '.join(sorted(files)[-20:])}" for rank, files in contents.items()]
     raise CheckpointError(
         f"{folder}: the names of the files do not tell which is the last that all ranks have; say it by 'name':\n  "
         + "\n  ".join(each)
@@ -208,13 +214,13 @@ def _position(match):
 
 def _check_replicas(folder, files, layouts):
     """Refuse files in which ranks that hold the same slice of a parameter have other bits for it."""
-    found = {}  # of each slice: digest -> ranks
+    slices = {}  # of each slice: digest -> ranks
     for rank, file in enumerate(files):
         for name, value in read_checkpoint(file).items():
             content = f"{value.shape} {value.dtype} {digest(value.asnumpy())}"
-            found.setdefault((name, _place(name, rank, layouts)), {}).setdefault(content, []).append(f"rank_{rank}")
+            slices.setdefault((name, _place(name, rank, layouts)), {}).setdefault(content, []).append(f"rank_{rank}")
     problems = [
-        f"{name}: {' / '.join(map(', '.join, ranks.values()))}" for (name, _), ranks in found.items() if len(ranks) > 1
+        f"{name}: {' / '.join(map(', '.join, ranks.values()))}" for (name, _), ranks in slices.items() if len(ranks) > 1
     ]
     if problems:
         raise CheckpointError(
@@ -224,7 +230,7 @@ def _check_replicas(folder, files, layouts):
 
 def _place(name, rank, layouts):
     """Tells which slice of a parameter a rank holds; what is not in the strategy is the same everywhere."""
-    stages = {found: layout for found, layout in layouts.items() if re.sub(r"^\d+-", "", found) == name}
+    stages = {key: layout for key, layout in layouts.items() if re.sub(r"^\d+-", "", key) == name}
     if not stages:
         return None
     matrix = next(iter(stages.values())).dev_matrix[0].dim

@@ -3,6 +3,8 @@
 import difflib
 import os
 import warnings
+from collections.abc import Sequence
+from typing import Optional
 
 import mindspore as ms
 from mindspore import nn
@@ -10,6 +12,7 @@ from mindspore import nn
 from mindpet.delta.registry import METHODS, find_method
 from mindpet.errors import LinkPathError, ModelConfigFreezeInfoError, NoMatchError, ReadYamlFileError
 from mindpet.network.parameters import TRAINED, matches, model_parameters, running_statistics
+from mindpet.utils.hints import PathLike
 from mindpet.utils.parse import LARGEST_YAML, parse_yaml
 from mindpet.utils.quote import quote
 from mindpet.utils.validate import FLOAT_TYPES, Checker
@@ -17,7 +20,12 @@ from mindpet.utils.validate import FLOAT_TYPES, Checker
 MOST_HINTS = 20  # to find the nearest names takes time
 
 
-def freeze_modules(model, include=None, exclude=None, strict=True):
+def freeze_modules(
+    model: nn.Cell,
+    include: Optional[Sequence[str]] = None,
+    exclude: Optional[Sequence[str]] = None,
+    strict: bool = True,
+) -> None:
     """Freeze the parameters whose names fit `include`, and let those train that fit `exclude`.
 
     Names are paths in the network, see `mindpet.network.parameters.model_parameters`. A name that fits both is left as
@@ -25,10 +33,10 @@ def freeze_modules(model, include=None, exclude=None, strict=True):
     BatchNorms are never trainable.
 
     Args:
-        model (Cell): the network.
-        include (list of str): fnmatch patterns of names to freeze. Default: None.
-        exclude (list of str): fnmatch patterns of names to train. Default: None.
-        strict (bool): whether a pattern that fits no name is an error; else it is a warning. Default: True.
+        model: the network.
+        include: fnmatch patterns of names to freeze. Default: None.
+        exclude: fnmatch patterns of names to train. Default: None.
+        strict: whether a pattern that fits no name is an error; else it is a warning. Default: True.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -46,16 +54,22 @@ def freeze_modules(model, include=None, exclude=None, strict=True):
     _apply(params, fixed, {}, include, exclude)
 
 
-def freeze_delta(model, mode, include=None, exclude=None, strict=True):
+def freeze_delta(
+    model: nn.Cell,
+    mode: str,
+    include: Optional[Sequence[str]] = None,
+    exclude: Optional[Sequence[str]] = None,
+    strict: bool = True,
+) -> None:
     """Freeze all parameters but those of delta methods; then apply `include` and `exclude`, see `freeze_modules`.
 
     Args:
-        model (Cell): the network, its delta in place.
-        mode (Union[str, list]): name or alias of a method, see `mindpet.delta.registry`, in any letter case; or a list.
-        include (list of str): fnmatch patterns of further names to freeze. Default: None.
-        exclude (list of str): fnmatch patterns of further names to train, say the head. Default: None.
-        strict (bool): whether a mode whose delta is not in the network, or a pattern that fits no name, is an error;
-            else it is a warning. Default: True.
+        model: the network, its delta in place.
+        mode: name or alias of a method, see `mindpet.delta.registry`, in any letter case; or a list.
+        include: fnmatch patterns of further names to freeze. Default: None.
+        exclude: fnmatch patterns of further names to train, say the head. Default: None.
+        strict: whether a mode whose delta is not in the network, or a pattern that fits no name, is an error; else it
+            is a warning. Default: True.
 
     Raises:
         TypeError: an argument but `mode` has the wrong type.
@@ -73,16 +87,16 @@ def freeze_delta(model, mode, include=None, exclude=None, strict=True):
     _apply(params, fixed, flags, include, exclude)
 
 
-def freeze_from_config(model, config_path, strict=True):
+def freeze_from_config(model: nn.Cell, config_path: PathLike, strict: bool = True) -> None:
     """Apply `freeze_modules` with the lists of a YAML file.
 
     The file holds exactly `freeze: {include: [...], exclude: [...]}`, at least one of the two. Aliases, keys that stand
     twice and files of more than 300,000 bytes are refused.
 
     Args:
-        model (Cell): the network.
-        config_path (str): path of the file; it must not be a symbolic link.
-        strict (bool): as in `freeze_modules`. Default: True.
+        model: the network.
+        config_path: path of the file; it must not be a symbolic link.
+        strict: as in `freeze_modules`. Default: True.
 
     Raises:
         ReadYamlFileError: the file cannot be read or parsed; the cause is chained (`LinkPathError` for a link).
@@ -133,12 +147,12 @@ def _unmatched(params, fixed, include, exclude):
     problems = []
     for which, patterns in (("include", include or ()), ("exclude", exclude or ())):
         for pattern in patterns:
-            found = {name for name in params if _fits(name, [pattern])}
-            if not found:
+            fitting = {name for name in params if _fits(name, [pattern])}
+            if not fitting:
                 near = f"; nearest: {_nearest(pattern, params)}" if len(problems) < MOST_HINTS else ""
                 problems.append(f"pattern {quote(pattern)} of '{which}' matches no parameter{near}")
-            elif which == "exclude" and found <= fixed:
-                rule = f"matches only running statistics, which no optimizer may have: {sorted(found)}"
+            elif which == "exclude" and fitting <= fixed:
+                rule = f"matches only running statistics, which no optimizer may have: {sorted(fitting)}"
                 problems.append(f"pattern {quote(pattern)} of '{which}' {rule}")
     return problems
 
@@ -149,8 +163,8 @@ def _missing_delta(method, params):
         for other in METHODS.values()
         if other.cells and any(matches(name, other.trainable) for name in params)
     ]
-    found = f"deltas in the network: {present}" if present else f"nearest: {_nearest(method.trainable[0], params)}"
-    return f"mode {method.name!r} finds no parameter like {list(method.trainable)}; {found}"
+    hint = f"deltas in the network: {present}" if present else f"nearest: {_nearest(method.trainable[0], params)}"
+    return f"mode {method.name!r} finds no parameter like {list(method.trainable)}; {hint}"
 
 
 def _nearest(pattern, params):

@@ -1,7 +1,10 @@
 """Is it learning, and what does it cost?"""
 
 import warnings
-from typing import NamedTuple
+from typing import NamedTuple, Optional
+
+from mindspore import nn
+from mindspore.train import RunContext
 
 from mindpet.errors import NotLearningError
 from mindpet.graph.callback import TrainCallback, model_of
@@ -14,11 +17,11 @@ class Summary(NamedTuple):
     """What trains and what it takes; `str()` is one line.
 
     Attributes:
-        trainable (int): number of trainable values.
-        total (int): number of all values.
-        weight_bytes (int): all parameters.
-        gradient_bytes (int): gradients of the trainable parameters.
-        optimizer_bytes (int): state of the optimizer; without one given, two moments a trainable value, as Adam has.
+        trainable: number of trainable values.
+        total: number of all values.
+        weight_bytes: all parameters.
+        gradient_bytes: gradients of the trainable parameters.
+        optimizer_bytes: state of the optimizer; without one given, two moments a trainable value, as Adam has.
     """
 
     trainable: int
@@ -28,11 +31,11 @@ class Summary(NamedTuple):
     optimizer_bytes: int
 
     @property
-    def share(self):
+    def share(self) -> float:
         """Trainable values in percent of all."""
         return 100 * self.trainable / self.total if self.total else 0.0
 
-    def __str__(self):
+    def __str__(self) -> str:
         return (
             f"trainable parameters {self.trainable:,} of {self.total:,} ({self.share:.4f} %); "
             f"bytes: weights {self.weight_bytes:,}, gradients {self.gradient_bytes:,}, "
@@ -40,21 +43,18 @@ class Summary(NamedTuple):
         )
 
 
-def summary(network, optimizer=None):
+def summary(network: nn.Cell, optimizer: Optional[nn.Optimizer] = None) -> Summary:
     """Count the parameters of a network and the bytes that training it takes.
 
     Args:
-        network (Cell): a model, frozen or not.
-        optimizer (Optimizer): whose state is counted. Default: None, which counts two moments a trainable value.
-
-    Returns:
-        Summary.
+        network: a model, frozen or not.
+        optimizer: whose state is counted. Default: None, which counts two moments a trainable value.
     """
     params = model_parameters(network)
     trainable = [param for param in params.values() if param.requires_grad]
     gradient_bytes = _nbytes(trainable)
-    own = set(map(id, params.values()))
-    state = [param for param in optimizer.get_parameters() if id(param) not in own] if optimizer else None
+    known = set(map(id, params.values()))
+    state = [param for param in optimizer.get_parameters() if id(param) not in known] if optimizer else None
     return Summary(
         sum(param.size for param in trainable),
         sum(param.size for param in params.values()),
@@ -81,15 +81,15 @@ class DeltaGuard(TrainCallback):
     with what it was given, so what another adapter brings, or what is set to train later, would not train.
 
     Args:
-        steps (int): after how many steps it looks; at the end of training, if that comes first. Default: 10.
-        strict (bool): whether a finding is an error; else it is a warning. Default: True.
+        steps: after how many steps it looks; at the end of training, if that comes first. Default: 10.
+        strict: whether a finding is an error; else it is a warning. Default: True.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
         NotLearningError: while training; the message names the parameters.
     """
 
-    def __init__(self, steps=10, strict=True):
+    def __init__(self, steps: int = 10, strict: bool = True):
         super().__init__()
         check = Checker("DeltaGuard")
         check.positive_int(steps=steps)
@@ -101,7 +101,7 @@ class DeltaGuard(TrainCallback):
         self._trainable = {}
         self._first_step = 0  # when these two were taken
 
-    def on_train_begin(self, run_context):
+    def on_train_begin(self, run_context: RunContext) -> None:
         """Print the summary and remember the parameters."""
         callback_params = run_context.original_args()
         network = model_of(callback_params)
@@ -118,7 +118,7 @@ class DeltaGuard(TrainCallback):
         if not any(param.has_init for param in params.values()):
             self._remember(callback_params)
 
-    def on_train_step_end(self, run_context):
+    def on_train_step_end(self, run_context: RunContext) -> None:
         """Compare once `steps` steps are done."""
         callback_params = run_context.original_args()
         if self._watched is None or self._other_trainable(callback_params):
@@ -126,7 +126,7 @@ class DeltaGuard(TrainCallback):
         elif self._watched and callback_params.cur_step_num - self._first_step >= self.steps:
             self._compare(callback_params)
 
-    def on_train_end(self, run_context):
+    def on_train_end(self, run_context: RunContext) -> None:
         """Compare, if training was too short for `on_train_step_end` to; one step is too few to tell."""
         callback_params = run_context.original_args()
         if self._watched and callback_params.cur_step_num - self._first_step < 2:

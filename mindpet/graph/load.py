@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections import Counter
+from typing import Optional, Union
 
 from mindspore import Tensor, nn
 
@@ -12,6 +13,7 @@ from mindpet.files.checkpoints import read_checkpoint
 from mindpet.graph.distributed import gather_delta
 from mindpet.network.parameters import matches, model_parameters, parameter_paths
 from mindpet.network.values import load
+from mindpet.utils.hints import PathLike
 from mindpet.utils.quote import quote
 from mindpet.utils.validate import FLOAT_TYPES, Checker
 
@@ -52,7 +54,14 @@ OPTIMIZER_NAMES = (
 )
 
 
-def load_delta(network, *files, strict=True, dec_key=None, dec_mode="AES-GCM", crc_check=False):
+def load_delta(
+    network: nn.Cell,
+    *files: Union[PathLike, tuple[PathLike, PathLike]],
+    strict: bool = True,
+    dec_key: Optional[bytes] = None,
+    dec_mode: str = "AES-GCM",
+    crc_check: bool = False,
+) -> None:
     """Load checkpoints of the base and of the delta into a network.
 
     Keys are paths in the network, see `mindpet.network.parameters.model_parameters`; a parameter's own name will do,
@@ -65,13 +74,13 @@ def load_delta(network, *files, strict=True, dec_key=None, dec_mode="AES-GCM", c
     `load_delta(network, (base_folder, base_strategy), delta_folder)`.
 
     Args:
-        network (Cell): the model, its delta in place.
-        files (Union[str, tuple]): paths that end in '.ckpt' or '.safetensors'; folders with a folder `rank_N` for each
-            rank; or pairs of such a folder and its strategy file.
-        strict (bool): whether missing and surplus keys are an error; else they are a warning. Default: True.
-        dec_key (bytes): key of encrypted files; slices cannot be encrypted. Default: None.
-        dec_mode (str): 'AES-GCM', 'AES-CBC' or 'SM4-CBC'. Default: 'AES-GCM'.
-        crc_check (bool): whether to check the CRC that the files were saved with. Default: False.
+        network: the model, its delta in place.
+        files: paths that end in '.ckpt' or '.safetensors'; folders with a folder `rank_N` for each rank; or pairs of
+            such a folder and its strategy file.
+        strict: whether missing and surplus keys are an error; else they are a warning. Default: True.
+        dec_key: key of encrypted files; slices cannot be encrypted. Default: None.
+        dec_mode: 'AES-GCM', 'AES-CBC' or 'SM4-CBC'. Default: 'AES-GCM'.
+        crc_check: whether to check the CRC that the files were saved with. Default: False.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -83,14 +92,14 @@ def load_delta(network, *files, strict=True, dec_key=None, dec_mode="AES-GCM", c
     _check_load_arguments(network, files, strict)
     params = model_parameters(network)
     names = _known_names(network, params)
-    found = {}
+    content = {}
     for file in files:
-        found.update(_read(file, names, dec_key, dec_mode, crc_check))
-    values = {names[key]: value for key, value in found.items() if key in names}
+        content.update(_read(file, names, dec_key, dec_mode, crc_check))
+    values = {names[key]: value for key, value in content.items() if key in names}
     missing = _required(params, alone=len(files) == 1) - set(values)
-    surplus = [key for key in found if key not in names and not _is_extra(key, found)]
+    surplus = [key for key in content if key not in names and not _is_extra(key, content)]
     problems = [f"missing: {name} {params[name].shape}" for name in params if name in missing]
-    problems += [f"surplus: {key} {found[key].shape}" for key in surplus]
+    problems += [f"surplus: {key} {content[key].shape}" for key in surplus]
     misfits = [
         f"{name}: {_text(params[name])} in the network, {_text(value)} in the file"
         for name, value in values.items()
@@ -142,7 +151,7 @@ def _read(file, names, dec_key, dec_mode, crc_check):
     for key in content:
         name = _canonical(key)
         keys.setdefault(names.get(name, name), []).append(key)
-    twice = [found for found in keys.values() if len(found) > 1]
+    twice = [alike for alike in keys.values() if len(alike) > 1]
     if twice:
         raise CheckpointError(f"load_delta: {file}: keys that mean the same parameter: {quote(twice)}.")
     return {_canonical(key): value for key, value in content.items()}
@@ -162,10 +171,10 @@ def _known_names(network, params):
     deltas share may have the path of any of them: a file that was converted has it at the first that it names.
     """
     names = {_canonical(key): key for key in params}
-    own = Counter(_canonical(param.name) for param in params.values())
+    counts = Counter(_canonical(param.name) for param in params.values())
     for key, param in params.items():
         name = _canonical(param.name)
-        if own[name] == 1 and not name.partition(".")[0].isdigit():
+        if counts[name] == 1 and not name.partition(".")[0].isdigit():
             names.setdefault(name, key)
     saved = [pattern for method in METHODS.values() for pattern in method.saved]
     shared = {id(param): key for key, param in params.items() if matches(key, saved)}
@@ -186,10 +195,10 @@ def _required(params, alone):
     return {name for name in variable if matches(name, deltas) or (frozen and params[name].requires_grad)}
 
 
-def _is_extra(key, found):
+def _is_extra(key, content):
     """Whether a key is state of an optimizer or an appended scalar."""
     prefix, _, rest = key.partition(".")
-    return key in OPTIMIZER_NAMES or found[key].ndim == 0 or (prefix in OPTIMIZER_PREFIXES and rest in found)
+    return key in OPTIMIZER_NAMES or content[key].ndim == 0 or (prefix in OPTIMIZER_PREFIXES and rest in content)
 
 
 def _fits(param, value):

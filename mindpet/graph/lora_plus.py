@@ -11,14 +11,16 @@ from mindpet.errors import NoMatchError
 from mindpet.network.parameters import trainable_parameters
 from mindpet.utils.validate import Checker
 
+Rate = Union[float, int, list[float], Tensor, LearningRateSchedule]
+
 
 def lora_plus_groups(
     network: nn.Cell,
-    learning_rate: Any,
+    learning_rate: Rate,
     ratio: Union[int, float],
-    embedding_learning_rate: Any = 1e-6,
-    weight_decay: Any = 0.0,
-):
+    embedding_learning_rate: Rate = 1e-6,
+    weight_decay: Union[float, int, nn.Cell] = 0.0,
+) -> list[dict[str, Any]]:
     """Group what trains in a network for LoRA+, as any optimizer of MindSpore takes it.
 
     .. math::
@@ -32,14 +34,13 @@ def lora_plus_groups(
 
     Args:
         network: a network with LoRA, by hand or by `get_peft_model`, frozen but for what trains.
-        learning_rate (Union[float, int, Tensor, list, LearningRateSchedule]): of A, as the optimizer takes it.
+        learning_rate: of A, as the optimizer takes it.
         ratio: of the learning rates of B and A; the paper's is 16 for its large models.
-        embedding_learning_rate (Union[float, int, Tensor, list, LearningRateSchedule]): of A and B of embeddings.
-            Default: 1e-6.
-        weight_decay (Union[float, int, Cell]): of all but biases and norms. Default: 0.0.
+        embedding_learning_rate: of A and B of embeddings. Default: 1e-6.
+        weight_decay: of all but biases and norms. Default: 0.0.
 
     Returns:
-        list of dict, the groups that have a parameter, each with `params`, `lr` and `weight_decay`.
+        The groups that have a parameter, each with `params`, `lr` and `weight_decay`.
 
     Raises:
         TypeError, ValueError: an argument is wrong; all wrong ones are in the message.
@@ -57,11 +58,11 @@ def lora_plus_groups(
     check.done()
 
     kinds = _kinds(network)
-    found = {"slow": [], "embedding": [], "fast": [], "vector": []}
+    groups = {"slow": [], "embedding": [], "fast": [], "vector": []}
     for name, param in trainable_parameters(network).items():
-        own = "vector" if param.ndim < 2 and not name.endswith(MAGNITUDE) else "fast" if param.ndim < 2 else "slow"
-        found[kinds.get(id(param), own)].append(param)
-    params = [param for group in found.values() for param in group]
+        usual = "vector" if param.ndim < 2 and not name.endswith(MAGNITUDE) else "fast" if param.ndim < 2 else "slow"
+        groups[kinds.get(id(param), usual)].append(param)
+    params = [param for group in groups.values() for param in group]
     if not any(id(param) in kinds for param in params):
         raise NoMatchError(
             f"lora_plus_groups: no A or B of LoRA trains in {type(network).__name__}; what trains is "
@@ -76,7 +77,7 @@ def lora_plus_groups(
     }
     return [
         {"params": group, "lr": settings[name][0], "weight_decay": settings[name][1]}
-        for name, group in found.items()
+        for name, group in groups.items()
         if group
     ]
 
@@ -105,11 +106,11 @@ class TimesRate(LearningRateSchedule):
 
 def _kinds(network):
     """id of a Parameter -> its group, of every A and B in a network."""
-    found = {}
+    kinds = {}
     for _, cell in network.cells_and_names():
         for name, group in ((A, "slow"), (B, "fast")) if isinstance(cell, LoraDelta) else ():
-            found[id(cell._params[name])] = "embedding" if isinstance(cell, LoraEmbedding) else group
-    return found
+            kinds[id(cell._params[name])] = "embedding" if isinstance(cell, LoraEmbedding) else group
+    return kinds
 
 
 def _times(rate, factor):

@@ -5,6 +5,8 @@ Where MindSpore's own Cell holds its primitive, that Cell is used; where it call
 out.
 """
 
+from typing import Optional, Union
+
 from mindspore import nn, ops
 
 
@@ -49,12 +51,12 @@ class LeakyReLU(Activation):
     """`max(alpha x, x)`.
 
     Args:
-        alpha (float): slope for negative x, at most 1. Default: 0.2.
+        alpha: slope for negative x, at most 1. Default: 0.2.
     """
 
     operands = {"mul": "xs", "maximum": "xx"}
 
-    def __init__(self, alpha=0.2):
+    def __init__(self, alpha: float = 0.2):
         super().__init__()
         self.alpha = alpha
         self.mul = ops.Mul()
@@ -152,14 +154,8 @@ ACTIVATIONS = {
 }
 
 
-def get_activation(name):
-    """A new activation Cell by its name.
-
-    Args:
-        name (Union[str, None]): a key of `ACTIVATIONS`, the names of `mindspore.nn.get_activation`.
-
-    Returns:
-        Cell, or None for None.
+def get_activation(name: Optional[str]) -> Optional[nn.Cell]:
+    """A new activation Cell by its name, one of `mindspore.nn.get_activation`; None for None.
 
     Raises:
         KeyError: `name` is not known.
@@ -171,15 +167,8 @@ def get_activation(name):
     return ACTIVATIONS[name]()
 
 
-def activation_operators(activation):
-    """The primitives of an activation and what each is fed.
-
-    Args:
-        activation (Union[Cell, Primitive]): what a layer applies.
-
-    Returns:
-        list of (Primitive, operands), see `Activation`. Empty if its operators cannot be reached.
-    """
+def activation_operators(activation: Union[nn.Cell, ops.Primitive]) -> list[tuple[ops.Primitive, str]]:
+    """The primitives of an activation and what each is fed, see `Activation`; empty if they cannot be reached."""
     if isinstance(activation, ops.Primitive):
         return [(activation, "x")]
     if isinstance(activation, Activation):

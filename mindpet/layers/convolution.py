@@ -1,21 +1,23 @@
 """Operators that compute as a convolution does, with a weight that they are given."""
 
+from typing import Union
+
 from mindspore import mint, nn, ops
 
 AXES = {"conv1d": 1, "conv2d": 2, "conv3d": 3}  # name of a LayerKind -> axes that the kernel moves along
 
 
-def convolution_like(cell, name, channels):
+def convolution_like(cell: nn.Cell, name: str, channels: int) -> Union[nn.Cell, ops.Primitive]:
     """An operator `(x, weight) -> out` with the kernel, strides, padding and groups of a convolution.
 
     Args:
-        cell (Cell): the convolution; one with `groups` computes as `mindspore.mint.nn.Conv2d` does, else as
+        cell: the convolution; one with `groups` computes as `mindspore.mint.nn.Conv2d` does, else as
             `mindspore.nn.Conv2d`.
-        name (str): of its LayerKind.
-        channels (int): that come out.
+        name: of its LayerKind.
+        channels: that come out.
 
     Returns:
-        Union[Cell, Primitive]; its weight is `(channels, in / groups, *kernel)`.
+        The operator; its weight is `(channels, in / groups, *kernel)`.
     """
     if hasattr(cell, "groups"):
         pads = cell._reversed_padding if cell.padding_mode != "zeros" else None
@@ -27,7 +29,7 @@ def convolution_like(cell, name, channels):
     return _on_its_axes(cell, name, operator)
 
 
-def pointwise_like(cell, name, channels):
+def pointwise_like(cell: nn.Cell, name: str, channels: int) -> Union[nn.Cell, ops.Primitive]:
     """An operator like `convolution_like`'s with a kernel of one tap that moves by one; groups are those of `cell`."""
     if hasattr(cell, "groups"):
         ones = (1,) * len(cell.stride)

@@ -4,6 +4,7 @@ import mindspore as ms
 from mindspore import nn, ops
 
 from mindpet.layers.activation import get_activation
+from mindpet.utils.hints import ActivationLike, InitLike
 
 # The operator: of the Python function `ops.cast` MindSpore (2.7 to 2.10) keeps 3 KB each time that it is compiled.
 cast = ops.Cast()
@@ -23,15 +24,14 @@ class Dense(nn.Dense):
     """`activation(x W^T + b)`, stored in `dtype`, computed in `compute_dtype`, returned in the type of `x`.
 
     Args:
-        in_channels (int): features of the input.
-        out_channels (int): features of the output.
-        weight_init (Union[Tensor, str, Initializer, Number]): of `weight (out_channels, in_channels)`.
-            Default: 'normal'.
-        bias_init (Union[Tensor, str, Initializer, Number]): of `bias (out_channels,)`. Default: 'zeros'.
-        has_bias (bool): whether there is a bias. Default: True.
-        activation (Union[str, Cell, Primitive, None]): applied to the output. Default: None.
-        dtype (mindspore.dtype): of the parameters. Default: float32.
-        compute_dtype (mindspore.dtype): of the computation. Default: float32.
+        in_channels: features of the input.
+        out_channels: features of the output.
+        weight_init: of `weight (out_channels, in_channels)`. Default: 'normal'.
+        bias_init: of `bias (out_channels,)`. Default: 'zeros'.
+        has_bias: whether there is a bias. Default: True.
+        activation: applied to the output. Default: None.
+        dtype: of the parameters. Default: float32.
+        compute_dtype: of the computation. Default: float32.
 
     Inputs:
         x: `(*, in_channels)`.
@@ -42,14 +42,14 @@ class Dense(nn.Dense):
 
     def __init__(
         self,
-        in_channels,
-        out_channels,
-        weight_init="normal",
-        bias_init="zeros",
-        has_bias=True,
-        activation=None,
-        dtype=ms.float32,
-        compute_dtype=ms.float32,
+        in_channels: int,
+        out_channels: int,
+        weight_init: InitLike = "normal",
+        bias_init: InitLike = "zeros",
+        has_bias: bool = True,
+        activation: ActivationLike = None,
+        dtype: ms.Type = ms.float32,
+        compute_dtype: ms.Type = ms.float32,
     ):
         super().__init__(in_channels, out_channels, weight_init, bias_init, has_bias, dtype=dtype)
         self.activation = get_activation(activation) if isinstance(activation, str) else activation

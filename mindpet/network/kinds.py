@@ -2,15 +2,18 @@
 
 import functools
 import inspect
+from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Callable, Optional, Union
 
 import mindspore as ms
-from mindspore import mint, nn
+import numpy as np
+from mindspore import Parameter, Tensor, mint, nn
 
 from mindpet.errors import ConfigError
 from mindpet.layers.linear import Dense
 from mindpet.network.libraries import LIBRARIES
+from mindpet.utils.hints import Shape
 from mindpet.utils.validate import FLOAT_TYPES, Checker, is_int
 
 # Name -> how many axes the weight can have; `nn.Conv1d` keeps an axis of length one.
@@ -22,15 +25,15 @@ class LayerKind:
     """How a Cell computes `weight * x + bias`.
 
     Attributes:
-        name (str): 'linear', 'embedding', 'conv1d', 'conv2d' or 'conv3d'.
-        weight (str): attribute of the weight: of a linear layer `(out, in)`, of an embedding `(vocab, features)`, of a
+        name: 'linear', 'embedding', 'conv1d', 'conv2d' or 'conv3d'.
+        weight: attribute of the weight: of a linear layer `(out, in)`, of an embedding `(vocab, features)`, of a
             convolution `(out, in / groups, *kernel)`.
-        bias (str): attribute of the bias `(out,)`, which may be missing or None.
-        fan_in_fan_out (bool): whether a linear layer has its weight as `(in, out)`.
-        compute_dtype (mindspore.dtype): that the layer computes in.
-        adds_bias (bool): whether the bias is in the output.
-        flattens (bool): whether the layer's own activation takes `(rows, out)`.
-        batch_axis (int): axis of the output that the batch is on.
+        bias: attribute of the bias `(out,)`, which may be missing or None.
+        fan_in_fan_out: whether a linear layer has its weight as `(in, out)`.
+        compute_dtype: that the layer computes in.
+        adds_bias: whether the bias is in the output.
+        flattens: whether the layer's own activation takes `(rows, out)`.
+        batch_axis: axis of the output that the batch is on.
     """
 
     name: str = "linear"
@@ -43,45 +46,45 @@ class LayerKind:
     batch_axis: int = 0
 
     @property
-    def transposed(self):
+    def transposed(self) -> bool:
         """Whether the weight has the features that come out on its last axis."""
         return self.fan_in_fan_out or self.name == "embedding"
 
     @property
-    def is_convolution(self):
+    def is_convolution(self) -> bool:
         """Whether it is a convolution."""
         return self.name.startswith("conv")
 
-    def weight_of(self, cell):
+    def weight_of(self, cell: nn.Cell) -> Parameter:
         """The Parameter of the weight."""
         return getattr(cell, self.weight)
 
-    def bias_of(self, cell):
+    def bias_of(self, cell: nn.Cell) -> Optional[Parameter]:
         """The Parameter of the bias, or None."""
         return getattr(cell, self.bias, None)
 
-    def in_features(self, cell):
+    def in_features(self, cell: nn.Cell) -> int:
         """Features, or channels, of the input; of an embedding the rows of its table."""
         rows, columns = self.weight_of(cell).shape[:2]
         return rows if self.transposed else columns * self.groups_of(cell)
 
-    def out_features(self, cell):
+    def out_features(self, cell: nn.Cell) -> int:
         """Features, or channels, of the output."""
         return self.weight_of(cell).shape[-1 if self.transposed else 0]
 
-    def groups_of(self, cell):
+    def groups_of(self, cell: nn.Cell) -> int:
         """The groups of a convolution; 1 for any other layer."""
         return getattr(cell, "group", getattr(cell, "groups", 1)) if self.is_convolution else 1
 
-    def to_matrix(self, weight):
+    def to_matrix(self, weight: Union[np.ndarray, Tensor]) -> Union[np.ndarray, Tensor]:
         """A weight as `(out, rest)`; NumPy array or Tensor."""
         return weight.T if self.transposed else weight.reshape(weight.shape[0], -1)
 
-    def from_matrix(self, matrix, shape):
+    def from_matrix(self, matrix: Union[np.ndarray, Tensor], shape: Shape) -> Union[np.ndarray, Tensor]:
         """The inverse of `to_matrix`."""
         return matrix.T if self.transposed else matrix.reshape(shape)
 
-    def of(self, cell):
+    def of(self, cell: nn.Cell) -> "LayerKind":
         """The kind of this very Cell: what the class leaves to the object has its value."""
         values = {field.name: _value(getattr(self, field.name), cell) for field in fields(self) if field.type is Any}
         if values["compute_dtype"] is None:
@@ -96,9 +99,9 @@ class BlockKind:
     It takes what its first linear layer takes, and returns, alone or first of several, what its last one returns.
 
     Attributes:
-        inputs (int): features of the input.
-        outputs (int): features of the output.
-        compute_dtype (mindspore.dtype): that its first linear layer computes in.
+        inputs: features of the input.
+        outputs: features of the output.
+        compute_dtype: that its first linear layer computes in.
     """
 
     inputs: int
@@ -109,7 +112,7 @@ class BlockKind:
     batch_axis, flattens = 0, True  # as a LayerKind has them
 
     @classmethod
-    def of(cls, cell):
+    def of(cls, cell: nn.Cell) -> "Optional[BlockKind]":
         """The kind of this very Cell, or None: there is no linear layer."""
         layers = linear_layers(cell)
         if not layers:
@@ -117,16 +120,16 @@ class BlockKind:
         (first, entry), (last, leaving) = layers[0], layers[-1]
         return cls(entry.in_features(first), leaving.out_features(last), entry.compute_dtype)
 
-    def in_features(self, cell):
+    def in_features(self, cell: nn.Cell) -> int:
         """Features of the input."""
         return self.inputs
 
-    def out_features(self, cell):
+    def out_features(self, cell: nn.Cell) -> int:
         """Features of the output."""
         return self.outputs
 
 
-def linear_layers(cell):
+def linear_layers(cell: nn.Cell) -> list[tuple[nn.Cell, LayerKind]]:
     """The linear layers below a Cell, in its order: list of (Cell, LayerKind). Those of deltas do not count."""
     layers = [(inner, layer_kind(inner)) for path, inner in cell.cells_and_names() if path and "mindpet" not in path]
     return [(inner, kind) for inner, kind in layers if kind is not None and kind.name == "linear"]
@@ -137,8 +140,8 @@ class AttentionKind:
     """An attention that calls its attribute `prefix_source`, where that is not None, on its keys and values.
 
     Attributes:
-        kv_heads (int): key and value heads.
-        head_dim (int): features of a head.
+        kv_heads: key and value heads.
+        head_dim: features of a head.
     """
 
     kv_heads: int
@@ -149,7 +152,7 @@ class AttentionKind:
     strategy = "prefix_strategy"
 
     @property
-    def cut_heads(self):
+    def cut_heads(self) -> int:
         """The heads that the Cell's strategies cut."""
         return self.kv_heads
 
@@ -162,9 +165,9 @@ class ContextKind:
     with their positions and the result, both `(batch, heads, seq, head_dim)`.
 
     Attributes:
-        heads (int): query heads.
-        kv_heads (int): key and value heads.
-        head_dim (int): features of a head.
+        heads: query heads.
+        kv_heads: key and value heads.
+        head_dim: features of a head.
     """
 
     heads: int
@@ -176,7 +179,7 @@ class ContextKind:
     strategy = "context_strategy"
 
     @property
-    def cut_heads(self):
+    def cut_heads(self) -> int:
         """The heads that the Cell's strategies cut."""
         return self.heads
 
@@ -198,7 +201,7 @@ class InputEmbeddingKind:
     """A Cell that calls its attribute `prompt_source`, where that is not None, on the embeddings of its input.
 
     Attributes:
-        token_dim (int): features of an embedding.
+        token_dim: features of an embedding.
     """
 
     token_dim: int
@@ -207,7 +210,7 @@ class InputEmbeddingKind:
     slot = "prompt_source"
     strategy = "prompt_strategy"
 
-    def weight_of(self, cell):
+    def weight_of(self, cell: nn.Cell) -> Parameter:
         """The Parameter of the table, `(vocab, token_dim)`, of the embedding that the Cell calls `prompt_table`.
 
         Raises:
@@ -224,7 +227,7 @@ class InputEmbeddingKind:
             )
         return weight
 
-    def to_matrix(self, weight):
+    def to_matrix(self, weight: np.ndarray) -> np.ndarray:
         """The table as deltas take it, a row for each token."""
         return weight
 
@@ -251,16 +254,16 @@ KINDS = {
 
 
 def register_layer(
-    cls,
-    name="linear",
-    weight="weight",
-    bias="bias",
-    fan_in_fan_out=False,
-    compute_dtype=None,
-    adds_bias=True,
-    flattens=True,
-    batch_axis=0,
-):
+    cls: Union[type, str],
+    name: str = "linear",
+    weight: str = "weight",
+    bias: str = "bias",
+    fan_in_fan_out: Union[bool, str, Callable[[nn.Cell], bool]] = False,
+    compute_dtype: Union[ms.Type, str, Callable[[nn.Cell], ms.Type], None] = None,
+    adds_bias: Union[bool, str, Callable[[nn.Cell], bool]] = True,
+    flattens: bool = True,
+    batch_axis: int = 0,
+) -> None:
     """Let Cells of a class carry deltas, and of its subclasses, as long as they compute as the class does.
 
     The Cell's `construct` takes the input first and returns one Tensor, or a tuple whose first entry is the output. If
@@ -268,18 +271,18 @@ def register_layer(
     `mindspore.nn.Dense`.
 
     Args:
-        cls (Union[type, str]): subclass of `mindspore.nn.Cell`, or the path of one, 'package.module.Class'.
-        name (str): 'linear', 'embedding', 'conv1d', 'conv2d' or 'conv3d'. Default: 'linear'.
-        weight (str): attribute of the weight. Default: 'weight'.
-        bias (str): attribute of the bias. Default: 'bias'.
-        fan_in_fan_out (Union[bool, str, callable]): whether the weight of a linear layer is `(in, out)`; where the
-            object decides, the attribute that says so, or a function of the Cell. Default: False.
-        compute_dtype (Union[mindspore.dtype, str, callable]): type that the layer computes in, or the attribute that
-            has it, or a function of the Cell. Default: None, for the attribute `compute_dtype`, else the weight's type.
-        adds_bias (Union[bool, str, callable]): whether the bias is in the output, and not returned beside it, say; an
-            attribute or a function of the Cell, too. Default: True.
-        flattens (bool): whether the activation takes `(rows, out)`, as in `mindspore.nn.Dense`. Default: True.
-        batch_axis (int): axis of the output that the batch is on, for `adapter_names`. Default: 0.
+        cls: subclass of `mindspore.nn.Cell`, or the path of one, 'package.module.Class'.
+        name: 'linear', 'embedding', 'conv1d', 'conv2d' or 'conv3d'. Default: 'linear'.
+        weight: attribute of the weight. Default: 'weight'.
+        bias: attribute of the bias. Default: 'bias'.
+        fan_in_fan_out: whether the weight of a linear layer is `(in, out)`; where the object decides, the attribute
+            that says so, or a function of the Cell. Default: False.
+        compute_dtype: type that the layer computes in, or the attribute that has it, or a function of the Cell.
+            Default: None, for the attribute `compute_dtype`, else the weight's type.
+        adds_bias: whether the bias is in the output, and not returned beside it, say; an attribute or a function of the
+            Cell, too. Default: True.
+        flattens: whether the activation takes `(rows, out)`, as in `mindspore.nn.Dense`. Default: True.
+        batch_axis: axis of the output that the batch is on, for `adapter_names`. Default: 0.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -304,12 +307,12 @@ def register_layer(
     KINDS[cls] = LayerKind(name, weight, bias, fan_in_fan_out, compute_dtype, adds_bias, flattens, batch_axis)
 
 
-def slot_of(cell, names):
+def slot_of(cell: nn.Cell, names: Collection[str]) -> Optional[type]:
     """The class of kind, one of `SLOTS`, whose attribute a Cell has; None if there is none among the names."""
     return next((kind for name, kind in SLOTS.items() if name in names and hasattr(cell, kind.slot)), None)
 
 
-def place_kind(cell, names):
+def place_kind(cell: nn.Cell, names: Collection[str]) -> Union[LayerKind, BlockKind, None]:
     """The kind of a Cell without a slot, a LayerKind or a BlockKind; None if it is not among the names."""
     kind = layer_kind(cell)
     if kind is None and "block" in names and why_not(cell) is None:
@@ -317,25 +320,21 @@ def place_kind(cell, names):
     return kind if kind is not None and kind.name in names else None
 
 
-def layer_kind(cell):
+def layer_kind(cell: nn.Cell) -> Optional[LayerKind]:
     """The LayerKind of a Cell, or None: its class is unknown, or `why_not` says what is in the way."""
     _, record = _registered(cell)
     return None if record is None or why_not(cell) else record.of(cell)
 
 
-def why_not(cell):
-    """Why a Cell whose class, or a base of it, is registered cannot carry a delta.
-
-    Returns:
-        str, or None: nothing is in the way, or no class is registered.
-    """
+def why_not(cell: nn.Cell) -> Optional[str]:
+    """Why a Cell cannot carry a delta; None if nothing is in the way, or neither its class nor a base is registered."""
     cls, record = _registered(cell)
     if cls is None:
         return None
-    own = [name for name in _methods(cls) if getattr(type(cell), name, None) is not getattr(cls, name)]
-    if own:
+    changed = [name for name in _methods(cls) if getattr(type(cell), name, None) is not getattr(cls, name)]
+    if changed:
         return (
-            f"{type(cell).__name__} has {' and '.join(own)} of its own, so it may compute something else than a "
+            f"{type(cell).__name__} has {' and '.join(changed)} of its own, so it may compute something else than a "
             f"{cls.__name__}; if it does not, register_layer({type(cell).__name__}) says so"
         )
     weight = getattr(cell, record.weight, None)
@@ -366,14 +365,14 @@ def _registered(cell):
 @functools.cache
 def _methods(cls):
     """Names of `construct` and of the methods that it calls, and so on: what an object of a class computes with."""
-    found, names = [], ["construct"]
+    methods, names = [], ["construct"]
     while names:
         name = names.pop()
         method = getattr(cls, name, None)
-        if inspect.isfunction(method) and name not in found:
-            found.append(name)
+        if inspect.isfunction(method) and name not in methods:
+            methods.append(name)
             names += inspect.unwrap(method).__code__.co_names
-    return found
+    return methods
 
 
 def _value(value, cell):

@@ -4,13 +4,15 @@ What works with which version is in docs/libraries.md. Layers that cut their wei
 inference of mindformers do, are not here: a delta beside one of them would be computed from a part of its input.
 """
 
+from mindspore import nn
 
-def has_in_first(cell):
+
+def has_in_first(cell: nn.Cell) -> bool:
     """Whether the weight is `(in, out)`: these layers leave it to the object."""
     return not cell.transpose_b
 
 
-def adds_bias(cell):
+def adds_bias(cell: nn.Cell) -> bool:
     """Whether the bias is in the output; else it is returned beside it."""
     return not cell.skip_bias_add
 

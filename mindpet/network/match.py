@@ -2,7 +2,9 @@
 
 import difflib
 import re
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, Callable, Optional, Union
 
 from mindspore import nn
 
@@ -23,30 +25,23 @@ class Layer:
     """A Cell of a network, wherever it stands.
 
     Attributes:
-        cell (Cell): the layer.
-        paths (list of str): dotted paths from the network; several if the Cell is shared.
-        places (list of tuple): (parent Cell, key), one for each path.
+        cell: the layer.
+        paths: dotted, from the network; several if the Cell is shared.
+        places: (parent Cell, key), one for each path.
     """
 
     cell: nn.Cell
-    paths: list
-    places: list
+    paths: list[str]
+    places: list[tuple[nn.Cell, str]]
 
     @property
-    def path(self):
+    def path(self) -> str:
         """The first path."""
         return self.paths[0]
 
 
-def list_layers(network):
-    """Every Cell below a network, in its order; a shared Cell is one entry with all of its paths.
-
-    Args:
-        network (Cell): the network.
-
-    Returns:
-        list of Layer.
-    """
+def list_layers(network: nn.Cell) -> list[Layer]:
+    """Every Cell below a network, in its order; a shared Cell is one entry with all of its paths."""
     layers = {}
 
     def walk(parent, prefix, above):
@@ -62,21 +57,27 @@ def list_layers(network):
     return list(layers.values())
 
 
-def find_targets(network, config, supported, unmatched=None, deltas=()):
+def find_targets(
+    network: nn.Cell,
+    config: Any,
+    supported: Callable[[nn.Cell], bool],
+    unmatched: Optional[list[str]] = None,
+    deltas: tuple[type, ...] = (),
+) -> list[Layer]:
     """The layers that a configuration means.
 
     A list matches a path or its end after a dot, a str is a regular expression for the whole path, 'all-linear' is
     every linear layer but output layers.
 
     Args:
-        network (Cell): the base network.
-        config (TargetConfig): says which layers.
-        supported (callable): whether a Cell can carry the method.
-        unmatched (list): where to note, for a file, entries that match nothing. Default: None, to refuse them.
-        deltas (tuple): classes of Cells that carry a delta already. Default: ().
+        network: the base network.
+        config: says which layers.
+        supported: whether a Cell can carry the method.
+        unmatched: where to note, for a file, entries that match nothing. Default: None, to refuse them.
+        deltas: classes of Cells that carry a delta already. Default: ().
 
     Returns:
-        list of Layer, in the network's order.
+        The layers in the network's order.
 
     Raises:
         NoMatchError: an entry matches no layer, the nearest names are in the message; with `unmatched`, if there is
@@ -92,31 +93,31 @@ def find_targets(network, config, supported, unmatched=None, deltas=()):
     wanted = _matcher("target_modules", targets, layers, missing)
     excluded = _matcher("exclude_modules", config.exclude_modules, layers, missing)
     numbered = _layer_numbers(config, layers, missing)
-    found, torn = [], []
+    targeted, torn = [], []
     for layer in layers:
         hits = [wanted(layer, path) and not excluded(layer, path) and numbered(path) for path in layer.paths]
         if any(hits) and not all(hits):
             named = [path for path, hit in zip(layer.paths, hits) if hit]
             torn.append(f"{named} is the same layer as {sorted(set(layer.paths) - set(named))}: match all or none")
         elif any(hits):
-            found.append(layer)
-    if unmatched is not None and (found or torn):
+            targeted.append(layer)
+    if unmatched is not None and (targeted or torn):
         unmatched += missing
         missing = []
     if missing or torn:
         error = NoMatchError if missing else ConfigError
         raise error(f"{type(config).__name__}: " + "; ".join(missing + torn) + ".")
-    _check_supported(config, found, supported, deltas)
-    return found
+    _check_supported(config, targeted, supported, deltas)
+    return targeted
 
 
-def check_patterns(config, layers, unmatched=None):
+def check_patterns(config: Any, layers: Sequence[Layer], unmatched: Optional[list[str]] = None) -> None:
     """Refuse keys of `rank_pattern` and `alpha_pattern`, and entries of `choices`, that fit none of the layers.
 
     Args:
-        config (PeftConfig): the configuration.
-        layers (list of Layer): its targets.
-        unmatched (list): where to note such keys instead, for a file. Default: None.
+        config: the configuration.
+        layers: its targets.
+        unmatched: where to note such keys instead, for a file. Default: None.
 
     Raises:
         NoMatchError: a key fits no layer; the nearest names are in the message.
@@ -132,15 +133,12 @@ def check_patterns(config, layers, unmatched=None):
         raise NoMatchError(f"{type(config).__name__}: " + "; ".join(problems) + ".")
 
 
-def default_targets(layers, usual=USUAL_TARGETS):
+def default_targets(layers: Sequence[Layer], usual: Sequence[tuple[str, ...]] = USUAL_TARGETS) -> list[str]:
     """The names of the layers that get a delta if the configuration says nothing.
 
     Args:
-        layers (list of Layer): of the network.
-        usual (tuple): tuples of names, of which the first is taken that is there as a whole. Default: USUAL_TARGETS.
-
-    Returns:
-        list of str.
+        layers: of the network.
+        usual: tuples of names, of which the first is taken that is there as a whole. Default: USUAL_TARGETS.
 
     Raises:
         ConfigError: none are known.
@@ -189,25 +187,25 @@ def _is_linear(cell):
     return kind is not None and kind.name == "linear"
 
 
-def ends_with(path, entry):
+def ends_with(path: str, entry: str) -> bool:
     """Whether a path is an entry, or ends like it after a dot."""
     return path == entry or path.endswith(f".{entry}")
 
 
-def exactly(path):
+def exactly(path: str) -> str:
     """The key of `rank_pattern` or `alpha_pattern` that fits this path alone, here and in Hugging Face PEFT."""
     return f"^{re.escape(path)}$"
 
 
-def exact_targets(paths, known=None):
+def exact_targets(paths: Iterable[str], known: Optional[Iterable[str]] = None) -> Union[list[str], str]:
     """What `target_modules` must be to mean these paths alone, here and in Hugging Face PEFT.
 
     Args:
-        paths (iterable of str): the paths.
-        known (iterable of str): every path that there is. Default: None, if that is not known.
+        paths: what is meant.
+        known: every path that there is. Default: None, if that is not known.
 
     Returns:
-        list of str, or, where one is the end of a path that is not meant, the str of a regular expression.
+        The paths, or, where one is the end of a path that is not meant, a regular expression.
     """
     paths = sorted(set(paths))
     others = None if known is None else set(known).difference(paths)
@@ -216,14 +214,14 @@ def exact_targets(paths, known=None):
     return paths
 
 
-def names_module(entries, path):
+def names_module(entries: Union[Collection[str], str, None], path: str) -> bool:
     """Whether a list of names or a regular expression, as `target_modules` is one, means a path; None means none."""
     if isinstance(entries, str):
         return re.fullmatch(entries, path) is not None
     return any(ends_with(path, entry) for entry in entries or ())
 
 
-def chooses(entries, path):
+def chooses(entries: Union[Collection[str], str, None], path: str) -> bool:
     """Whether entries that choose some of the targets mean a path: a regular expression, or a list of ends of names.
 
     As in Hugging Face PEFT an end may be inside of a part of the path: 'proj' chooses 'c_proj'. None chooses none.
@@ -231,7 +229,7 @@ def chooses(entries, path):
     return names_module(entries, path) if isinstance(entries, str) else path.endswith(tuple(entries or ()))
 
 
-def pattern_value(patterns, path, default):
+def pattern_value(patterns: dict[str, Any], path: str, default: Any) -> Any:
     """The value for a path in `rank_pattern` or `alpha_pattern`: of the first key that is the path or its end.
 
     A key is a regular expression.
@@ -247,7 +245,7 @@ def _is_in_patterns(patterns, path):
     return pattern_value(dict.fromkeys(patterns, True), path, False)
 
 
-def listed(entries):
+def listed(entries: Union[Collection[str], str, None]) -> list[str]:
     """Entries that are one str, several, or None, as a list."""
     return [entries] if isinstance(entries, str) else sorted(entries or ())
 
@@ -264,28 +262,28 @@ def _layer_numbers(config, layers, problems):
     exact = () if isinstance(entries, str) else entries
     names = config.layers_pattern or []
     names = [names] if isinstance(names, str) else list(names)
-    found = {path: layer_number(path, names) for layer in layers for path in layer.paths}
-    numbers = set(found.values()) - {None}
+    matched = {path: layer_number(path, names) for layer in layers for path in layer.paths}
+    numbers = set(matched.values()) - {None}
     missing = [number for number in wanted if number not in numbers]
     if missing:
         known = f"those of {names}" if names else "the numbers"
         problems.append(f"'layers_to_transform': no layer {missing}; {known} are {sorted(numbers)}")
-    return lambda path: path in exact or found[path] in wanted
+    return lambda path: path in exact or matched[path] in wanted
 
 
-def layer_number(path, names=()):
+def layer_number(path: str, names: Sequence[str] = ()) -> Optional[int]:
     """The number after the name of the list of layers; without names, the first number in the path; or None.
 
     Args:
-        path (str): dotted path of a Cell.
-        names (list of str): regular expressions for the name. Default: ().
+        path: dotted path of a Cell.
+        names: regular expressions for the name. Default: ().
     """
     starts = [rf"(?:.*\.)?{name}\." for name in names] or [r"(?:[^.]+\.)*?"]
-    found = next(filter(None, (re.match(rf"{start}(\d+)\.", f"{path}.") for start in starts)), None)
-    return int(found.group(1)) if found else None
+    match = next(filter(None, (re.match(rf"{start}(\d+)\.", f"{path}.") for start in starts)), None)
+    return int(match.group(1)) if match else None
 
 
-def no_match(name, entry, layers):
+def no_match(name: str, entry: str, layers: Sequence[Layer]) -> str:
     """What to say of an entry that fits nothing."""
     names = {part for layer in layers for path in layer.paths for part in (path, path.rsplit(".", 1)[-1])}
     near = difflib.get_close_matches(entry, sorted(names), n=3)
@@ -293,12 +291,12 @@ def no_match(name, entry, layers):
     return f"'{name}': no layer matches {quote(entry)}{hint}"
 
 
-def _check_supported(config, found, supported, deltas):
+def _check_supported(config, layers, supported, deltas):
     """Refuse layers that cannot carry the method, or carry a delta already."""
-    wrapped = [layer.path for layer in found if isinstance(layer.cell, deltas)]
+    wrapped = [layer.path for layer in layers if isinstance(layer.cell, deltas)]
     other = [
         f"{layer.path} ({why_not(layer.cell) or type(layer.cell).__name__})"
-        for layer in found
+        for layer in layers
         if not supported(layer.cell) and layer.path not in wrapped
     ]
     problems = [f"carry a delta already: {wrapped}"] if wrapped else []

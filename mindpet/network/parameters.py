@@ -1,6 +1,7 @@
 """Which parameters belong to the model, and what they are called."""
 
 from collections import Counter
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ STATISTICS = (("moving_mean", "moving_variance"), ("running_mean", "running_var"
 TRAINED = "mindpet_trained_"  # begins the names of an adapter's copies of the base's Parameters
 
 
-def model_parameters(network):
+def model_parameters(network: nn.Cell) -> dict[str, Parameter]:
     """The parameters of `network` by key, without the state of an optimizer that is a Cell inside of it.
 
     A key is the path of attributes from the network to the Parameter. In a network as it was built this is
@@ -23,10 +24,10 @@ def model_parameters(network):
     tells, else the first. Where keys would be equal, they are paths with nothing left out.
 
     Args:
-        network (Cell): a model, or a Cell that trains one.
+        network: a model, or a Cell that trains one.
 
     Returns:
-        dict of str -> Parameter, in the network's order.
+        The Parameters by key, in the network's order.
     """
     cells = list(_cells(network, "", "", set()))
     places = _places(cells)
@@ -39,38 +40,38 @@ def model_parameters(network):
     return {key: place.param for key, place in zip(keys, places)}
 
 
-def parameter_paths(network):
+def parameter_paths(network: nn.Cell) -> dict[str, Parameter]:
     """Every path of every Parameter; a Parameter in several places has several, of which `model_parameters` has one."""
     outer, cells = outer_prefix(network), _cells(network, "", "", set())
     return {outer + path + name: param for cell, path, _ in cells for name, param in cell._params.items()}
 
 
-def trainable_parameters(network):
+def trainable_parameters(network: nn.Cell) -> dict[str, Parameter]:
     """`model_parameters` that have `requires_grad`."""
     return {key: param for key, param in model_parameters(network).items() if param.requires_grad}
 
 
-def running_statistics(network):
+def running_statistics(network: nn.Cell) -> dict[str, Parameter]:
     """`model_parameters` that are the running statistics of a BatchNorm, or instead of them an adapter's copies.
 
     They are buffers, not weights: the network writes them while it trains, and no optimizer may have them. A Cell with
     two Parameters `moving_mean` and `moving_variance`, or `running_mean` and `running_var`, counts as a BatchNorm.
     """
-    found = set()
+    ids = set()
     for cell, _, _ in _cells(network, "", "", set()):
         held = {name: param for name, param in cell._params.items() if param is not None}
         for names in STATISTICS:
             if held.keys() >= set(names[:2]):
-                found.update(id(held.get(TRAINED + name, held.get(name))) for name in names)
-    return {key: param for key, param in model_parameters(network).items() if id(param) in found}
+                ids.update(id(held.get(TRAINED + name, held.get(name))) for name in names)
+    return {key: param for key, param in model_parameters(network).items() if id(param) in ids}
 
 
-def outer_prefix(network):
+def outer_prefix(network: nn.Cell) -> str:
     """What the names of a network's parameters begin with before their paths: '' unless it is inside of another one."""
     return _outer_prefix(_places(_cells(network, "", "", set())))
 
 
-def matches(name, patterns):
+def matches(name: str, patterns: Iterable[str]) -> bool:
     """Whether a name fits one of the fnmatch patterns, letter case counting."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
@@ -79,11 +80,11 @@ class _Place(NamedTuple):
     """Where a Parameter is.
 
     Attributes:
-        param (Parameter): the Parameter.
-        path (str): of attributes, as in names.
-        full (str): the same with nothing left out.
-        is_top (bool): whether all components before the attribute are left out.
-        in_tuple (bool): whether a ParameterTuple holds it there; a training cell has one of all that it trains.
+        param: the Parameter.
+        path: of attributes, as in names.
+        full: the same with nothing left out.
+        is_top: whether all components before the attribute are left out.
+        in_tuple: whether a ParameterTuple holds it there; a training cell has one of all that it trains.
     """
 
     param: Parameter
@@ -103,8 +104,8 @@ def _places(cells):
         in_tuple = {id(param): f"{name}." for name, params in tuples.items() for param in params}
         for name, param in cell._params.items():
             if param is not None and (id(param) not in places or places[id(param)].in_tuple):
-                own = full + in_tuple.get(id(param), "") + name
-                places[id(param)] = _Place(param, path + name, own, not path, id(param) in in_tuple)
+                whole = full + in_tuple.get(id(param), "") + name
+                places[id(param)] = _Place(param, path + name, whole, not path, id(param) in in_tuple)
     return list(places.values())
 
 
@@ -128,8 +129,8 @@ def _component(cell, path, name, child):
 def _outer_prefix(places):
     """The most frequent difference between names and paths."""
     pairs = [(place.param.name, place.path) for place in places]
-    found = Counter(name[: -len(path)] for name, path in pairs if f".{name}".endswith(f".{path}"))
-    return max(found, key=found.get, default="")
+    starts = Counter(name[: -len(path)] for name, path in pairs if f".{name}".endswith(f".{path}"))
+    return max(starts, key=starts.get, default="")
 
 
 def _key(place, outer, tops):

@@ -1,28 +1,30 @@
 """Values of Parameters, read and set so that what MindSpore has compiled sees them."""
 
 import hashlib
+from typing import Callable
 
 import mindspore as ms
-from mindspore import ops
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common import api
 
 
-def value_of(param):
+def value_of(param: Parameter) -> np.ndarray:
     """A copy of a Parameter's value as an array; in semi-auto parallel mode it may have to be made first."""
     if param.has_init:
         param.init_data()
     return param.asnumpy().copy()
 
 
-def assign(param, value):
+def assign(param: Parameter, value: Tensor) -> None:
     """Set a Parameter's value in place.
 
     `Parameter.set_data` puts other memory in its place, which a compiled `mindspore.jit` function does not notice: it
     goes on with the old values, or with what has become of that memory.
 
     Args:
-        param (Parameter): the Parameter.
-        value (Tensor): of the same shape and type.
+        param: is set.
+        value: of the same shape and type.
     """
     cannot = param.dtype == ms.bfloat16 and ms.get_context("device_target") == "CPU"  # there is no kernel
     if param.has_init or cannot:
@@ -32,21 +34,21 @@ def assign(param, value):
         ops.assign(param, value)
 
 
-def load(param, value):
+def load(param: Parameter, value: Tensor) -> None:
     """`assign` a value that comes from a file; who watches the Parameter is told."""
     assign(param, value)
     if "set_data" in vars(param):
         param.set_data.mindpet_watcher()
 
 
-def watch(param, watcher):
+def watch(param: Parameter, watcher: Callable[[], None]) -> None:
     """Have `watcher()` called after each `set_data` of a Parameter, as `mindspore.load_param_into_net` does it.
 
     The method is patched on the object; MindSpore 2.7 to 2.10 set what they load through it. `unwatch` undoes it.
 
     Args:
-        param (Parameter): the Parameter; one that is watched gets another watcher.
-        watcher (callable): takes no argument.
+        param: one that is watched gets another watcher.
+        watcher: is called.
     """
 
     def set_data(*arguments, **keywords):
@@ -58,33 +60,33 @@ def watch(param, watcher):
     vars(param)["set_data"] = set_data
 
 
-def is_watched(param):
+def is_watched(param: Parameter) -> bool:
     """Whether a Parameter has a watcher."""
     return "set_data" in vars(param)
 
 
-def unwatch(param):
+def unwatch(param: Parameter) -> None:
     """Undo `watch`."""
     vars(param).pop("set_data", None)
 
 
-def digest(value):
+def digest(value: np.ndarray) -> bytes:
     """A hash of an array's bytes."""
     return hashlib.blake2b(value.tobytes(), digest_size=16).digest()
 
 
-def know_graphs(network):
+def know_graphs(network: nn.Cell) -> None:
     """Have `forget_graphs` reach the Cells of a network: MindSpore does not list the graphs of deep copies."""
     for _, cell in network.cells_and_names():
         api.cells_compile_cache.setdefault(id(cell), cell.compile_cache)
 
 
-def has_jit_functions():
+def has_jit_functions() -> bool:
     """Whether MindSpore has compiled a `mindspore.jit` function."""
     return bool(api.ms_compile_cache)
 
 
-def forget_graphs():
+def forget_graphs() -> None:
     """Drop MindSpore's compiled graphs; every network is compiled anew on its next call.
 
     MindSpore (2.7 to 2.10) does not see that a network that it has compiled has changed.

@@ -19,13 +19,14 @@ from mindpet.parallel.graph_dump import count_runs, read_header, read_nodes
 from mindpet.parallel.launcher import import_file
 from mindpet.parallel.plans import Names, collective_plans, operator_plans, parameter_plans
 from mindpet.parallel.report import Report
+from mindpet.utils.hints import PathLike
 from mindpet.utils.quote import quote
 
 _FAILED = re.compile(r"operator (\w+) init failed")
 _REASON = re.compile(r"^\[(?:ERROR|CRITICAL)\] PARALLEL\(.*?\)?:.*?\] \w+\] (?:\w+Info\d+ ?: )?(.*)$", re.MULTILINE)
 
 
-def main(folder):
+def main(folder: PathLike) -> None:
     """Compile what `request` in the folder asks for, and write `results`: a Report or an exception for each build."""
     folder = pathlib.Path(folder)
     with open(folder / "request", "rb") as file:

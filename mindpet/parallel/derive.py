@@ -1,10 +1,15 @@
 """The strategies of a delta, derived from that of the layer it belongs to."""
 
+from typing import Optional
+
+from mindspore import nn
+
+from mindpet.utils.hints import Strategy
 from mindpet.utils.sharding import check_strategy, cut_axes, slot_table
 from mindpet.utils.validate import Checker
 
 
-def shard_like(cell, in_strategy=None):
+def shard_like(cell: nn.Cell, in_strategy: Optional[Strategy] = None) -> nn.Cell:
     """Set all strategies of a delta Cell so that they go with the strategy of the base layer's matmul.
 
     One rule serves all methods: an axis of the delta that is an axis of the base layer is cut as often as there; the
@@ -20,13 +25,13 @@ def shard_like(cell, in_strategy=None):
     Source: the rule is that of google/qwix for LoRA.
 
     Args:
-        cell (Cell): a hand-made one with a table `operators`, such as LoRADense.
-        in_strategy (tuple): of the base matmul, `((rows, in), (out, in))`, as `mindspore.ops.MatMul(transpose_b=True)`
-            takes it. For a layer without a base of its own it is that of the layer before. Default: None, for what is
-            set on `cell.matmul`.
+        cell: a hand-made one with a table `operators`, such as LoRADense.
+        in_strategy: of the base matmul, `((rows, in), (out, in))`, as `mindspore.ops.MatMul(transpose_b=True)` takes
+            it. For a layer without a base of its own it is that of the layer before. Default: None, for what is set on
+            `cell.matmul`.
 
     Returns:
-        Cell, `cell`.
+        `cell`.
 
     Raises:
         TypeError: `cell` is none of these Cells, `in_strategy` not a tuple of tuples of ints.
@@ -48,15 +53,15 @@ def shard_like(cell, in_strategy=None):
     return shard_axes(cell, {"n": rows, "i": inputs, "o": outputs})
 
 
-def shard_axes(cell, counts):
+def shard_axes(cell: nn.Cell, counts: dict[str, int]) -> nn.Cell:
     """Set all strategies of a delta Cell from how often each axis of its base layer is cut.
 
     Args:
-        cell (Cell): has the table `operators`, see `mindpet.utils.sharding`.
-        counts (dict): letter of an axis -> count; what is missing is not cut.
+        cell: has the table `operators`, see `mindpet.utils.sharding`.
+        counts: letter of an axis -> count; what is missing is not cut.
 
     Returns:
-        Cell, `cell`.
+        `cell`.
 
     Raises:
         ValueError: an activation cannot be sharded.

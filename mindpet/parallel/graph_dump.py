@@ -3,7 +3,11 @@
 import collections
 import math
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Optional
+
+from mindpet.utils.hints import PathLike, Shape, Strategy
 
 BYTES = {
     "Bool": 1,
@@ -35,13 +39,13 @@ class Node:
     """A line of a graph: an operator and what is known of it.
 
     Attributes:
-        graph (str): name of the graph that it is in.
-        number (str): of its result in this graph.
-        operator (str): its type, for instance 'MatMul'.
-        text (str): the whole line, with operands and attributes.
-        types (str): types and shapes of operands and results.
-        scope (str): the Cells that it stands in, and its own name where the dump tells it.
-        code (list of str): places in the source, from the outermost call inwards.
+        graph: name of the graph that it is in.
+        number: of its result in this graph.
+        operator: its type, for instance 'MatMul'.
+        text: the whole line, with operands and attributes.
+        types: types and shapes of operands and results.
+        scope: the Cells that it stands in, and its own name where the dump tells it.
+        code: places in the source, from the outermost call inwards.
     """
 
     graph: str
@@ -50,50 +54,50 @@ class Node:
     text: str
     types: str = ""
     scope: str = ""
-    code: list = field(default_factory=list)
+    code: list[str] = field(default_factory=list)
 
     @property
-    def instance(self):
+    def instance(self) -> str:
         """The instance name, for a primitive that is an attribute of a Cell the name of that attribute."""
-        found = _INSTANCE.search(self.text)
-        return found.group(1) if found else ""
+        match = _INSTANCE.search(self.text)
+        return match.group(1) if match else ""
 
     @property
-    def operands(self):
+    def operands(self) -> list[str]:
         """The numbers of the results that it takes."""
         return re.findall(r"%(\d+)\b", self.text.split(" = ", 1)[1].split(" {instance name", 1)[0])
 
-    def attribute(self, name):
+    def attribute(self, name: str) -> Optional[str]:
         """The text of an attribute, or None."""
-        found = re.search(rf'\b{name}: (?:"([^"]*)"|(\(.*?\))[,}}]|([^,}}]*))', self.text)
-        return next((part for part in found.groups() if part is not None), None) if found else None
+        match = re.search(rf'\b{name}: (?:"([^"]*)"|(\(.*?\))[,}}]|([^,}}]*))', self.text)
+        return next((part for part in match.groups() if part is not None), None) if match else None
 
     @property
-    def strategy(self):
+    def strategy(self) -> Optional[Strategy]:
         """The strategy that the front end uses, a tuple of tuples, or None: it stands in the last braces."""
-        found = re.search(r"\{in_strategy: \(([^{}]*)\)\}$", self.text)
-        return parse_layouts(found.group(1)) if found else None
+        match = re.search(r"\{in_strategy: \(([^{}]*)\)\}$", self.text)
+        return parse_layouts(match.group(1)) if match else None
 
     @property
-    def asked_strategy(self):
+    def asked_strategy(self) -> Optional[Strategy]:
         """The strategy that was set by `shard`, a tuple of tuples, or None."""
-        found = re.search(r"primitive_attrs: \{[^{}]*?\bin_strategy: \((\([^{}]*?\))\)[,}]", self.text)
-        return parse_layouts(found.group(1)) if found else None
+        match = re.search(r"primitive_attrs: \{[^{}]*?\bin_strategy: \((\([^{}]*?\))\)[,}]", self.text)
+        return parse_layouts(match.group(1)) if match else None
 
     @property
-    def tensors(self):
+    def tensors(self) -> list[tuple[str, Shape]]:
         """(dtype, shape) of every operand and result that is a tensor."""
         return [(dtype, _ints(shape)) for dtype, shape in _TENSOR.findall(self.types)]
 
     @property
-    def largest(self):
+    def largest(self) -> tuple[str, Shape, int]:
         """dtype, shape and bytes of the largest tensor that goes in or comes out."""
         sizes = [(BYTES.get(dtype, 0) * math.prod(shape), dtype, shape) for dtype, shape in self.tensors]
         size, dtype, shape = max(sizes, key=lambda item: item[0])
         return dtype, shape, size
 
 
-def parse_layouts(text):
+def parse_layouts(text: str) -> Strategy:
     """`'(2, 4), (4)'` as `((2, 4), (4,))`."""
     return tuple(_ints(layout) for layout in re.findall(r"\(([\d, ]*)\)", text))
 
@@ -102,7 +106,7 @@ def _ints(text):
     return tuple(int(number) for number in text.split(",") if number.strip())
 
 
-def read_nodes(path):
+def read_nodes(path: PathLike) -> Iterator[Node]:
     """The nodes of all graphs in a dump."""
     graph, node = "", None
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -112,8 +116,8 @@ def read_nodes(path):
             elif line.startswith("  %"):
                 if node:
                     yield node
-                found = _NODE.match(line)
-                node = Node(graph, found.group(1), found.group(2), line.rstrip()) if found else None
+                match = _NODE.match(line)
+                node = Node(graph, match.group(1), match.group(2), line.rstrip()) if match else None
             elif node and line.startswith("      : "):
                 node.types = line.strip()
             elif node and line.startswith("      # In file "):
@@ -124,13 +128,13 @@ def read_nodes(path):
         yield node
 
 
-def count_runs(nodes, entry):
+def count_runs(nodes: Iterable[Node], entry: str) -> dict[str, int]:
     """How often each graph runs in a step: graph -> count. A block that is compiled once can be called many times."""
     calls = collections.defaultdict(collections.Counter)
     for node in nodes:
-        found = _CALL.search(node.text)
-        if found:
-            calls[node.graph][found.group(1) or found.group(2)] += 1
+        match = _CALL.search(node.text)
+        if match:
+            calls[node.graph][match.group(1) or match.group(2)] += 1
     runs = collections.Counter()
 
     def run(graph, times):
@@ -142,7 +146,7 @@ def count_runs(nodes, entry):
     return runs
 
 
-def read_header(path):
+def read_header(path: PathLike) -> tuple[str, dict[str, Shape]]:
     """The name of the graph where a dump begins, and the shape on this rank of each of its parameters by name."""
     entry, shapes = "", {}
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -151,7 +155,7 @@ def read_header(path):
                 entry = line.split("@", 1)[1].strip()
             elif line.startswith("subgraph @"):
                 break
-            found = _PARAMETER.match(line)
-            if found:
-                shapes[found.group(2)] = _ints(found.group(1))
+            match = _PARAMETER.match(line)
+            if match:
+                shapes[match.group(2)] = _ints(match.group(1))
     return entry, shapes

@@ -17,12 +17,13 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any, Optional
 
 SET_DEATH_SIGNAL, SET_CHILD_SUBREAPER = 1, 36  # of prctl(2)
 LONGEST_WAIT = 1e8  # seconds; the functions of the operating system have a limit
 
 
-def main():
+def main() -> None:
     """Do the one job that the caller sends; what is sent back tells how the child ended, when nothing is left of it."""
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     for number in (signal.SIGTERM, signal.SIGCHLD):
@@ -42,24 +43,24 @@ def main():
         pipe.write(pickle.dumps(outcome))
 
 
-def die_with(parent, number):
+def die_with(parent: int, number: int) -> None:
     """Have Linux send this process a signal when its parent ends; if that has happened already, end."""
     ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, int(number))
     if os.getppid() != parent:
         os._exit(1)
 
 
-def run(folder, request, command, timeout):
+def run(folder: str, request: bytes, command: list[str], timeout: float) -> dict[str, Any]:
     """Run a command to its end, or kill it.
 
     Args:
-        folder (str): where it finds `request` and writes `results`; made and removed here.
-        request (bytes): content of that file.
-        command (list): program and arguments.
-        timeout (float): seconds.
+        folder: where it finds `request` and writes `results`; made and removed here.
+        request: content of that file.
+        command: program and arguments.
+        timeout: seconds.
 
     Returns:
-        dict, `code` (None: it took too long, or the caller is gone), `results` and the end of the output, `log`.
+        `code` (None: it took too long, or the caller is gone), `results` and the end of the output, `log`.
     """
     remove_left(folder)
     lock = make_folder(folder)
@@ -99,7 +100,7 @@ def _read(path):
     return b""
 
 
-def wait(child, timeout):
+def wait(child: subprocess.Popen, timeout: float) -> Optional[int]:
     """The exit code of the child; None if it takes longer than `timeout` seconds, or the caller ends before."""
     end = time.monotonic() + min(timeout, LONGEST_WAIT)
     code = None
@@ -112,7 +113,7 @@ def wait(child, timeout):
     return code
 
 
-def kill_all():
+def kill_all() -> None:
     """Kill all children, and theirs, which become children of this process as soon as their parent is dead."""
     with contextlib.suppress(ChildProcessError):  # there is none any more
         while True:
@@ -122,18 +123,18 @@ def kill_all():
             os.waitpid(-1, 0)
 
 
-def children():
+def children() -> list[int]:
     """The processes whose parent this is."""
-    found = []
+    pids = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
             after_name = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
             if after_name and int(after_name[1]) == os.getpid():
-                found.append(int(pid))
-    return found
+                pids.append(int(pid))
+    return pids
 
 
-def make_folder(folder):
+def make_folder(folder: str) -> int:
     """Make the folder, and lock it; returns the descriptor that holds the lock."""
     while True:
         os.mkdir(folder, 0o700)
@@ -145,7 +146,7 @@ def make_folder(folder):
         os.close(lock)
 
 
-def remove_left(folder):
+def remove_left(folder: str) -> None:
     """Remove what runs have left that were killed together with this process of theirs: no lock is on it."""
     parent, name = os.path.split(folder)
     prefix = name[: name.rindex("-") + 1]

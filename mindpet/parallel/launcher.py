@@ -10,10 +10,15 @@ import secrets
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Callable, Union
 
 from mindpet.errors import BuildError, DryRunError
+from mindpet.parallel.report import Report
 from mindpet.parallel.stubs import stub_folder
+from mindpet.utils.hints import PathLike
 from mindpet.utils.validate import Checker, is_int
 
 IN_CHILD = "MINDPET_DRY_RUN"  # environment variable of the child
@@ -26,16 +31,23 @@ MOST_RANKS = 262_144  # beyond that MindSpore, which lists the ranks of every gr
 class Request:
     """What the child is asked for."""
 
-    builds: list
+    builds: list[bytes]
     main_path: str
     target: str
     device_num: int
     rank: int
     train: bool
-    settings: dict
+    settings: dict[str, Any]
 
 
-def dry_run(build, device_num, rank=0, train=True, timeout=600, **settings):
+def dry_run(
+    build: Union[Callable, str],
+    device_num: int,
+    rank: int = 0,
+    train: bool = True,
+    timeout: float = 600,
+    **settings: Any,
+) -> Report:
     """Compile a network in semi-auto parallel for `device_num` ranks, without an accelerator, and report the plan.
 
     MindSpore's own parallel front end runs in a child process: it checks every strategy, cuts the parameters, and
@@ -44,20 +56,17 @@ def dry_run(build, device_num, rank=0, train=True, timeout=600, **settings):
     `if __name__ == "__main__":`, for the child imports the script.
 
     Args:
-        build (Union[callable, str]): returns `(network, inputs)` or `(network, inputs, optimizer)`; `inputs` is a
-            Tensor or a tuple of Tensors, in training the network returns the loss. It is called in the child, after
-            the parallel context is set. A function at the top level of a module or script, a `functools.partial` of
-            one, or 'FILE.py:name'. The optimizer is by default `nn.Adam` of the trainable parameters; a network that
-            is a `TrainOneStepCell` is compiled as it is.
-        device_num (int): number of ranks.
-        rank (int): the rank whose plan it is. Default: 0.
-        train (bool): a training step, else a forward pass in evaluation mode. Default: True.
-        timeout (float): seconds until the child is killed. Default: 600.
+        build: returns `(network, inputs)` or `(network, inputs, optimizer)`; `inputs` is a Tensor or a tuple of
+            Tensors, in training the network returns the loss. It is called in the child, after the parallel context is
+            set. A function at the top level of a module or script, a `functools.partial` of one, or 'FILE.py:name'. The
+            optimizer is by default `nn.Adam` of the trainable parameters; a network that is a `TrainOneStepCell` is
+            compiled as it is.
+        device_num: number of ranks.
+        rank: the rank whose plan it is. Default: 0.
+        train: a training step, else a forward pass in evaluation mode. Default: True.
+        timeout: seconds until the child is killed. Default: 600.
         settings: further arguments of `mindspore.set_auto_parallel_context`, for instance `pipeline_stages=2`,
             `enable_parallel_optimizer=True`, or `dataset_strategy="data_parallel"`; that is "full_batch" by default.
-
-    Returns:
-        Report.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
@@ -71,15 +80,22 @@ def dry_run(build, device_num, rank=0, train=True, timeout=600, **settings):
     return result
 
 
-def dry_run_many(builds, device_num, rank=0, train=True, timeout=600, **settings):
+def dry_run_many(
+    builds: Sequence[Union[Callable, str]],
+    device_num: int,
+    rank: int = 0,
+    train: bool = True,
+    timeout: float = 600,
+    **settings: Any,
+) -> list[Union[Report, Exception]]:
     """`dry_run` for several networks, one after the other in one child process, which saves its start.
 
     Args:
-        builds (list): of what `dry_run` takes as `build`.
+        builds: each is what `dry_run` takes as `build`.
         device_num, rank, train, timeout, settings: as in `dry_run`; the timeout is for all together.
 
     Returns:
-        list, a Report for each build, or the exception that `dry_run` would raise for it.
+        For each build a Report, or the exception that `dry_run` would raise for it.
 
     Raises:
         TypeError, ValueError, DryRunError: as in `dry_run`, where it does not concern a single build.
@@ -116,7 +132,7 @@ def _check_ranks(check, device_num, rank, stages):
         check.require(divides, ValueError, "pipeline_stages", stages, rule)
 
 
-def import_file(path, *names):
+def import_file(path: PathLike, *names: str) -> ModuleType:
     """Run a file as a module, which is known by all of the names while it runs."""
     spec = importlib.util.spec_from_file_location(names[0], path)
     module = importlib.util.module_from_spec(spec)
@@ -125,7 +141,7 @@ def import_file(path, *names):
     return module
 
 
-def load_function(reference):
+def load_function(reference: str) -> Callable:
     """The function behind 'FILE.py:name'.
 
     Raises:

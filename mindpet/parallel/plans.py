@@ -2,11 +2,14 @@
 
 import math
 import re
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from mindspore import nn
 
-from mindpet.parallel.graph_dump import BYTES
+from mindpet.parallel.graph_dump import BYTES, Node
 from mindpet.parallel.report import CollectivePlan, OperatorPlan, ParameterPlan
+from mindpet.utils.hints import Shape
 from mindpet.utils.sharding import slot_table
 
 COLLECTIVES = (
@@ -21,11 +24,11 @@ class Names:
     """What the nodes of a graph are called in the user's network.
 
     Args:
-        network (Cell): the user's.
-        step (Cell): what is compiled: the network, or a training Cell around it.
+        network: the user's.
+        step: what is compiled: the network, or a training Cell around it.
     """
 
-    def __init__(self, network, step):
+    def __init__(self, network: nn.Cell, step: nn.Cell):
         self.root = next(path for path, cell in step.cells_and_names() if cell is network)
         self.slots = {}  # id of a primitive -> (path of the Cell, slot of its shard())
         self.primitives = {}  # (path of a Cell, attribute) -> primitive
@@ -39,16 +42,18 @@ class Names:
                     primitive.add_prim_attr(NAME, attribute)
                     self.primitives[path, attribute] = primitive
 
-    def cell(self, node):
+    def cell(self, node: Node) -> str:
         """The path of the Cell that a node stands in."""
         return self._in_network(_cell_path(node.scope))
 
-    def locate(self, node):
+    def locate(self, node: Node) -> tuple[str, str, Any]:
         """(path of the Cell, slot or attribute, primitive) of a node; the last two '' and None if not known."""
         path, name = _cell_path(node.scope), node.attribute(NAME)
         if (path, name) not in self.primitives:
             # An operator that the front end has replaced has lost its name: it is the Cell's only one of its type.
-            same = [key for key, found in self.primitives.items() if key[0] == path and found.name == node.operator]
+            same = [
+                key for key, candidate in self.primitives.items() if key[0] == path and candidate.name == node.operator
+            ]
             if len(same) != 1:
                 return self._in_network(path), "", None
             path, name = same[0]
@@ -73,7 +78,7 @@ def _cell_path(scope):
     return ".".join(part[0] for part in parts if not re.fullmatch(r"op\d+", part[1]))
 
 
-def parameter_plans(network, step, shapes):
+def parameter_plans(network: nn.Cell, step: nn.Cell, shapes: dict[str, Shape]) -> list[ParameterPlan]:
     """The ParameterPlan of each parameter, those of the user's network first; `shapes` are those on this rank."""
     weights = {param.name: param for param in network.get_parameters()}
     added = {param.name: param for param in step.get_parameters() if param.name not in weights}
@@ -96,7 +101,9 @@ def parameter_plans(network, step, shapes):
     return plans
 
 
-def operator_plans(early, final, runs, names):
+def operator_plans(
+    early: Iterable[Node], final: Iterable[Node], runs: dict[str, int], names: Names
+) -> list[OperatorPlan]:
     """The OperatorPlan of each forward operator that has a strategy.
 
     `early` are the nodes right after the parallel passes, `final` those that are left in the end.
@@ -113,18 +120,18 @@ def operator_plans(early, final, runs, names):
     return list(plans.values())
 
 
-def collective_plans(nodes, runs, names, rank):
+def collective_plans(nodes: Sequence[Node], runs: dict[str, int], names: Names, rank: int) -> list[CollectivePlan]:
     """The CollectivePlan of each node that communicates; `rank` is whose graph it is."""
     results = {(node.graph, node.number): node for node in nodes}
-    found = [node for node in nodes if node.operator in COLLECTIVES]
+    communicating = [node for node in nodes if node.operator in COLLECTIVES]
     forward = {}  # id of a node -> (cause, path of the Cell)
-    for node in found:
+    for node in communicating:
         if not node.attribute("forward_unique_id"):
             source = results.get((node.graph, next(iter(node.operands), None)))
             forward[id(node)] = _forward_cause(node, source, names)
-    numbered = {node.attribute("unique_id"): forward[id(node)] for node in found if id(node) in forward}
+    numbered = {node.attribute("unique_id"): forward[id(node)] for node in communicating if id(node) in forward}
     plans = []
-    for node in found:
+    for node in communicating:
         parameter = node.attribute("mirror_user_id")
         if id(node) in forward:
             phase, (cause, cell) = "forward", forward[id(node)]

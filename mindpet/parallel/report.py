@@ -5,6 +5,8 @@ import json
 import re
 from dataclasses import asdict, dataclass
 
+from mindpet.utils.hints import Shape, Strategy
+
 _LAYER = re.compile(r"\b(?<=\.)\d+(?=\.)|^\d+(?=\.)")  # the number of a layer in a path
 
 
@@ -13,25 +15,25 @@ class ParameterPlan:
     """A parameter on one rank.
 
     Attributes:
-        name (str): of the parameter.
-        role (str): 'trainable', 'frozen', or 'optimizer' for what training adds (moments, accumulated gradients).
-        dtype (str): its type.
-        shape (tuple): full shape.
-        slice (tuple): shape on this rank.
-        device_matrix (tuple): how the ranks are arranged; empty if the parameter has no layout, so is whole.
-        tensor_map (tuple): for each axis of the shape the axis of the device matrix that cuts it, counted from the
-            right, or -1.
-        optimizer_shards (int): into how many parts `enable_parallel_optimizer` cuts the slice further. 1: none.
-        bytes (int): on this rank.
+        name: of the parameter.
+        role: 'trainable', 'frozen', or 'optimizer' for what training adds (moments, accumulated gradients).
+        dtype: its type.
+        shape: full shape.
+        slice: shape on this rank.
+        device_matrix: how the ranks are arranged; empty if the parameter has no layout, so is whole.
+        tensor_map: for each axis of the shape the axis of the device matrix that cuts it, counted from the right
+            or -1.
+        optimizer_shards: into how many parts `enable_parallel_optimizer` cuts the slice further. 1: none.
+        bytes: on this rank.
     """
 
     name: str
     role: str
     dtype: str
-    shape: tuple
-    slice: tuple
-    device_matrix: tuple
-    tensor_map: tuple
+    shape: Shape
+    slice: Shape
+    device_matrix: tuple[int, ...]
+    tensor_map: tuple[int, ...]
     optimizer_shards: int
     bytes: int
 
@@ -41,18 +43,18 @@ class OperatorPlan:
     """A forward operator that has a strategy.
 
     Attributes:
-        cell (str): path of its Cell.
-        slot (str): the argument of this Cell's `shard()`, for other Cells the attribute; empty if it has no name.
-        operator (str): its type.
-        strategy (tuple): one tuple of ints for each input.
-        is_set (bool): whether `shard` set it; else MindSpore derived it.
-        count (int): how often it runs in a step; 0 if the compiler has found it needless.
+        cell: path of its Cell.
+        slot: the argument of this Cell's `shard()`, for other Cells the attribute; empty if it has no name.
+        operator: its type.
+        strategy: one tuple of ints for each input.
+        is_set: whether `shard` set it; else MindSpore derived it.
+        count: how often it runs in a step; 0 if the compiler has found it needless.
     """
 
     cell: str
     slot: str
     operator: str
-    strategy: tuple
+    strategy: Strategy
     is_set: bool
     count: int
 
@@ -62,34 +64,34 @@ class CollectivePlan:
     """A communication of this rank with others.
 
     Attributes:
-        kind (str): 'AllReduce', 'AllGather', 'ReduceScatter', ...
-        phase (str): 'forward' or 'backward'; what follows the gradients, as an optimizer's AllGather, is backward.
-        cause (str): what it is for.
-        cell (str): path of the Cell where it happens.
-        ranks (tuple): the group.
-        dtype (str): of what is communicated.
-        shape (tuple): of the larger of what goes in and what comes out.
-        bytes (int): of that tensor, once.
-        count (int): how often it runs in a step.
+        kind: 'AllReduce', 'AllGather', 'ReduceScatter', ...
+        phase: 'forward' or 'backward'; what follows the gradients, as an optimizer's AllGather, is backward.
+        cause: what it is for.
+        cell: path of the Cell where it happens.
+        ranks: the group.
+        dtype: of what is communicated.
+        shape: of the larger of what goes in and what comes out.
+        bytes: of that tensor, once.
+        count: how often it runs in a step.
     """
 
     kind: str
     phase: str
     cause: str
     cell: str
-    ranks: tuple
+    ranks: tuple[int, ...]
     dtype: str
-    shape: tuple
+    shape: Shape
     bytes: int
     count: int
 
     @property
-    def group_size(self):
+    def group_size(self) -> int:
         """Number of ranks in the group."""
         return len(self.ranks)
 
     @property
-    def bytes_per_step(self):
+    def bytes_per_step(self) -> int:
         """`bytes * count`."""
         return self.bytes * self.count
 
@@ -99,14 +101,14 @@ class Report:
     """The plan of one rank. `print(report)` shows it as tables.
 
     Attributes:
-        device_num (int): ranks.
-        rank (int): the rank that it was made for.
-        train (bool): a training step, or a forward pass.
-        mindspore (str): version.
-        target (str): 'GPU' (stub libraries) or 'Ascend'.
-        parameters (list of ParameterPlan): in the network's order, then the optimizer's.
-        operators (list of OperatorPlan): in the order of the graph.
-        collectives (list of CollectivePlan): in the order of the graph.
+        device_num: ranks.
+        rank: the rank that it was made for.
+        train: a training step, or a forward pass.
+        mindspore: version.
+        target: 'GPU' (stub libraries) or 'Ascend'.
+        parameters: in the network's order, then the optimizer's.
+        operators: in the order of the graph.
+        collectives: in the order of the graph.
     """
 
     device_num: int
@@ -114,35 +116,35 @@ class Report:
     train: bool
     mindspore: str
     target: str
-    parameters: list
-    operators: list
-    collectives: list
+    parameters: list[ParameterPlan]
+    operators: list[OperatorPlan]
+    collectives: list[CollectivePlan]
 
     @property
-    def weight_bytes(self):
+    def weight_bytes(self) -> int:
         """Bytes of all weights on this rank."""
         return sum(plan.bytes for plan in self.parameters if plan.role != "optimizer")
 
     @property
-    def gradient_bytes(self):
+    def gradient_bytes(self) -> int:
         """Bytes of the gradients on this rank, one for each trainable weight; 0 in a forward pass."""
         return sum(plan.bytes for plan in self.parameters if plan.role == "trainable") if self.train else 0
 
     @property
-    def optimizer_bytes(self):
+    def optimizer_bytes(self) -> int:
         """Bytes of the optimizer's state on this rank."""
         return sum(plan.bytes for plan in self.parameters if plan.role == "optimizer")
 
     @property
-    def communication_bytes(self):
+    def communication_bytes(self) -> int:
         """Bytes of all tensors that this rank communicates in a step."""
         return sum(plan.bytes_per_step for plan in self.collectives)
 
-    def parameter(self, name):
+    def parameter(self, name: str) -> ParameterPlan:
         """The plan of a parameter by its name; KeyError if there is none."""
         return {plan.name: plan for plan in self.parameters}[name]
 
-    def to_json(self):
+    def to_json(self) -> str:
         """The report as a JSON text, with the totals; a group of ranks at equal distances is 'start:stop:step'."""
         totals = {
             name: getattr(self, name)
@@ -154,7 +156,7 @@ class Report:
         return json.dumps({**content, "totals": totals}, indent=1)
 
     @classmethod
-    def from_json(cls, text):
+    def from_json(cls, text: str) -> "Report":
         """The report that `to_json` wrote."""
         content = json.loads(text)
         content.pop("totals")
@@ -169,7 +171,7 @@ class Report:
             content[name] = [kind(**{key: _tuples(value) for key, value in plan.items()}) for plan in content[name]]
         return cls(**content)
 
-    def __str__(self):
+    def __str__(self) -> str:
         """Tables. Rows that differ only in the number of a layer are one row, with `*` for the number."""
         step = "training step" if self.train else "forward pass"
         parts = [

@@ -81,7 +81,7 @@ DIGESTS = "digests.json"  # of all files of a stub folder
 CUDA_RT, CUDA_DRIVER = "libcudart.so.11.0", "libcuda.so.1"
 
 
-def stub_folder():
+def stub_folder() -> pathlib.Path:
     """The folder of the stub libraries for the installed MindSpore, built where it is missing or damaged (in a second).
 
     It lies in `$XDG_CACHE_HOME/mindpet`, by default `~/.cache/mindpet`.

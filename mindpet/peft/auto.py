@@ -1,24 +1,29 @@
 """A base and its adapter from the adapter's folder alone."""
 
+from typing import Any, Callable, Optional
+
+from mindspore import nn
+
 from mindpet.delta._config import PeftConfig, TaskType
 from mindpet.errors import ConfigError
 from mindpet.peft.model import PeftModel
+from mindpet.utils.hints import PathLike
 from mindpet.utils.quote import quote
 from mindpet.utils.validate import Checker
 
 _BASES = {}  # 'module.Class' -> class
 
 
-def register_base_model(cls):
+def register_base_model(cls: type) -> type:
     """Let the configurations of adapters name a class as that of their base; can be used as a decorator.
 
     A configuration is a file, which may come from anybody: nothing is imported that it names.
 
     Args:
-        cls (type): has a class method `from_pretrained`, from what `base_model_name_or_path` says to the network.
+        cls: has a class method `from_pretrained`, from what `base_model_name_or_path` says to the network.
 
     Returns:
-        type, `cls`.
+        `cls`.
 
     Raises:
         TypeError: `cls` is not such a class.
@@ -39,13 +44,13 @@ class AutoPeftModel:
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path,
-        adapter_name="default",
-        is_trainable=False,
-        config=None,
-        loader=None,
-        **keywords,
-    ):
+        pretrained_model_name_or_path: PathLike,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: Optional[PeftConfig] = None,
+        loader: Optional[Callable[[Optional[str]], nn.Cell]] = None,
+        **keywords: Any,
+    ) -> PeftModel:
         """A base with an adapter.
 
         The configuration says where the base's weights are, `base_model_name_or_path`, and `auto_mapping`, which class
@@ -53,16 +58,13 @@ class AutoPeftModel:
         It must be one that was registered, see `register_base_model`.
 
         Args:
-            pretrained_model_name_or_path (str): the adapter's folder.
-            adapter_name (str): Default: 'default'.
-            is_trainable (bool): whether the adapter trains. Default: False.
-            config (PeftConfig): takes the place of the one in the folder. Default: None.
-            loader (callable): from `base_model_name_or_path`, which may be None, to the base network. Default: None,
-                for the method `from_pretrained` of the registered class in `auto_mapping`.
+            pretrained_model_name_or_path: the adapter's folder.
+            adapter_name: Default: 'default'.
+            is_trainable: whether the adapter trains. Default: False.
+            config: takes the place of the one in the folder. Default: None.
+            loader: from `base_model_name_or_path`, which may be None, to the base network. Default: None, for the
+                method `from_pretrained` of the registered class in `auto_mapping`.
             keywords: of `PeftModel.from_pretrained`: `force`, `name_map` and others.
-
-        Returns:
-            PeftModel.
 
         Raises:
             FileNotFoundError: there is no such folder.

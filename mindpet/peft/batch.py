@@ -2,10 +2,12 @@
 
 import contextlib
 import re
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor, nn, ops
 
 from mindpet.delta._base import Delta
 from mindpet.errors import AdapterError, ConfigError
@@ -21,7 +23,7 @@ class MixedBatches:
     """Computes batches whose rows have different adapters, with one graph for all adapters that can be mixed.
 
     Args:
-        placement (Placement): has the adapters.
+        placement: has the adapters.
 
     Attributes:
         roots (dict): whether the network trains -> Cell around it, with graphs of its own.
@@ -30,11 +32,11 @@ class MixedBatches:
         patches (list): what is changed in the network for a batch.
     """
 
-    def __init__(self, placement):
+    def __init__(self, placement: Any):
         self.placement = placement
         self.clear()
 
-    def run(self, names, inputs, keywords):
+    def run(self, names: Sequence[str], inputs: tuple, keywords: dict[str, Any]) -> Any:
         """The network's output with adapter `names[i]` for row i of the batch; see `PeftModel.__call__`."""
         self._check(names, inputs, keywords)
         used = set(names) - {BASE}
@@ -58,7 +60,7 @@ class MixedBatches:
                 with one_error():
                     return root(*inputs, **keywords)
 
-    def clear(self):
+    def clear(self) -> None:
         """Forget the Cells."""
         self.roots, self.adapters, self.slots, self.patches = {}, {}, {}, []
 
@@ -86,7 +88,7 @@ class MixedBatches:
     def _prepare(self, used):
         """Have Cells for the adapters: for all that can be mixed, else for those that are used."""
         current = self.placement.adapters
-        is_current = all(current.get(name) is own for name, own in self.adapters.items())
+        is_current = all(current.get(name) is adapter for name, adapter in self.adapters.items())
         if self.adapters and is_current and used <= set(self.adapters):
             return
         try:
@@ -119,10 +121,10 @@ class MixedBatches:
         self.roots, self.adapters, self.slots = {}, adapters, slots
 
 
-class Root(ms.nn.Cell):
+class Root(nn.Cell):
     """A Cell around a network, with compiled graphs of its own."""
 
-    def __init__(self, network):
+    def __init__(self, network: nn.Cell):
         super().__init__(auto_prefix=False)
         self.network = network
         bind_construct(self, network)
@@ -145,7 +147,7 @@ class MixedDelta(Delta):
     """
 
     def setup(self, cell, deltas, rows, path):
-        self.deltas, self.rows = ms.nn.CellList(deltas, auto_prefix=False), rows
+        self.deltas, self.rows = nn.CellList(deltas, auto_prefix=False), rows
         self.before_activation = any(delta.before_activation for delta in deltas)
         self.changes_input = any(type(delta).before is not Delta.before for delta in deltas)
         self.batch_axis, self.path = self.kind.batch_axis, path
@@ -181,7 +183,7 @@ class MixedDelta(Delta):
 
 
 @contextlib.contextmanager
-def one_error():
+def one_error() -> Iterator[None]:
     """A context that turns an error of `select_rows` into an AdapterError, without the stacks of graph mode."""
     try:
         yield

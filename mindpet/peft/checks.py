@@ -1,6 +1,8 @@
 """Checks of what a PeftModel is given."""
 
 import re
+from collections.abc import Collection
+from typing import Any
 
 from mindspore import nn
 
@@ -10,7 +12,7 @@ from mindpet.peft.batch import BASE
 from mindpet.peft.placement import MARK
 
 
-def check_bare(network):
+def check_bare(network: Any) -> None:
     """Refuse a network that has adapters already."""
     if not isinstance(network, nn.Cell):
         raise TypeError(f"'network' must be a Cell, but got {network!r} ({type(network).__name__}).")
@@ -21,14 +23,14 @@ def check_bare(network):
         )
 
 
-def check_names(argument, value):
+def check_names(argument: str, value: Any) -> list[str]:
     """A list of names; one that is a str is not taken for a list of letters."""
     if not isinstance(value, (list, tuple, set)) or not all(isinstance(name, str) for name in value):
         raise TypeError(f"'{argument}' must be a list of str, but got {value!r} ({type(value).__name__}).")
     return list(value)
 
 
-def check_name(name, taken):
+def check_name(name: Any, taken: Collection[str]) -> None:
     """Refuse what cannot be an adapter's name: it becomes the name of a folder, beside files of 'default'."""
     if not isinstance(name, str):
         raise TypeError(f"'adapter_name' must be a str, but got {name!r} ({type(name).__name__}).")

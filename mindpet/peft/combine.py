@@ -2,7 +2,9 @@
 
 import math
 import numbers
+from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any, Optional, Union
 
 import numpy as np
 
@@ -10,21 +12,22 @@ from mindpet.delta.lora import SCALING, A, B, LoraConfig, starts_from_weight
 from mindpet.errors import AdapterError
 from mindpet.network.match import exact_targets, exactly
 from mindpet.peft.merge import in_float32
+from mindpet.utils.hints import Arrays
 from mindpet.utils.validate import Checker, is_int
 
 
 def combine(
-    adapters,
-    weights,
-    combination_type="svd",
-    svd_rank=None,
-    svd_clamp=None,
-    svd_full_matrices=True,
-    svd_driver=None,
-    density=None,
-    majority_sign_method="total",
-    seed=None,
-):
+    adapters: Sequence[Any],
+    weights: Sequence[float],
+    combination_type: str = "svd",
+    svd_rank: Optional[int] = None,
+    svd_clamp: Optional[float] = None,
+    svd_full_matrices: bool = True,
+    svd_driver: Optional[str] = None,
+    density: Optional[float] = None,
+    majority_sign_method: str = "total",
+    seed: Union[int, np.random.Generator, None] = None,
+) -> tuple[LoraConfig, Arrays]:
     """The configuration and the values of a sum of LoRA adapters with weights w, as Hugging Face PEFT computes it.
 
     Of the adapters that have a delta beside a layer, with scales s:
@@ -41,23 +44,22 @@ def combine(
     Source: TIES, Yadav et al. 2023, arXiv:2306.01708, section 3; DARE, Yu et al. 2023, arXiv:2311.03099, section 3.
 
     Args:
-        adapters (list): the adapters; each has `config`, `plan`, `slot` and `values`.
-        weights (list of float): one for each; a negative one subtracts.
-        combination_type (str): see above. Default: 'svd'.
-        svd_rank (int): rank of the result of the types with 'svd'. Default: None, for the largest of all adapters.
-        svd_clamp (float): quantile in (0, 1] of the elements of A and B, beyond which the types with 'svd' clamp them.
+        adapters (list of Adapter): each has `config`, `plan`, `slot` and `values`.
+        weights: one for each; a negative one subtracts.
+        combination_type: see above. Default: 'svd'.
+        svd_rank: rank of the result of the types with 'svd'. Default: None, for the largest of all adapters.
+        svd_clamp: quantile in (0, 1] of the elements of A and B, beyond which the types with 'svd' clamp them.
             Default: None.
-        svd_full_matrices (bool): kept for Hugging Face PEFT; of no effect on the result. Default: True.
-        svd_driver (str): kept for Hugging Face PEFT, a method of cuSOLVER; of no effect. Default: None.
-        density (float): share in (0, 1] of the elements that are kept; the types that drop elements need it, the others
-            ignore it. Default: None.
-        majority_sign_method (str): the sign of the majority is that of the sum of the elements, 'total', or of their
-            signs, 'frequency'. Default: 'total'.
-        seed (Union[int, numpy.random.Generator]): of the chance of 'dare'. Default: None, for NumPy's global state,
-            which `mindspore.set_seed` sets too.
+        svd_full_matrices: kept for Hugging Face PEFT; of no effect on the result. Default: True.
+        svd_driver: kept for Hugging Face PEFT, a method of cuSOLVER; of no effect. Default: None.
+        density: share in (0, 1] of the elements that are kept; the types that drop elements need it, the others ignore
+            it. Default: None.
+        majority_sign_method: the sign of the majority is that of the sum of the elements, 'total', or of their signs,
+            'frequency'. Default: 'total'.
+        seed: of the chance of 'dare'. Default: None, for NumPy's global state, which `mindspore.set_seed` sets too.
 
     Returns:
-        tuple of LoraConfig and dict of name -> numpy.ndarray.
+        The configuration, and the values by path.
 
     Raises:
         AdapterError: an adapter is not plain LoRA on linear layers and embeddings, holds NaN or infinite numbers, or
@@ -99,7 +101,7 @@ def combine(
         values[f"{path}.{A}"], values[f"{path}.{B}"] = np.ascontiguousarray(lora_a), np.ascontiguousarray(lora_b)
     ranks = {path: len(values[f"{path}.{A}"]) for path in layers}
     most = max(ranks.values())
-    others = {exactly(path): own for path, own in ranks.items() if own != most}
+    others = {exactly(path): rank for path, rank in ranks.items() if rank != most}
     config = LoraConfig(
         r=most,
         lora_alpha=most,

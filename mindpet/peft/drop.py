@@ -4,7 +4,7 @@ Source: Rücklé et al. 2021, "AdapterDrop: On the Efficiency of Adapters in Tra
 """
 
 import types
-from typing import Optional
+from typing import Any, Optional
 
 import mindspore as ms
 import numpy as np
@@ -17,20 +17,21 @@ from mindpet.graph.callback import TrainCallback
 from mindpet.network.match import layer_number, list_layers, listed
 from mindpet.network.values import assign, forget_graphs
 from mindpet.peft.checks import check_name
-from mindpet.peft.plan import plan_targets
+from mindpet.peft.model import PeftModel
+from mindpet.peft.plan import Plan, plan_targets
 from mindpet.peft.turns import alone
 from mindpet.utils.sharding import PARALLEL_MODES
 from mindpet.utils.validate import Checker, is_int
 
 
 @alone
-def drop_adapter_layers(model, number: int, adapter_name: str, source: Optional[str] = None):
+def drop_adapter_layers(model: PeftModel, number: int, adapter_name: str, source: Optional[str] = None) -> None:
     """Add an adapter that is another one without the deltas of the lowest layers; it does not train.
 
     What is left out is not computed, and is in no file. The other adapter, and which one is active, stay as they are.
 
     Args:
-        model (PeftModel): the network with adapters.
+        model: the network with adapters.
         number: how many layers lose their deltas: those whose number, the first one in their path or that after
             `layers_pattern`, is below it. What stands in no numbered layer keeps its delta.
         adapter_name: of the new adapter.
@@ -58,13 +59,13 @@ def drop_adapter_layers(model, number: int, adapter_name: str, source: Optional[
         model._placement.add(adapter_name, plan, False, _values(adapter, plan))
 
 
-def numbers_of(plan, number, owner):
+def numbers_of(plan: Plan, number: int, owner: str) -> dict[str, int]:
     """Path of a target -> number of its layer, of those that have one; of several places the highest.
 
     Args:
-        plan (Plan): of an adapter.
-        number (int): how many layers are to lose their deltas.
-        owner (str): for a message.
+        plan: of an adapter.
+        number: how many layers are to lose their deltas.
+        owner: for a message.
 
     Raises:
         AdapterError: a method has no targets, or there is no layer that loses a delta.
@@ -117,7 +118,7 @@ class AdapterDrop(TrainCallback):
                 step(x, labels)
 
     Args:
-        model (PeftModel): the network with adapters.
+        model: the network with adapters.
         most: the highest n. Default: None, for the highest number of a layer, which is never left out then.
         seed: of the chance. Default: None, for NumPy's global state, which `mindspore.set_seed` sets too.
 
@@ -130,7 +131,7 @@ class AdapterDrop(TrainCallback):
             layer, or on keys and values; the mode is semi-auto parallel.
     """
 
-    def __init__(self, model, most: Optional[int] = None, seed: Optional[int] = None):
+    def __init__(self, model: PeftModel, most: Optional[int] = None, seed: Optional[int] = None):
         super().__init__()
         check = Checker(type(self).__name__)
         if most is not None:
@@ -147,18 +148,18 @@ class AdapterDrop(TrainCallback):
         self._depth += 1  # `Model.fit` enters its callbacks for each evaluation, too
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: Any) -> None:
         self._depth -= 1
         if not self._depth:
             self._stop()
 
-    def on_train_step_begin(self, run_context):
+    def on_train_step_begin(self, run_context: Any) -> None:
         self.draw()
 
-    def on_train_step_end(self, run_context):
+    def on_train_step_end(self, run_context: Any) -> None:
         self.leave_out(0)
 
-    def draw(self):
+    def draw(self) -> int:
         """Choose n for the next step.
 
         Returns:
@@ -168,7 +169,7 @@ class AdapterDrop(TrainCallback):
         self.leave_out(int(self._rng.randint(0, self._highest + 1)))
         return self.number
 
-    def leave_out(self, number: int):
+    def leave_out(self, number: int) -> None:
         """Leave out the deltas of the lowest layers, as many as are given, until further notice.
 
         Raises:
@@ -201,7 +202,7 @@ class AdapterDrop(TrainCallback):
                 raise AdapterError(f"{owner}: {what}.")
             self._level = Parameter(Tensor(np.zeros(1, np.int32)), name="mindpet_dropped", requires_grad=False)
             for path, delta in deltas.items():
-                vars(delta).update(construct=types.MethodType(gated, delta), mindpet_dropped=self._level)
+                vars(delta).update(construct=types.MethodType(_construct_gated, delta), mindpet_dropped=self._level)
                 vars(delta)["mindpet_number"] = numbers[path]
                 self._gated.append(delta)
             forget_graphs()
@@ -220,7 +221,7 @@ def _can_gate(delta):
     return delta.construct is Delta.construct and delta.before is Delta.before
 
 
-def gated(self, x, out):
+def _construct_gated(self, x, out):
     """In place of `Delta.construct`: the output as it is where more layers are left out than the number of this one."""
     is_dropped = ops.reshape(self.mindpet_dropped > self.mindpet_number, (1,) * out.ndim)
     return ops.select(is_dropped, out, self.after(x, out))

@@ -2,46 +2,52 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Callable, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import numpy as np
-from mindspore import Parameter, Tensor
+from mindspore import Parameter, Tensor, nn
 from tqdm import tqdm
 
+from mindpet.delta._base import Delta
 from mindpet.errors import MergeError
-from mindpet.files.merge import describe
+from mindpet.files.merge import MergedLayer, describe
+from mindpet.network.kinds import LayerKind
 from mindpet.network.parameters import outer_prefix
-from mindpet.peft.plan import parameter_places
+from mindpet.peft.plan import Place, Target, parameter_places
 from mindpet.peft.probe import probe_merge
+from mindpet.utils.hints import Arrays
 
 
 class FoldedDelta(NamedTuple):
     """A delta that is folded into a layer.
 
     Attributes:
-        cls (type): the Delta.
-        arguments (dict): delta arguments.
-        values (dict): name -> numpy.ndarray, float32.
+        cls: the Delta.
+        arguments: delta arguments.
+        values: by name, float32.
     """
 
-    cls: type
-    arguments: dict
-    values: dict
+    cls: type[Delta]
+    arguments: dict[str, Any]
+    values: Arrays
 
 
-def in_float32(values):
+def in_float32(values: Arrays) -> Arrays:
     """Arrays by name as `Delta.fold` takes them; integers stay what they are."""
     return {name: value if value.dtype.kind in "iu" else value.astype(np.float32) for name, value in values.items()}
 
 
-def fold(weight, kind, deltas):
+def fold(
+    weight: np.ndarray, kind: LayerKind, deltas: Sequence[FoldedDelta]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A weight in its own type with deltas folded in, and the two float32 matrices before and after.
 
     Args:
-        weight (numpy.ndarray): as the layer stores it.
-        kind (LayerKind): of the layer.
-        deltas (list of FoldedDelta): what is folded in, one after the other.
+        weight: as the layer stores it.
+        kind: of the layer.
+        deltas: what is folded in, one after the other.
     """
     before = kind.to_matrix(weight.astype(np.float32))
     after = before
@@ -50,7 +56,7 @@ def fold(weight, kind, deltas):
     return kind.from_matrix(after, weight.shape).astype(weight.dtype), before, after
 
 
-def fold_bias(bias, deltas):
+def fold_bias(bias: np.ndarray, deltas: Sequence[FoldedDelta]) -> np.ndarray:
     """A bias in its own type with deltas folded in."""
     after = bias.astype(np.float32)
     for delta in deltas:
@@ -63,30 +69,29 @@ class Fold:
     """A Parameter that deltas are folded into.
 
     Attributes:
-        path (str): of the layer.
-        cell (Cell): the layer.
-        attribute (str): of the Parameter.
-        apply (callable): from its own value, a numpy.ndarray, and the list of the layer's deltas to the merged value.
-        value (numpy.ndarray): the merged value.
+        path: of the layer.
+        cell: the layer.
+        attribute: of the Parameter.
+        apply: from its own value and the layer's deltas to the merged value.
+        value: the merged value.
     """
 
     path: str
-    cell: object
+    cell: nn.Cell
     attribute: str
-    apply: Callable
+    apply: Callable[[np.ndarray, list[FoldedDelta]], np.ndarray]
     value: np.ndarray
 
 
-def merge_layers(targets, deltas, progressbar=False):
+def merge_layers(
+    targets: Sequence[Target], deltas: dict[str, list[FoldedDelta]], progressbar: bool = False
+) -> tuple[list[Fold], list[MergedLayer]]:
     """The merged weights and biases.
 
     Args:
-        targets (list of Target): the layers.
-        deltas (dict): path -> list of FoldedDelta.
-        progressbar (bool): whether to show progress. Default: False.
-
-    Returns:
-        tuple: list of Fold, and list of MergedLayer.
+        targets: the layers.
+        deltas: of each, by path.
+        progressbar: whether to show progress. Default: False.
 
     Raises:
         MergeError: a merged weight is not finite; a bias has no place; all of them are in the message.
@@ -119,43 +124,45 @@ def _merge_weight(weight, deltas, kind):
     return fold(weight, kind, deltas)[0]
 
 
-def shared_weights(network, owners):
+def shared_weights(network: nn.Cell, owners: dict[str, list[Place]]) -> dict[str, list[Place]]:
     """Parameters of which only some places are meant, say a head tied to an embedding.
 
     Args:
-        network (Cell): the network.
-        owners (dict): path -> list of (path of a Cell, Cell, attribute), the places that are meant.
+        network: where to look.
+        owners: the places that are meant, by path.
 
     Returns:
-        dict: path -> list of such tuples, the places that are not.
+        The places that are not, by path.
     """
-    everywhere = {(id(cell), key): found for found in parameter_places("", network).values() for _, cell, key in found}
+    everywhere = {
+        (id(cell), key): places for places in parameter_places("", network).values() for _, cell, key in places
+    }
     shared = {}
-    for path, own in owners.items():
-        meant = [(id(cell), key) for _, cell, key in own]
+    for path, places in owners.items():
+        meant = [(id(cell), key) for _, cell, key in places]
         others = [place for place in everywhere[meant[0]] if (id(place[1]), place[2]) not in meant]
         if others:
             shared[path] = others
     return shared
 
 
-def untie(network, owners):
+def untie(network: nn.Cell, owners: dict[str, list[Place]]) -> list[tuple[Parameter, Parameter]]:
     """Give the places that are meant a Parameter of their own, where others have the same one; see `shared_weights`.
 
     The Parameter stays where it has its name from; the other side gets a new one, named by its path.
 
     Returns:
-        list of tuple: the new Parameters, each with the one that it is a copy of.
+        The new Parameters, each with the one that it is a copy of.
     """
     outer, made = outer_prefix(network), []
-    for path, own in owners.items():
-        others = shared_weights(network, {path: own}).get(path)
+    for path, meant in owners.items():
+        others = shared_weights(network, {path: meant}).get(path)
         if not others:
             continue
-        _, cell, key = own[0]
+        _, cell, key = meant[0]
         param = cell._params[key]
-        is_namesake = any(f"{outer}{place}.{key}" == param.name for place, _, key in own)
-        places = others if is_namesake else own
+        is_namesake = any(f"{outer}{place}.{key}" == param.name for place, _, key in meant)
+        places = others if is_namesake else meant
         name = ".".join(filter(None, (outer.rstrip("."), places[0][0], places[0][2])))
         copy = Parameter(Tensor(param.asnumpy()), name=name, requires_grad=param.requires_grad)
         for _, cell, key in places:

@@ -1,6 +1,11 @@
 """Sums of the adapters of a PeftModel, and folding them into its network."""
 
 import warnings
+from collections.abc import Sequence
+from typing import Optional, Union
+
+import numpy as np
+from mindspore import nn
 
 from mindpet.errors import AdapterError, CheckpointError, MergeError
 from mindpet.files.passport import check_base
@@ -16,24 +21,24 @@ class MergesAdapters:
     @alone
     def add_weighted_adapter(
         self,
-        adapters,
-        weights,
-        adapter_name,
-        combination_type="svd",
-        svd_rank=None,
-        svd_clamp=None,
-        svd_full_matrices=True,
-        svd_driver=None,
-        density=None,
-        majority_sign_method="total",
-        seed=None,
-    ):
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: Optional[int] = None,
+        svd_clamp: Optional[float] = None,
+        svd_full_matrices: bool = True,
+        svd_driver: Optional[str] = None,
+        density: Optional[float] = None,
+        majority_sign_method: str = "total",
+        seed: Union[int, np.random.Generator, None] = None,
+    ) -> None:
         """Add a LoRA adapter that is a sum of others with weights; it does not train.
 
         Args:
-            adapters (list of str): names of LoRA adapters.
-            weights (list of float): one for each.
-            adapter_name (str): of the new adapter.
+            adapters: names of LoRA adapters.
+            weights: one for each.
+            adapter_name: of the new adapter.
             combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method, seed:
                 see `mindpet.peft.combine.combine`.
 
@@ -60,15 +65,15 @@ class MergesAdapters:
             self._placement.add(adapter_name, plan_targets(self.network, config), False, values)
 
     @alone
-    def merge_adapter(self, adapter_names=None, safe_merge=True):
+    def merge_adapter(self, adapter_names: Optional[Sequence[str]] = None, safe_merge: bool = True) -> None:
         """Fold adapters into the weights of the network; `unmerge_adapter` undoes it. `merge_report` has the errors.
 
         All is computed in float32, and checked for NaN and infinite numbers before the first weight is set. What the
         active adapter trains of the base goes on training meanwhile, if it is among those that are merged.
 
         Args:
-            adapter_names (list of str): Default: None, for the active one.
-            safe_merge (bool): kept for Hugging Face PEFT; every merge is checked. Default: True.
+            adapter_names: Default: None, for the active one.
+            safe_merge: kept for Hugging Face PEFT; every merge is checked. Default: True.
 
         Raises:
             AdapterError: an adapter is unknown or named twice, or one is merged already.
@@ -78,7 +83,7 @@ class MergesAdapters:
         self._merge(adapter_names)
 
     @alone
-    def unmerge_adapter(self):
+    def unmerge_adapter(self) -> None:
         """Undo `merge_adapter`: every weight has the bits that it had before.
 
         Raises:
@@ -89,18 +94,24 @@ class MergesAdapters:
         self._placement.unmerge()
 
     @alone
-    def merge_and_unload(self, progressbar=False, safe_merge=True, adapter_names=None, untie_weights=False):
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = True,
+        adapter_names: Optional[Sequence[str]] = None,
+        untie_weights: bool = False,
+    ) -> nn.Cell:
         """Fold adapters into the weights for good, and take everything else out.
 
         Args:
-            progressbar (bool): whether to show progress. Default: False.
-            safe_merge (bool): kept for Hugging Face PEFT; every merge is checked. Default: True.
-            adapter_names (list of str): Default: None, for those that are merged, or else the active one.
-            untie_weights (bool): whether a parameter that another Cell has too, say an embedding that is tied to the
-                head, is given to each; else that is an error. Default: False.
+            progressbar: whether to show progress. Default: False.
+            safe_merge: kept for Hugging Face PEFT; every merge is checked. Default: True.
+            adapter_names: Default: None, for those that are merged, or else the active one.
+            untie_weights: whether a parameter that another Cell has too, say an embedding that is tied to the head, is
+                given to each; else that is an error. Default: False.
 
         Returns:
-            Cell, the network, with base Cells only.
+            The network, with base Cells only.
 
         Raises:
             AdapterError, MergeError: as in `merge_adapter`.
@@ -119,7 +130,7 @@ class MergesAdapters:
         return self._close()
 
     @alone
-    def unload(self):
+    def unload(self) -> nn.Cell:
         """Take the adapters out; returns the network, bit for bit as it was before the first adapter came.
 
         Raises:

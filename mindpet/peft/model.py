@@ -3,9 +3,12 @@
 import contextlib
 import copy
 import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, Optional, Union
 
-from mindspore import nn
+from mindspore import Parameter, nn
 
+from mindpet.delta._config import PeftConfig
 from mindpet.errors import AdapterError
 from mindpet.files.names import NameMap
 from mindpet.network.values import know_graphs
@@ -36,14 +39,14 @@ class PeftModel(KnowsAdapters, MergesAdapters, SavesAdapters, nn.Cell):
     Several threads may call it at once; what changes what is computed is refused meanwhile, see docs/peft.md.
 
     Args:
-        model (Cell): the base network; it is changed.
-        peft_config (PeftConfig): of the first adapter. Default: None, for none yet.
-        adapter_name (str): of the first adapter. Default: 'default'.
-        autocast_adapter_dtype (bool): whether adapters are float32 where the layer is in half precision; else they have
-            the layer's type. Default: True.
-        name_map (NameMap): to the names of the PyTorch model, for files. Default: None, see `NameMap`.
-        batch_statistics (bool): whether BatchNorms normalise with their batch while training, as without adapters; then
-            their running statistics belong to the adapter, and are saved with it. Default: False.
+        model: the base network; it is changed.
+        peft_config: of the first adapter. Default: None, for none yet.
+        adapter_name: of the first adapter. Default: 'default'.
+        autocast_adapter_dtype: whether adapters are float32 where the layer is in half precision; else they have the
+            layer's type. Default: True.
+        name_map: to the names of the PyTorch model, for files. Default: None, see `NameMap`.
+        batch_statistics: whether BatchNorms normalise with their batch while training, as without adapters; then their
+            running statistics belong to the adapter, and are saved with it. Default: False.
 
     Raises:
         TypeError, NoMatchError, ConfigError: see `plan_targets`.
@@ -52,12 +55,12 @@ class PeftModel(KnowsAdapters, MergesAdapters, SavesAdapters, nn.Cell):
 
     def __init__(
         self,
-        model,
-        peft_config=None,
-        adapter_name="default",
-        autocast_adapter_dtype=True,
-        name_map=None,
-        batch_statistics=False,
+        model: nn.Cell,
+        peft_config: Optional[PeftConfig] = None,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        name_map: Optional[NameMap] = None,
+        batch_statistics: bool = False,
     ):
         check_bare(model)
         super().__init__(auto_prefix=False)
@@ -79,13 +82,13 @@ class PeftModel(KnowsAdapters, MergesAdapters, SavesAdapters, nn.Cell):
     def construct(self, *inputs, **keywords):
         return self.network(*inputs, **keywords)
 
-    def __call__(self, *inputs, adapter_names=None, **keywords):
+    def __call__(self, *inputs: Any, adapter_names: Optional[Sequence[str]] = None, **keywords: Any) -> Any:
         """The network's output.
 
         Args:
             inputs, keywords: of the network.
-            adapter_names (list of str): for each row of the batch the name of an adapter, or '__base__'. Default: None,
-                for the active adapter.
+            adapter_names: for each row of the batch the name of an adapter, or '__base__'. Default: None, for the
+                active adapter.
 
         Raises:
             AdapterError: a name is unknown; an adapter cannot share a batch; another thread changes what is computed.
@@ -116,12 +119,12 @@ class PeftModel(KnowsAdapters, MergesAdapters, SavesAdapters, nn.Cell):
             return getattr(network, name)
 
     @alone
-    def add_adapter(self, adapter_name, peft_config):
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig) -> None:
         """Add a fresh adapter; the active one stays active.
 
         Args:
-            adapter_name (str): its name.
-            peft_config (PeftConfig): its configuration; the method may be another.
+            adapter_name: its name.
+            peft_config: the method may be another.
 
         Raises:
             AdapterError: the name is taken or cannot be one; an adapter is merged.
@@ -136,13 +139,13 @@ class PeftModel(KnowsAdapters, MergesAdapters, SavesAdapters, nn.Cell):
             self._placement.add(adapter_name, plan, trainable, as_layer=not self.autocast_adapter_dtype)
 
     @alone
-    def set_adapter(self, adapter_name):
+    def set_adapter(self, adapter_name: Union[str, Sequence[str]]) -> None:
         """Make an adapter the active one; no other one is computed or trains.
 
         An optimizer belongs to the adapter that was active when it was made: make a new one, and a new training step.
 
         Args:
-            adapter_name (Union[str, list of str]): its name; a list has one name.
+            adapter_name: its name; a list has one name.
 
         Raises:
             AdapterError: there is no such adapter; one is merged, or the call is inside of `disable_adapter`; several
@@ -162,7 +165,7 @@ class PeftModel(KnowsAdapters, MergesAdapters, SavesAdapters, nn.Cell):
         self._turns.choose(adapter_name)
 
     @alone
-    def delete_adapter(self, adapter_name):
+    def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it is active, the first of the others takes its place.
 
         Raises:
@@ -180,7 +183,7 @@ class PeftModel(KnowsAdapters, MergesAdapters, SavesAdapters, nn.Cell):
         self._mixed.clear()
 
     @contextlib.contextmanager
-    def disable_adapter(self):
+    def disable_adapter(self) -> Iterator[None]:
         """A context in which the network computes as the base does. Where a delta can be the identity, nothing is
         compiled; a prefix is taken out, and its graphs are compiled anew.
 
@@ -196,14 +199,14 @@ class PeftModel(KnowsAdapters, MergesAdapters, SavesAdapters, nn.Cell):
                 yield
 
     @alone
-    def prepare_for_training(self, adapter_name=None):
+    def prepare_for_training(self, adapter_name: Optional[str] = None) -> list[Parameter]:
         """Make an adapter the active one and let it train, say one that was loaded with `is_trainable=False`.
 
         Args:
-            adapter_name (str): Default: None, for the active one.
+            adapter_name: Default: None, for the active one.
 
         Returns:
-            list of Parameter, what trains, for an optimizer.
+            What trains, for an optimizer.
 
         Raises:
             AdapterError: there is no such adapter, or it is merged.
@@ -229,37 +232,34 @@ class PeftModel(KnowsAdapters, MergesAdapters, SavesAdapters, nn.Cell):
 
 
 def get_peft_model(
-    model,
-    peft_config,
-    adapter_name="default",
-    mixed=False,
-    autocast_adapter_dtype=True,
-    name_map=None,
-    batch_statistics=False,
-):
+    model: nn.Cell,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    name_map: Optional[NameMap] = None,
+    batch_statistics: bool = False,
+) -> PeftModel:
     """A network with a fresh adapter.
 
     Args:
-        mixed (bool): kept for Hugging Face PEFT; every PeftModel takes adapters of several methods. Default: False.
+        mixed: kept for Hugging Face PEFT; every PeftModel takes adapters of several methods. Default: False.
         model, peft_config, adapter_name, autocast_adapter_dtype, name_map, batch_statistics: see `PeftModel`, with the
             errors.
-
-    Returns:
-        PeftModel.
     """
     return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype, name_map, batch_statistics)
 
 
-def inject_adapter_in_model(peft_config, model, adapter_name="default"):
+def inject_adapter_in_model(peft_config: PeftConfig, model: nn.Cell, adapter_name: str = "default") -> nn.Cell:
     """Put an adapter into a network for good, without a PeftModel around it; all else is frozen.
 
     Args:
-        peft_config (PeftConfig): the configuration.
-        model (Cell): the network; it is changed.
-        adapter_name (str): of no effect, as the network has one adapter. Default: 'default'.
+        peft_config: of the adapter.
+        model: is changed.
+        adapter_name: of no effect, as the network has one adapter. Default: 'default'.
 
     Returns:
-        Cell, `model`.
+        `model`.
 
     Raises:
         TypeError, NoMatchError, ConfigError, AdapterError: see `PeftModel`.

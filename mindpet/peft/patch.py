@@ -4,10 +4,13 @@ import ast
 import functools
 import inspect
 import types
+from typing import Any, Callable
 
-import mindspore as ms
+from mindspore import Parameter, nn
 
+from mindpet.delta._base import Delta
 from mindpet.layers.linear import from_rows, to_rows
+from mindpet.network.kinds import LayerKind
 from mindpet.network.parameters import TRAINED
 
 # How a parameter is passed on that is not passed by its place.
@@ -24,23 +27,23 @@ class AttributePatch:
     """Another value of an attribute: a prefix, the offset of positions, how a BatchNorm normalises.
 
     Args:
-        cell (Cell): the Cell.
-        name (str): the attribute; it may be one of the class.
+        cell: has the attribute.
+        name: the attribute; it may be one of the class.
         value (Union[Cell, int, bool]): its value.
     """
 
-    def __init__(self, cell, name, value):
+    def __init__(self, cell: nn.Cell, name: str, value: Any):
         self.cell, self.name, self.value = cell, name, value
 
-    def apply(self):
+    def apply(self) -> None:
         """Set the value, on the object, where it hides what the class has."""
         self.before = {self.name: vars(self.cell)[self.name]} if self.name in vars(self.cell) else {}
         vars(self.cell)[self.name] = self.value
-        if isinstance(self.value, ms.nn.Cell):
+        if isinstance(self.value, nn.Cell):
             self.cell._cells[self.name] = self.value
             self.value.set_train(self.cell.training)
 
-    def revert(self):
+    def revert(self) -> None:
         """Set the value that was there before."""
         del vars(self.cell)[self.name]
         self.cell._cells.pop(self.name, None)
@@ -54,41 +57,35 @@ class ParameterPatch:
     and in graph mode (MindSpore 2.7 to 2.10).
 
     Args:
-        cell (Cell): the Cell.
-        name (str): the attribute.
-        param (Parameter): takes the place.
+        cell: has the Parameter.
+        name: the attribute.
+        param: takes the place.
     """
 
-    def __init__(self, cell, name, param):
+    def __init__(self, cell: nn.Cell, name: str, param: Parameter):
         self.cell, self.name, self.param = cell, name, param
 
-    def apply(self):
+    def apply(self) -> None:
         """Hide the Cell's own Parameter."""
         self.cell._params[TRAINED + self.name] = self.param
         vars(self.cell)[self.name] = self.param
 
-    def revert(self):
+    def revert(self) -> None:
         """Let the Cell have its own Parameter again."""
         del self.cell._params[TRAINED + self.name]
         del vars(self.cell)[self.name]
 
 
 class ConstructPatch:
-    """Another `construct` of a layer, that calls the layer's own and a delta.
+    """Another `construct` of a layer, that calls the layer's own and a delta."""
 
-    Args:
-        cell (Cell): the layer.
-        kind (LayerKind): of the layer.
-        delta (Delta): for the layer.
-    """
-
-    def __init__(self, cell, kind, delta):
+    def __init__(self, cell: nn.Cell, kind: LayerKind, delta: Delta):
         self.cell, self.kind, self.delta = cell, kind, delta
         # Whether the layer's own activation is left to us.
         self.activates = delta.before_activation and bool(getattr(cell, "activation_flag", False))
         self.construct = construct_like(cell.construct, LAYER)
 
-    def apply(self):
+    def apply(self) -> None:
         """Patch the layer."""
         self.attributes = {
             "mindpet_base_construct": self.cell.construct,
@@ -102,7 +99,7 @@ class ConstructPatch:
         if self.activates:
             self.cell.activation_flag = False
 
-    def revert(self):
+    def revert(self) -> None:
         """Leave the layer as it was."""
         if self.activates:
             self.cell.activation_flag = True
@@ -125,25 +122,25 @@ def activated(self, out):
     return from_rows(self.activation(to_rows(out)), out) if self.mindpet_flattens else self.activation(out)
 
 
-def construct_like(method, body):
+def construct_like(method: Callable, body: str) -> Callable:
     """A `construct` with the parameters of another one.
 
     MindSpore (2.7 to 2.10) never frees a Cell whose `construct` has been compiled and takes `*args` or `**keywords`.
 
     Args:
-        method (callable): the other one, bound to its Cell.
-        body (str): what is returned, with `{first}` for the first argument, `{rest}` for `, ` and the further ones, if
-            there are any, and `{arguments}` for all of them.
+        method: the other one, bound to its Cell.
+        body: what is returned, with `{first}` for the first argument, `{rest}` for `, ` and the further ones, if there
+            are any, and `{arguments}` for all of them.
 
     Returns:
-        function, to be bound to a Cell. It has `*args` and `**keywords` where the other one has, or where a default
+        A function to be bound to a Cell. It has `*args` and `**keywords` where the other one has, or where a default
         cannot be written down.
     """
     given = list(inspect.signature(method).parameters.values())
     if not all(one.default is one.empty or _is_literal(one.default) for one in given):
         given = list(inspect.signature(lambda *inputs, **keywords: None).parameters.values())
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    signature = inspect.Signature([own, *(one.replace(annotation=one.empty) for one in given)])
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    signature = inspect.Signature([itself, *(one.replace(annotation=one.empty) for one in given)])
     passed = [PASSED.get(one.kind, "{0}").format(one.name) for one in given]
     first, rest = passed[0] if passed else "", passed[1:]
     if first.startswith("*"):  # the first of `*inputs`
@@ -152,7 +149,7 @@ def construct_like(method, body):
     return _compiled(str(signature), body.format(first=first, rest=rest, arguments=", ".join(passed)))
 
 
-def bind_construct(cell, network):
+def bind_construct(cell: nn.Cell, network: nn.Cell) -> None:
     """Have a Cell call its `network`, with the parameters that this one has."""
     construct = construct_like(network.construct, "self.network({arguments})")
     vars(cell)["construct"] = types.MethodType(construct, cell)
@@ -168,8 +165,8 @@ def _is_literal(value):
 @functools.cache
 def _compiled(signature, returned):
     source, line = f"def construct{signature}:\n    return {returned}\n", inspect.currentframe().f_lineno
-    exec(compile(source, __file__, "exec"), globals(), found := {})
-    construct = found["construct"]
+    exec(compile(source, __file__, "exec"), globals(), names := {})
+    construct = names["construct"]
     # Behind the end of this file, so that MindSpore parses `source`; in its messages it shows the line above.
     construct.__code__ = construct.__code__.replace(co_firstlineno=10**6)
     construct.source = (source.splitlines(keepends=True), line - 1)

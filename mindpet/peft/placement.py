@@ -13,15 +13,21 @@ What always holds between two calls:
 import contextlib
 import functools
 import weakref
+from collections.abc import Iterator, Sequence
+from typing import Optional
 
 import numpy as np
-from mindspore import Tensor
+from mindspore import Parameter, Tensor, nn
 
+from mindpet.delta._config import PeftConfig
 from mindpet.errors import AdapterError, ConfigError, MergeError
+from mindpet.files.merge import MergedLayer
 from mindpet.network.values import assign, digest, forget_graphs, is_watched, know_graphs, unwatch, value_of, watch
 from mindpet.peft.merge import FoldedDelta, in_float32, merge_layers, shared_weights, untie
+from mindpet.peft.plan import Plan
 from mindpet.peft.slot import AdapterSlot, renew_recompute
 from mindpet.peft.start import starts
+from mindpet.utils.hints import Arrays
 
 MARK = "mindpet_wrapped"  # attribute of a network that has adapters
 
@@ -30,19 +36,21 @@ class Adapter:
     """An adapter: what it is, where it goes, and its values.
 
     Args:
-        config (PeftConfig): its configuration; of a prefix from a file it tells of a projection that is not there.
-        plan (Plan): what of the network it concerns.
-        slot (AdapterSlot): the Cells of its deltas, perhaps shared with other adapters.
-        stored (dict): path -> numpy.ndarray, its values.
-        trainable (bool): whether it trains when it is active.
-        given (set): paths of the values that it was made with; the others are fresh.
+        config: its configuration; of a prefix from a file it tells of a projection that is not there.
+        plan: what of the network it concerns.
+        slot: the Cells of its deltas, perhaps shared with other adapters.
+        stored: its values by path.
+        trainable: whether it trains when it is active.
+        given: paths of the values that it was made with; the others are fresh.
 
     Attributes:
         strayed (bool): whether it was trained, and then other values of the base were loaded, so that what PiSSA or
             OLoRA started from cannot be computed from it any more.
     """
 
-    def __init__(self, config, plan, slot, stored, trainable, given):
+    def __init__(
+        self, config: PeftConfig, plan: Plan, slot: AdapterSlot, stored: Arrays, trainable: bool, given: set[str]
+    ):
         self.config, self.plan, self.slot = config, plan, slot
         self.stored, self.trainable, self.given = stored, trainable, given
         self.starts, self.strayed = starts(plan, slot), False
@@ -50,16 +58,16 @@ class Adapter:
         self.started = {path: digest(stored[path]) for start in self.starts for path in start.paths}
 
     @property
-    def values(self):
-        """path -> numpy.ndarray."""
+    def values(self) -> Arrays:
+        """All of its values by path."""
         return {path: self.value(path) for path in self.slot.params}
 
-    def value(self, path):
+    def value(self, path: str) -> np.ndarray:
         """One of its values."""
         is_held = self.slot.holder is self and path not in self.slot.hidden
         return value_of(self.slot.params[path]) if is_held else self.stored[path]
 
-    def write(self, values):
+    def write(self, values: Arrays) -> None:
         """Set some of its values, wherever they are."""
         for path, value in values.items():
             if self.slot.holder is self and path not in self.slot.hidden:
@@ -67,7 +75,7 @@ class Adapter:
             else:
                 self.stored[path] = value
 
-    def follow(self, base):
+    def follow(self, base: Parameter) -> None:
         """Take from a Parameter of the base, which has other values now, what was taken from it at the start.
 
         What has been trained since stays, and so does what came from a file.
@@ -90,9 +98,6 @@ class Adapter:
 class Placement:
     """The adapters of a network, and what of them is in it. `PeftModel` is the interface.
 
-    Args:
-        network (Cell): the network.
-
     Attributes:
         adapters (dict): name -> Adapter.
         active (str): name of the active adapter, or None.
@@ -102,7 +107,7 @@ class Placement:
         merged_names (list of str): of the adapters that are merged.
     """
 
-    def __init__(self, network):
+    def __init__(self, network: nn.Cell):
         self.network = network
         self.adapters, self.active, self.slot = {}, None, None
         self.disabled, self.merged, self.merged_names = False, None, []
@@ -122,7 +127,7 @@ class Placement:
         self._hook = self.network.register_load_state_dict_post_hook(self._follow_all)  # it calls no `set_data`
         vars(self.network)[MARK] = True
 
-    def watch(self):
+    def watch(self) -> None:
         """Be told when the base is loaded by `set_data`; the network keeps this alive, and MindSpore the Parameters."""
         for param, _ in self._base:
             watch(param, functools.partial(_call_if_alive, weakref.WeakMethod(self._follow), param))
@@ -141,7 +146,7 @@ class Placement:
             "count twice; it is neutral again. Load it before, or afterwards."
         )
 
-    def rebind(self):
+    def rebind(self) -> None:
         """Do with the network what was done with the one that this is a deep copy of; functions are not copied."""
         self.watch()
         for adapter in self.adapters.values():
@@ -153,7 +158,7 @@ class Placement:
         for param, _ in self._base:
             self._follow(param)
 
-    def close(self):
+    def close(self) -> None:
         """Take everything out of the network, and let train again what trained before."""
         self._put(None)
         for param, flag in self._base:
@@ -168,16 +173,24 @@ class Placement:
 
     # Adapters
 
-    def add(self, name, plan, trainable, values=None, as_layer=False, config=None):
+    def add(
+        self,
+        name: str,
+        plan: Plan,
+        trainable: bool,
+        values: Optional[Arrays] = None,
+        as_layer: bool = False,
+        config: Optional[PeftConfig] = None,
+    ) -> None:
         """Register an adapter, fresh or with values. The context `bare` is around the call.
 
         Args:
-            name (str): its name.
-            plan (Plan): what goes where.
-            trainable (bool): whether it can train.
-            values (dict): path -> numpy.ndarray. Default: None, for a fresh one.
-            as_layer (bool): whether parameters without a value have the type of their layer. Default: False.
-            config (PeftConfig): see `Adapter`. Default: None, for that of the plan.
+            name: its name.
+            plan: what goes where.
+            trainable: whether it can train.
+            values: by path. Default: None, for a fresh one.
+            as_layer: whether parameters without a value have the type of their layer. Default: False.
+            config: see `Adapter`. Default: None, for that of the plan.
         """
         values = values or {}
         slot = AdapterSlot(self.network, plan)
@@ -193,7 +206,7 @@ class Placement:
             self._open()
         self.adapters[name] = Adapter(config or plan.config, plan, slot, stored, trainable, set(values))
 
-    def activate(self, name):
+    def activate(self, name: str) -> None:
         """Have an adapter in the network, and no other."""
         adapter = self.adapters[name]
         others = adapter.slot.holder not in (None, adapter)
@@ -203,13 +216,13 @@ class Placement:
         self.active = name
         self.set_flags()
 
-    def write(self, adapter, values):
+    def write(self, adapter: Adapter, values: Arrays) -> None:
         """Give an adapter other values, from outside: they do not follow the base any more."""
         adapter.write({path: value.astype(adapter.stored[path].dtype) for path, value in values.items()})
         adapter.given |= set(values)
         adapter.started = {path: digest(adapter.value(path)) for path in adapter.started}
 
-    def make_trainable(self, adapter):
+    def make_trainable(self, adapter: Adapter) -> None:
         """Let an adapter train from now on, in a slot of its own."""
         if any(other.slot is adapter.slot for other in self.adapters.values() if other is not adapter):
             self._give_own_slot(adapter)
@@ -223,7 +236,7 @@ class Placement:
             adapter.slot = AdapterSlot(self.network, adapter.plan)
         adapter.slot.set_types(adapter.stored)
 
-    def set_flags(self):
+    def set_flags(self) -> None:
         """Let what trains in the active adapter have gradients, and nothing else of the adapters.
 
         It is called after each change of what is in the network, for Cells that recompute depend on both.
@@ -237,7 +250,7 @@ class Placement:
         renew_recompute(self.network)
 
     @contextlib.contextmanager
-    def bare(self):
+    def bare(self) -> Iterator[None]:
         """A context in which nothing of an adapter is in the network; it must not be called."""
         slot = self.slot
         if slot is not None:
@@ -249,7 +262,7 @@ class Placement:
                 slot.put()
 
     @contextlib.contextmanager
-    def disable(self):
+    def disable(self) -> Iterator[None]:
         """A context in which the network computes as the base does.
 
         Raises:
@@ -265,7 +278,7 @@ class Placement:
             self.disabled = False
             self.activate(self.active)
 
-    def base_value(self, param):
+    def base_value(self, param: Parameter) -> np.ndarray:
         """The base's own value of one of its Parameters."""
         return self.merged[id(param)][1] if self.merged and id(param) in self.merged else value_of(param)
 
@@ -320,26 +333,23 @@ class Placement:
             adapter.follow(param)
         if self.merged and id(param) in self.merged:
             _, _, one, merged = self.merged[id(param)]
-            own = value_of(param)
-            if digest(own) != merged:
-                self._set_merged(param, one, one.apply(own, self._deltas(self.merged_names, one.path)))
+            value = value_of(param)
+            if digest(value) != merged:
+                self._set_merged(param, one, one.apply(value, self._deltas(self.merged_names, one.path)))
         if self.slot is not None and self.slot.hidden:
             if any(start.base is param for start in self.adapters[self.active].starts):
                 self.slot.hide(copies=self.disabled)
 
     # Merging
 
-    def merge(self, names, progressbar, for_good, untie_weights):
+    def merge(self, names: Sequence[str], progressbar: bool, for_good: bool, untie_weights: bool) -> list[MergedLayer]:
         """Fold adapters into the weights of the network; all is computed and checked before anything is set.
 
         Args:
-            names (list of str): of the adapters.
-            progressbar (bool): whether to show progress.
-            for_good (bool): whether what the active adapter trains of the base is set, too.
-            untie_weights (bool): whether weights that other Cells have too are untied; else that is an error.
-
-        Returns:
-            list of MergedLayer.
+            names: of the adapters.
+            progressbar: whether to show progress.
+            for_good: whether what the active adapter trains of the base is set, too.
+            untie_weights: whether weights that other Cells have too are untied; else that is an error.
 
         Raises:
             MergeError: an adapter cannot be merged; nothing was changed.
@@ -387,15 +397,15 @@ class Placement:
         self.merged[id(param)] = [param, value_of(param), one, digest(value)]
         assign(param, Tensor(value))
 
-    def unmerge(self):
+    def unmerge(self) -> None:
         """Undo `merge`.
 
         Raises:
             AdapterError: at the end, if parameters of the merged delta were written to.
         """
         merged, self.merged, self.merged_names = self.merged, None, []
-        for param, own, _, _ in merged.values():
-            assign(param, Tensor(own))
+        for param, value, _, _ in merged.values():
+            assign(param, Tensor(value))
         if self.active is None:
             return
         try:
@@ -405,12 +415,12 @@ class Placement:
 
     def _deltas(self, names, path):
         """What is folded into the layer at a path, a list of FoldedDelta."""
-        found = []
+        deltas = []
         for adapter in (self.adapters[name] for name in names):
             for target in (target for target in adapter.plan.targets if target.path == path):
-                values = {name: adapter.value(own) for name, own in adapter.slot.names[path].items()}
-                found.append(FoldedDelta(target.delta, target.arguments, in_float32(values)))
-        return found
+                values = {name: adapter.value(key) for name, key in adapter.slot.names[path].items()}
+                deltas.append(FoldedDelta(target.delta, target.arguments, in_float32(values)))
+        return deltas
 
     def _check_mergeable(self, chosen, tied):
         problems = []

@@ -2,10 +2,13 @@
 
 import copy
 from dataclasses import dataclass, field, fields
+from typing import Any, Optional
 
-from mindspore import nn
+from mindspore import Parameter, nn
 
-from mindpet.delta.registry import METHODS, method_of
+from mindpet.delta._base import Delta
+from mindpet.delta._config import PeftConfig
+from mindpet.delta.registry import METHODS, Method, method_of
 from mindpet.errors import ConfigError, MindPetError, NoMatchError
 from mindpet.network.kinds import SLOTS, layer_kind, place_kind, slot_of
 from mindpet.network.match import (
@@ -22,41 +25,43 @@ from mindpet.network.parameters import STATISTICS, matches
 from mindpet.peft.strategies import find_cuts
 from mindpet.utils.validate import is_int
 
+Place = tuple[str, nn.Cell, str]  # of a Parameter: path of a Cell, the Cell, attribute
+
 
 @dataclass
 class Target:
     """A place of a network that gets a delta.
 
     Attributes:
-        cell (Cell): the layer, block, attention, ...
-        paths (list of str): dotted paths from the network; several if the Cell is shared.
-        kind (object): of the Cell, see `mindpet.network.kinds`.
-        delta (type): the Delta for it.
-        arguments (dict): delta arguments.
-        config (PeftConfig): of the method.
-        tied (list of Target): further layers with the same weight, see `Delta.tied_deltas`.
+        cell: the layer, block, attention, ...
+        paths: dotted paths from the network; several if the Cell is shared.
+        kind: of the Cell, see `mindpet.network.kinds`.
+        delta: the Delta for it.
+        arguments: delta arguments.
+        config: of the method.
+        tied: further layers with the same weight, see `Delta.tied_deltas`.
     """
 
     cell: nn.Cell
-    paths: list
-    kind: object
-    delta: type
-    arguments: dict
-    config: object
-    tied: list = field(default_factory=list)
+    paths: list[str]
+    kind: Any
+    delta: type[Delta]
+    arguments: dict[str, Any]
+    config: PeftConfig
+    tied: list["Target"] = field(default_factory=list)
 
     @property
-    def path(self):
+    def path(self) -> str:
         """The first path."""
         return self.paths[0]
 
     @property
-    def is_layer(self):
+    def is_layer(self) -> bool:
         """Whether it is a layer with a weight."""
         return hasattr(self.kind, "weight")
 
     @property
-    def is_slot(self):
+    def is_slot(self) -> bool:
         """Whether the Cell has an attribute for the delta."""
         return self.kind.name in SLOTS
 
@@ -66,41 +71,41 @@ class Plan:
     """What a configuration does to a network.
 
     Attributes:
-        config (PeftConfig): the configuration, completed by what was found in the network.
-        targets (list of Target): what gets a delta.
-        copied (list of Layer): Cells that `target_modules` means, of a method that trains copies of these.
-        modules_to_save (list of Layer): Cells that are trained and saved as they are.
-        trained (dict): path -> Parameter of the network that the adapter has a copy of, and trains.
-        places (dict): path -> list of (path of a Cell, Cell, attribute) where the copy takes its place.
-        buffers (set): paths in `trained` that are not trained, but move: running statistics of a BatchNorm.
-        still (list of Cell): BatchNorms whose running statistics stay.
+        config: completed by what was found in the network.
+        targets: what gets a delta.
+        copied: Cells that `target_modules` means, of a method that trains copies of these.
+        modules_to_save: Cells that are trained and saved as they are.
+        trained: by path the Parameters of the network that the adapter has a copy of, and trains.
+        places: path -> where the copy takes its place.
+        buffers: paths in `trained` that are not trained, but move: running statistics of a BatchNorm.
+        still: BatchNorms whose running statistics stay.
     """
 
-    config: object
-    targets: list = field(default_factory=list)
-    copied: list = field(default_factory=list)
-    modules_to_save: list = field(default_factory=list)
-    trained: dict = field(default_factory=dict)
-    places: dict = field(default_factory=dict)
-    buffers: set = field(default_factory=set)
-    still: list = field(default_factory=list)
+    config: PeftConfig
+    targets: list[Target] = field(default_factory=list)
+    copied: list[Layer] = field(default_factory=list)
+    modules_to_save: list[Layer] = field(default_factory=list)
+    trained: dict[str, Parameter] = field(default_factory=dict)
+    places: dict[str, list[Place]] = field(default_factory=dict)
+    buffers: set[str] = field(default_factory=set)
+    still: list[nn.Cell] = field(default_factory=list)
 
     @property
-    def methods(self):
+    def methods(self) -> list[Method]:
         """Of the registry, those of the configuration."""
         return [method_of(part) for part in self.config.parts]
 
     @property
-    def trainable(self):
+    def trainable(self) -> tuple[str, ...]:
         """Patterns of the parameters that train, of the deltas."""
         return tuple(pattern for method in self.methods for pattern in method.trainable)
 
     @property
-    def reached(self):
+    def reached(self) -> list[Target]:
         """The targets, and the further layers that are tied to them."""
         return [reached for target in self.targets for reached in (target, *target.tied)]
 
-    def __str__(self):
+    def __str__(self) -> str:
         rows = [(target.path, type(target.cell).__name__, target.config.peft_name) for target in self.reached]
         whole = [*self.copied, *self.modules_to_save]
         rows += [(layer.path, type(layer.cell).__name__, "trained as a whole") for layer in whole]
@@ -114,19 +119,18 @@ class Plan:
         return "\n".join(f"{path:<{widths[0]}}  {kind:<{widths[1]}}  {what}" for path, kind, what in rows)
 
 
-def plan_targets(network, config, batch_statistics=False, unmatched=None):
+def plan_targets(
+    network: nn.Cell, config: PeftConfig, batch_statistics: bool = False, unmatched: Optional[list[str]] = None
+) -> Plan:
     """What `get_peft_model` would do; the network is not changed. `print` the result to see it.
 
     Args:
-        network (Cell): the base network.
-        config (PeftConfig): the configuration.
-        batch_statistics (bool): whether the running statistics of BatchNorms move while training; then they belong to
-            the adapter. Default: False.
-        unmatched (list): where to note, for a file, entries of the configuration that match nothing. Default: None, to
-            refuse them.
-
-    Returns:
-        Plan.
+        network: the base network.
+        config: says what.
+        batch_statistics: whether the running statistics of BatchNorms move while training; then they belong to the
+            adapter. Default: False.
+        unmatched: where to note, for a file, entries of the configuration that match nothing. Default: None, to refuse
+            them.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -203,14 +207,14 @@ def _has_parameters(cell):
 def _find_tied(network, plan, unmatched):
     """The further layers that have the weight of a target, where the method reaches these, too."""
     targets = [target for target in plan.targets if target.delta.tied_deltas]
-    places = {id(_parameter(found)): found for found in parameter_places("", network).values()} if targets else {}
-    own, problems = {id(target.cell) for target in targets}, []
+    places = {id(_parameter(group)): group for group in parameter_places("", network).values()} if targets else {}
+    meant, problems = {id(target.cell) for target in targets}, []
     for target in targets:
         for path, cell, key in places[id(target.kind.weight_of(target.cell))]:
             if cell is target.cell:
                 continue
             kind = layer_kind(cell)
-            is_weight = kind is not None and kind.weight == key and id(cell) not in own
+            is_weight = kind is not None and kind.weight == key and id(cell) not in meant
             delta = target.delta.tied_deltas.get(kind.name) if is_weight else None
             if delta is None:
                 where = f"{path or 'the network'} ({type(cell).__name__})"
@@ -272,8 +276,8 @@ def _check_targets(network, plan, unmatched):
         except ConfigError as error:
             problems.append(f"{target.path or 'the network'}: {error}")
         else:
-            found = target.delta.problems(target.cell, target.kind, is_sharded, **target.arguments)
-            problems += [f"{target.path or 'the network'}: {problem}" for problem in found]
+            objections = target.delta.problems(target.cell, target.kind, is_sharded, **target.arguments)
+            problems += [f"{target.path or 'the network'}: {problem}" for problem in objections]
     if problems:
         raise ConfigError(f"{type(plan.config).__name__}: " + "; ".join(problems) + ".")
 
@@ -284,9 +288,9 @@ def _find_modules_to_save(network, plan, unmatched):
     layers = list_layers(network)
     problems, missing = [], False
     for entry in dict.fromkeys([*listed(config.modules_to_save), *heads]):
-        found = [layer for layer in layers if any(ends_with(path, entry) for path in layer.paths)]
-        plan.modules_to_save += [layer for layer in found if layer not in plan.modules_to_save]
-        if not found and entry not in heads:
+        matching = [layer for layer in layers if any(ends_with(path, entry) for path in layer.paths)]
+        plan.modules_to_save += [layer for layer in matching if layer not in plan.modules_to_save]
+        if not matching and entry not in heads:
             missing = unmatched is None
             (problems if missing else unmatched).append(no_match("modules_to_save", entry, layers))
     for index, layer in enumerate(plan.copied):
@@ -333,22 +337,22 @@ def _find_trained(network, plan, batch_statistics):
 
 def _take(plan, places):
     """Add places to those of a plan; one that a copy goes to already is left out."""
-    taken = {(id(cell), key) for found in plan.places.values() for _, cell, key in found}
-    for found in places.values():
-        free = [place for place in found if (id(place[1]), place[2]) not in taken]
+    taken = {(id(cell), key) for group in plan.places.values() for _, cell, key in group}
+    for group in places.values():
+        free = [place for place in group if (id(place[1]), place[2]) not in taken]
         if free:
             plan.places[".".join(filter(None, (free[0][0], free[0][2])))] = free
 
 
-def parameter_places(prefix, network):
-    """path -> list of (path of a Cell, Cell, attribute), of every Parameter in a network; several if it is shared."""
+def parameter_places(prefix: str, network: nn.Cell) -> dict[str, list[Place]]:
+    """The places of every Parameter in a network by the path of the first; several if it is shared."""
     places = {}
     for name, cell in network.cells_and_names():
-        own = ".".join(filter(None, (prefix, name)))
+        path = ".".join(filter(None, (prefix, name)))
         for key, param in cell._params.items():
             if param is not None:
-                places.setdefault(id(param), []).append((own, cell, key))
-    return {".".join(filter(None, (found[0][0], found[0][2]))): found for found in places.values()}
+                places.setdefault(id(param), []).append((path, cell, key))
+    return {".".join(filter(None, (group[0][0], group[0][2]))): group for group in places.values()}
 
 
 def _parameter(places):

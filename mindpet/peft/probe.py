@@ -1,12 +1,15 @@
 """Whether a layer with a merged weight computes what it computes with its deltas: tried on a small input."""
 
 import contextlib
-from typing import NamedTuple, Optional
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Optional
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor
+from mindspore import Parameter, Tensor, nn
 
+from mindpet.network.kinds import LayerKind
+from mindpet.utils.hints import Arrays
 from mindpet.utils.sharding import PARALLEL_MODES
 
 INPUTS = 4
@@ -21,15 +24,15 @@ class Probe(NamedTuple):
     """What a probe has found; both are None if the outputs are equal.
 
     Attributes:
-        problem (str): how the outputs differ, to go behind the layer's name, or None.
-        skipped (str): why no probe could be made, or None.
+        problem: how the outputs differ, to go behind the layer's name, or None.
+        skipped: why no probe could be made, or None.
     """
 
     problem: Optional[str] = None
     skipped: Optional[str] = None
 
 
-def probe_merge(cell, kind, deltas, merged):
+def probe_merge(cell: nn.Cell, kind: LayerKind, deltas: Sequence[Any], merged: Arrays) -> Probe:
     """Compare a layer with its deltas with the layer that has the merged weight, on a small input.
 
     That finds layers whose output is not linear in the weight, or whose weight is not what the kind says: the other way
@@ -38,13 +41,10 @@ def probe_merge(cell, kind, deltas, merged):
     the compiled graphs stay what they are. Deltas that the layer carries are passed over.
 
     Args:
-        cell (Cell): the layer.
-        kind (LayerKind): of the layer.
+        cell: the layer.
+        kind: of the layer.
         deltas (list of FoldedDelta): what is merged.
-        merged (dict): attribute -> numpy.ndarray that merging would set: the weight, and perhaps the bias.
-
-    Returns:
-        Probe.
+        merged: by attribute what merging would set: the weight, and perhaps the bias.
     """
     if ms.get_auto_parallel_context("parallel_mode") in PARALLEL_MODES:
         return Probe(skipped="a layer cannot be run by itself in this parallel mode")
@@ -158,15 +158,15 @@ def _attributes(cell, values):
 
     Python looks there before it asks `Cell.__getattr__` (MindSpore 2.7 to 2.10).
     """
-    own = vars(cell)
-    before = {name: own[name] for name in values if name in own}
-    own.update(values)
+    held = vars(cell)
+    before = {name: held[name] for name in values if name in held}
+    held.update(values)
     try:
         yield
     finally:
         for name in values:
-            del own[name]
-        own.update(before)
+            del held[name]
+        held.update(before)
 
 
 def _error(kind, dtype, merged):

@@ -3,37 +3,48 @@
 import copy
 import dataclasses
 import warnings
+from collections.abc import Sequence
+from typing import Optional
 
 import numpy as np
+from mindspore import nn
 
 import mindpet.files.adapter as adapter_files
 import mindpet.peft.state as state
 from mindpet.delta._config import PeftConfig
 from mindpet.errors import AdapterError
 from mindpet.files.keys import without_ties
+from mindpet.files.names import NameMap
 from mindpet.files.passport import check_base, check_files, make_passport
 from mindpet.network.parameters import model_parameters
 from mindpet.peft.checks import check_name, check_names
 from mindpet.peft.plan import plan_targets
 from mindpet.peft.slot import AdapterSlot
 from mindpet.peft.turns import alone
+from mindpet.utils.hints import Arrays, PathLike
 
 
 class SavesAdapters:
     """The part of PeftModel that has to do with files."""
 
     @alone
-    def save_pretrained(self, save_directory, safe_serialization=True, selected_adapters=None, step=None):
+    def save_pretrained(
+        self,
+        save_directory: PathLike,
+        safe_serialization: bool = True,
+        selected_adapters: Optional[Sequence[str]] = None,
+        step: Optional[int] = None,
+    ) -> None:
         """Save adapters as Hugging Face PEFT does: 'default' into the directory, others into folders of their names.
 
         Each has `adapter_model.safetensors`, in the parameters' types, `adapter_config.json`, and
         `mindpet_passport.json`, which tells the base from others.
 
         Args:
-            save_directory (str): the directory; it is made if it is missing.
-            safe_serialization (bool): kept for Hugging Face PEFT: files are safetensors. Default: True.
-            selected_adapters (list of str): Default: None, for all.
-            step (int): training step, for the passport. Default: None.
+            save_directory: the directory; it is made if it is missing.
+            safe_serialization: kept for Hugging Face PEFT: files are safetensors. Default: True.
+            selected_adapters: Default: None, for all.
+            step: training step, for the passport. Default: None.
 
         Raises:
             AdapterError: there is no such adapter; a parameter of the base is trainable, which would be lost; an
@@ -67,29 +78,29 @@ class SavesAdapters:
     @classmethod
     def from_pretrained(
         cls,
-        model,
-        model_id,
-        adapter_name="default",
-        is_trainable=False,
-        config=None,
-        autocast_adapter_dtype=True,
-        force=False,
-        name_map=None,
-        batch_statistics=False,
-    ):
+        model: nn.Cell,
+        model_id: PathLike,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: Optional[PeftConfig] = None,
+        autocast_adapter_dtype: bool = True,
+        force: bool = False,
+        name_map: Optional[NameMap] = None,
+        batch_statistics: bool = False,
+    ) -> nn.Cell:
         """A network with an adapter from a folder that mindpet or Hugging Face PEFT wrote. Types are kept.
 
         Args:
-            model (Cell): the base network, its weights in place; it is changed if all is well.
-            model_id (str): the folder.
-            adapter_name (str): Default: 'default'.
-            is_trainable (bool): whether the adapter trains. Default: False.
-            config (PeftConfig): takes the place of the one in the folder. Default: None.
-            autocast_adapter_dtype (bool): of the PeftModel, for adapters that are added; a file's types are kept.
+            model: the base network, its weights in place; it is changed if all is well.
+            model_id: the folder.
+            adapter_name: Default: 'default'.
+            is_trainable: whether the adapter trains. Default: False.
+            config: takes the place of the one in the folder. Default: None.
+            autocast_adapter_dtype: of the PeftModel, for adapters that are added; a file's types are kept.
                 Default: True.
-            force (bool): whether to load an adapter that was trained on another base. Default: False.
-            name_map (NameMap): to the names of the PyTorch model. Default: None, see `NameMap`.
-            batch_statistics (bool): see `PeftModel`; of an adapter whose file has running statistics it is True.
+            force: whether to load an adapter that was trained on another base. Default: False.
+            name_map: to the names of the PyTorch model. Default: None, see `NameMap`.
+            batch_statistics: see `PeftModel`; of an adapter whose file has running statistics it is True.
                 Default: False.
 
         Returns:
@@ -116,8 +127,14 @@ class SavesAdapters:
 
     @alone
     def load_adapter(
-        self, model_id, adapter_name, is_trainable=False, config=None, autocast_adapter_dtype=True, force=False
-    ):
+        self,
+        model_id: PathLike,
+        adapter_name: str,
+        is_trainable: bool = False,
+        config: Optional[PeftConfig] = None,
+        autocast_adapter_dtype: bool = True,
+        force: bool = False,
+    ) -> None:
         """Add an adapter from a folder; the active one stays active. See `from_pretrained`."""
         self._check_state("load_adapter")
         check_name(adapter_name, self.adapters)
@@ -146,13 +163,13 @@ class SavesAdapters:
             self._bases[adapter_name] = passport
 
     @alone
-    def adapter_tensors(self, adapter_name):
+    def adapter_tensors(self, adapter_name: str) -> Arrays:
         """The tensors of an adapter's file by their keys, a dict of numpy.ndarray; see `get_peft_model_state_dict`."""
         adapter = self._get(adapter_name)
         return self._tensors(adapter, adapter.config)[0]
 
     @alone
-    def set_adapter_tensors(self, adapter_name, tensors):
+    def set_adapter_tensors(self, adapter_name: str, tensors: Arrays) -> None:
         """Give an adapter the values of such a dict; see `set_peft_model_state_dict`."""
         self._check_state("set_adapter_tensors")
         adapter = self._get(adapter_name)
@@ -164,9 +181,9 @@ class SavesAdapters:
 
     def _refuse_lost(self):
         """Refuse to save while a parameter trains that would be in no file."""
-        own = self._adapter_ids()
+        of_adapters = self._adapter_ids()
         params = model_parameters(self.network)
-        lost = [path for path, param in params.items() if param.requires_grad and id(param) not in own]
+        lost = [path for path, param in params.items() if param.requires_grad and id(param) not in of_adapters]
         if lost:
             raise AdapterError(
                 f"save_pretrained: {lost} are trainable, but belong to no adapter, and would not be saved; name their "
@@ -176,8 +193,8 @@ class SavesAdapters:
     def _base_values(self, plan=None):
         """path -> Parameter, or the base's own value, of all but modules that a plan trains as a whole."""
         trained = plan.trained.items() if plan else ()
-        own = [param for path, param in trained if path in plan.buffers or _is_inside(path, plan)]
-        left_out = self._adapter_ids() | set(map(id, own))
+        copied = [param for path, param in trained if path in plan.buffers or _is_inside(path, plan)]
+        left_out = self._adapter_ids() | set(map(id, copied))
         return {
             path: self._placement.base_value(param) if self._placement.merged else param
             for path, param in self.network.parameters_and_names()
@@ -187,7 +204,7 @@ class SavesAdapters:
     def _tensors(self, adapter, config):
         """The tensors and the configuration of an adapter as they stand in its files."""
         keys = state.file_keys(adapter.slot, self.name_map)
-        tensors = {key: adapter.value(own).copy() for own, key in keys.items()}
+        tensors = {key: adapter.value(path).copy() for path, key in keys.items()}
         tensors.update(state.whole_tensors(adapter.slot, adapter.values))
         with self._placement.bare():
             tensors, config = self.name_map.split(tensors, config)

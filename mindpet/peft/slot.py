@@ -7,25 +7,28 @@ where it is, too: the adapter has a copy, which hides it from the layer's `const
 """
 
 import inspect
+from typing import Any
 
 import mindspore as ms
-from mindspore import Parameter, Tensor
+from mindspore import Parameter, Tensor, nn
 from mindspore.common._register_for_recompute import recompute_registry
 
 from mindpet.network.match import list_layers
 from mindpet.network.parameters import TRAINED, matches, outer_prefix
 from mindpet.network.values import assign, digest, value_of
 from mindpet.peft.patch import AttributePatch, ConstructPatch, ParameterPatch
+from mindpet.peft.plan import Plan
 from mindpet.peft.strategies import carry_strategy
+from mindpet.utils.hints import Arrays
 
 
 class AdapterSlot:
     """The deltas and trained base parameters of an adapter. Adapters of the same shapes may share a slot.
 
     Args:
-        network (Cell): the network; `put` changes it.
-        plan (Plan): what goes where.
-        suffix (str): of the names of the parameters. Default: ''.
+        network: the network; `put` changes it.
+        plan: what goes where.
+        suffix: of the names of the parameters. Default: ''.
 
     Attributes:
         plan (Plan): what it was made from.
@@ -37,7 +40,7 @@ class AdapterSlot:
         hidden (dict): path -> digest, of parameters that hold a neutral value instead of that of the holder.
     """
 
-    def __init__(self, network, plan, suffix=""):
+    def __init__(self, network: nn.Cell, plan: Plan, suffix: str = ""):
         self.outer = outer_prefix(network)
         self.network, self.plan, self.deltas, self.patches = network, plan, {}, []
         self.names, self.params, self.copies = {}, {}, {}
@@ -48,8 +51,8 @@ class AdapterSlot:
             delta = self._make(target, copies, shared[target.delta])
             self._add(target.path, delta, suffix)
             for tied in target.tied:
-                own = {"shared": dict(delta.parameters_and_names())}
-                self.deltas[tied.path] = self._make(tied, copies, own)
+                arguments = {"shared": dict(delta.parameters_and_names())}
+                self.deltas[tied.path] = self._make(tied, copies, arguments)
         positions = max((delta.positions for delta in self.deltas.values()), default=0)
         if positions:
             cells = [network, *(layer.cell for layer in list_layers(network))]
@@ -62,16 +65,16 @@ class AdapterSlot:
 
     def _copy_trained(self, suffix):
         """The copies of the base's parameters, by where they go."""
-        found = {}
+        copies = {}
         for path, places in self.plan.places.items():
-            own, _, attribute = places[0]
-            name = ".".join(filter(None, (own, TRAINED + attribute))) + suffix
+            parent, _, attribute = places[0]
+            name = ".".join(filter(None, (parent, TRAINED + attribute))) + suffix
             base = self.plan.trained[path]
             copy = Parameter(Tensor(value_of(base)), name=self.outer + name)
             self.params[name], self.copies[name] = copy, path
-            found.update({(id(cell), key): copy for _, cell, key in places})
+            copies.update({(id(cell), key): copy for _, cell, key in places})
             self.patches += [ParameterPatch(cell, key, copy) for _, cell, key in places]
-        return found
+        return copies
 
     def _make(self, target, copies, shared):
         """The Delta of a target, which is patched in when the slot is put."""
@@ -94,8 +97,8 @@ class AdapterSlot:
         for name, param in params.items():
             self.params[names[name]], param.name = param, self.outer + names[name]
 
-    def set_types(self, values, as_layer=False):
-        """Give the parameters the types of `values`, a dict by path; the others that of their layer if `as_layer`."""
+    def set_types(self, values: Arrays, as_layer: bool = False) -> None:
+        """Give the parameters the types of `values`, by path; the others that of their layer if `as_layer`."""
         targets = [target for target in self.plan.targets if as_layer and target.is_layer]
         types = {target.path: target.kind.weight_of(target.cell).dtype for target in targets}
         for path, names in self.names.items():
@@ -105,25 +108,25 @@ class AdapterSlot:
                 elif matches(name, self.plan.trainable):
                     self.params[name].set_dtype(types.get(path, ms.float32))
 
-    def values_of(self, path, values):
-        """The values of a target's Delta, name in it -> array, from those of the adapter, a dict by path."""
-        return {name: values[own] for name, own in self.names[path].items() if own in values}
+    def values_of(self, path: str, values: Arrays) -> Arrays:
+        """The values of a target's Delta, by name in it, from those of the adapter by path."""
+        return {name: values[key] for name, key in self.names[path].items() if key in values}
 
     @property
-    def signature(self):
+    def signature(self) -> tuple:
         """What must be equal for two adapters to share a slot."""
         kinds = tuple((path, delta.signature) for path, delta in self.deltas.items())
         shapes = tuple((name, param.shape, param.dtype) for name, param in self.params.items())
-        places = tuple((id(cell), key) for found in self.plan.places.values() for _, cell, key in found)
+        places = tuple((id(cell), key) for group in self.plan.places.values() for _, cell, key in group)
         return kinds, shapes, places, tuple(map(id, self.plan.still))
 
     @property
-    def trained(self):
+    def trained(self) -> list[str]:
         """Paths of the parameters that train."""
-        own = {path for path, base in self.copies.items() if base not in self.plan.buffers}
-        return [path for path in self.params if path in own or matches(path, self.plan.trainable)]
+        copied = {path for path, base in self.copies.items() if base not in self.plan.buffers}
+        return [path for path in self.params if path in copied or matches(path, self.plan.trainable)]
 
-    def put(self):
+    def put(self) -> None:
         """Put the deltas and copies into the network, in the mode, training or not, of their layers."""
         outer = outer_prefix(self.network)
         for name, param in self.params.items() if outer != self.outer else ():
@@ -133,19 +136,19 @@ class AdapterSlot:
             patch.apply()
         self.mark()
 
-    def remove(self):
+    def remove(self) -> None:
         """Take the deltas and copies out of the network."""
         for patch in self.patches:
             patch.revert()
         self.mark(remove=True)
 
-    def fill(self, holder, values, is_new=False):
+    def fill(self, holder: Any, values: Arrays, is_new: bool = False) -> None:
         """Set the parameters; where graphs are compiled anew in any case, no operator is needed for it.
 
         Args:
             holder (Adapter): whose values they are.
-            values (dict): path -> numpy.ndarray.
-            is_new (bool): whether graphs are compiled anew. Default: False.
+            values: by path.
+            is_new: whether graphs are compiled anew. Default: False.
         """
         self.holder, self.hidden = holder, {}
         for name, value in values.items():
@@ -155,12 +158,12 @@ class AdapterSlot:
                 assign(self.params[name], Tensor(value))
 
     @property
-    def can_reset(self):
+    def can_reset(self) -> bool:
         """Whether the deltas can be made the identity."""
         return all(delta.can_reset for delta in self.deltas.values())
 
-    def hide(self, copies):
-        """Make the deltas the identity, and with `copies` (bool) the copies what they are copies of."""
+    def hide(self, copies: bool) -> None:
+        """Make the deltas the identity, and with `copies` the copies what they are copies of."""
         for delta in self.deltas.values():
             delta.reset()
         for name, path in self.copies.items() if copies else ():
@@ -169,27 +172,27 @@ class AdapterSlot:
             name: digest(value_of(param)) for name, param in self.params.items() if copies or name not in self.copies
         }
 
-    def changed(self):
+    def changed(self) -> list[str]:
         """Paths of hidden parameters that somebody has written to."""
         return [name for name, before in self.hidden.items() if digest(value_of(self.params[name])) != before]
 
-    def mark(self, remove=False):
+    def mark(self, remove: bool = False) -> None:
         """Have Cells with `lazy_inline` compiled apart where their deltas differ.
 
         MindSpore compiles such Cells once for all that were made with the same arguments.
         """
         for cell, mark in self._marks:
-            own = cell._cell_init_args
-            cell._cell_init_args = own.replace(mark, "") if remove else own + mark
+            arguments = cell._cell_init_args
+            cell._cell_init_args = arguments.replace(mark, "") if remove else arguments + mark
 
     def _find_marks(self):
         """(Cell with `lazy_inline`, what tells apart what the slot puts into it)."""
-        found = []
+        marks = []
         for layer in (layer for layer in list_layers(self.network) if hasattr(layer.cell, "_cell_init_args")):
-            start, own = f"{layer.path}.", self.params.items()
-            inside = [f"{name[len(layer.path) :]} {param.shape}" for name, param in own if name.startswith(start)]
-            found += [(layer.cell, f"mindpet {inside}")] if inside else []
-        return found
+            start, params = f"{layer.path}.", self.params.items()
+            inside = [f"{name[len(layer.path) :]} {param.shape}" for name, param in params if name.startswith(start)]
+            marks += [(layer.cell, f"mindpet {inside}")] if inside else []
+        return marks
 
 
 def _shared(cls, plan):
@@ -198,7 +201,7 @@ def _shared(cls, plan):
     return {"shared": params} if params else {}
 
 
-def renew_recompute(network):
+def renew_recompute(network: nn.Cell) -> None:
     """Have Cells that recompute do so with the `construct` and the parameters that they have now.
 
     In PyNative mode `Cell.recompute()` keeps both as they are when it is called (MindSpore 2.7 to 2.10, attribute
@@ -206,7 +209,7 @@ def renew_recompute(network):
     """
     for _, cell in list(network.cells_and_names()):
         old = cell._recompute_cell
-        if isinstance(old, ms.nn.Cell):
+        if isinstance(old, nn.Cell):
             cell._recompute_cell = recompute_registry.get()(cell.construct)
         elif old is not None:  # use_reentrant=False, MindSpore 2.10: a function that has its options in its closure
             options = {**inspect.getclosurevars(old).nonlocals, "block": cell.construct, "use_reentrant": False}

@@ -4,9 +4,13 @@ from dataclasses import dataclass
 from typing import Callable
 
 import numpy as np
+from mindspore import Parameter
 
 from mindpet.errors import ConfigError
 from mindpet.network.values import value_of
+from mindpet.peft.plan import Plan
+from mindpet.peft.slot import AdapterSlot
+from mindpet.utils.hints import Arrays
 
 
 @dataclass(frozen=True)
@@ -14,29 +18,26 @@ class Start:
     """Values of an adapter that come from one Parameter of the base.
 
     Attributes:
-        base (Parameter): the Parameter.
-        paths (tuple): of the values.
-        inputs (tuple): paths of further values of the adapter that they are computed with.
-        compute (callable): from a dict by path with the values of `paths` and `inputs` to these, a dict by path.
-        is_lasting (bool): whether some are not in the adapter's file, and computed from the base again. Default: False.
+        base: the Parameter.
+        paths: of the values.
+        inputs: paths of further values of the adapter that they are computed with.
+        compute: from the values of `paths` and `inputs` to those of `paths`, by path.
+        is_lasting: whether some are not in the adapter's file, and computed from the base again. Default: False.
     """
 
-    base: object
-    paths: tuple
-    inputs: tuple
-    compute: Callable
+    base: Parameter
+    paths: tuple[str, ...]
+    inputs: tuple[str, ...]
+    compute: Callable[[Arrays], Arrays]
     is_lasting: bool = False
 
 
-def starts(plan, slot):
+def starts(plan: Plan, slot: AdapterSlot) -> list[Start]:
     """The Starts of an adapter.
 
     Args:
-        plan (Plan): of the adapter.
-        slot (AdapterSlot): of the adapter; it may have been made for another one.
-
-    Returns:
-        list of Start.
+        plan: of the adapter.
+        slot: of the adapter; it may have been made for another one.
     """
     copies = [_of_copy(path, plan.trained[base]) for path, base in slot.copies.items()]
     targets = [target for target in plan.targets if target.delta.start_names(**target.arguments)]
@@ -55,10 +56,10 @@ def _of_target(target, slot):
     def compute(values):
         matrix = target.kind.to_matrix(value_of(weight).astype(np.float32))
         try:
-            found = delta.start(matrix, slot.values_of(target.path, values), **target.arguments)
+            fresh = delta.start(matrix, slot.values_of(target.path, values), **target.arguments)
         except ConfigError as error:
             raise ConfigError(f"{target.path}: {error}") from error
-        return {names[name]: np.ascontiguousarray(value, np.float32) for name, value in found.items()}
+        return {names[name]: np.ascontiguousarray(value, np.float32) for name, value in fresh.items()}
 
     # Without names of its own all values of a delta are in the file, perhaps those of all places as one tensor.
     is_lasting = bool(delta.file_names) and any(name not in delta.file_names for name in started)

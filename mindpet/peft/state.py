@@ -3,11 +3,13 @@
 import copy
 import dataclasses
 import re
+from typing import Optional
 
 import mindspore as ms
 import numpy as np
+from mindspore import nn
 
-from mindpet.delta._config import TargetConfig
+from mindpet.delta._config import PeftConfig, TargetConfig
 from mindpet.delta.lora import APPROXIMATE_INITS
 from mindpet.errors import CheckpointError
 from mindpet.files.adapter import check_finite, check_tensors, take_base_layers
@@ -15,18 +17,21 @@ from mindpet.files.keys import copied_key, shared_key, target_paths
 from mindpet.files.names import PREFIX, NameMap
 from mindpet.network.match import ALL_LINEAR, ends_with, list_layers, listed
 from mindpet.network.values import value_of
+from mindpet.peft.plan import Plan
+from mindpet.peft.slot import AdapterSlot
+from mindpet.utils.hints import Arrays, PathLike
 
 
-def file_keys(slot, names):
+def file_keys(slot: AdapterSlot, names: NameMap) -> dict[str, str]:
     """Where an adapter's values stand in its file one by one, path of a Parameter -> key; see `whole_tensors`."""
     keys, plan = {}, slot.plan
     for target in plan.targets:
         cls, path = target.delta, names.to_torch(target.path)
-        for name, own in slot.names[target.path].items():
+        for name, param in slot.names[target.path].items():
             if name in cls.shared_names:
-                keys[own] = shared_key(cls.shared_names[name])
+                keys[param] = shared_key(cls.shared_names[name])
             elif cls.file_names is None or name in cls.file_names:
-                keys[own] = f"{target.config.key_start}{path}.{(cls.file_names or {}).get(name, name)}"
+                keys[param] = f"{target.config.key_start}{path}.{(cls.file_names or {}).get(name, name)}"
     targets = {target.path for target in plan.targets}
     copied = {layer.path for layer in plan.copied}
     for name, base in slot.copies.items():
@@ -41,49 +46,46 @@ def file_keys(slot, names):
     return keys
 
 
-def tied_keys(slot, names):
+def tied_keys(slot: AdapterSlot, names: NameMap) -> dict[str, str]:
     """Where a file has values a second time, for layers that are tied to a target: key -> key of the target."""
-    start, found = slot.plan.config.key_start, {}
+    start, ties = slot.plan.config.key_start, {}
     for target in slot.plan.targets:
         for tied in target.tied:
             for file in (target.delta.file_names or {}).values():
-                found[f"{start}{names.to_torch(tied.path)}.{file}"] = f"{start}{names.to_torch(target.path)}.{file}"
-    return found
+                ties[f"{start}{names.to_torch(tied.path)}.{file}"] = f"{start}{names.to_torch(target.path)}.{file}"
+    return ties
 
 
-def whole_tensors(slot, values):
-    """The tensors of a file that are of all layers together: key -> numpy.ndarray.
+def whole_tensors(slot: AdapterSlot, values: Arrays) -> Arrays:
+    """The tensors of a file that are of all layers together, by key.
 
     Args:
-        slot (AdapterSlot): of the adapter.
-        values (dict): path -> numpy.ndarray, of its parameters.
+        slot: of the adapter.
+        values: of its parameters, by path.
     """
-    found = {}
+    tensors = {}
     for cls, paths in _by_class(slot.plan).items():
-        found.update(cls.to_file({path: slot.values_of(path, values) for path in paths}))
-    return found
+        tensors.update(cls.to_file({path: slot.values_of(path, values) for path in paths}))
+    return tensors
 
 
 def _by_class(plan):
     """Delta class -> paths of the targets that have it."""
-    found = {}
+    paths = {}
     for target in plan.targets:
-        found.setdefault(target.delta, []).append(target.path)
-    return found
+        paths.setdefault(target.delta, []).append(target.path)
+    return paths
 
 
-def load(folder, found, slot, names, force=False):
-    """The values of an adapter's parameters from its file.
+def load(folder: PathLike, tensors: Arrays, slot: AdapterSlot, names: NameMap, force: bool = False) -> Arrays:
+    """The values of an adapter's parameters by path, from its file.
 
     Args:
-        folder (str): of the adapter, for the message.
-        found (dict): key -> numpy.ndarray, what is in its file.
-        slot (AdapterSlot): of the adapter.
-        names (NameMap): to the names in the file.
-        force (bool): whether NaN and infinite numbers are let through. Default: False.
-
-    Returns:
-        dict of name -> numpy.ndarray.
+        folder: of the adapter, for the message.
+        tensors: what is in its file, by key.
+        slot: of the adapter.
+        names: to the names in the file.
+        force: whether NaN and infinite numbers are let through. Default: False.
 
     Raises:
         CheckpointError: see `check_tensors`; a tensor has NaN or infinite numbers, or gets them in the type of the
@@ -97,12 +99,12 @@ def load(folder, found, slot, names, force=False):
     wanted.update({key: value.shape for key, value in whole.items()})
     layers = [target for target in plan.targets if target.is_layer]
     weights = {names.to_torch(target.path): target.kind.weight_of(target.cell) for target in layers}
-    take_base_layers(folder, found, weights)
-    check_tensors(folder, found, wanted)
-    values = {path: found[key] for path, key in keys.items()}
+    take_base_layers(folder, tensors, weights)
+    check_tensors(folder, tensors, wanted)
+    values = {path: tensors[key] for path, key in keys.items()}
     for cls, paths in _by_class(plan).items() if whole else ():
-        for path, own in cls.from_file(found, paths).items():
-            values.update({slot.names[path][name]: value for name, value in own.items()})
+        for path, parts in cls.from_file(tensors, paths).items():
+            values.update({slot.names[path][name]: value for name, value in parts.items()})
     if not set(slot.trained) <= set(values):
         raise CheckpointError(f"{folder}: holds what the adapter's projection computes, and not the projection.")
     if not force:
@@ -110,7 +112,7 @@ def load(folder, found, slot, names, force=False):
     return values
 
 
-def refuse_slices(network):
+def refuse_slices(network: nn.Cell) -> None:
     """Refuse to save parameters that are cut over ranks.
 
     Raises:
@@ -124,7 +126,7 @@ def refuse_slices(network):
         )
 
 
-def auto_mapping(network):
+def auto_mapping(network: nn.Cell) -> Optional[dict[str, str]]:
     """Where the network's class is found, if it has `from_pretrained`; see `AutoPeftModel`."""
     cls = type(network)
     if not hasattr(cls, "from_pretrained"):
@@ -132,17 +134,14 @@ def auto_mapping(network):
     return {"base_model_class": cls.__name__, "parent_library": cls.__module__}
 
 
-def to_network(config, tensors, network, names):
+def to_network(config: PeftConfig, tensors: Arrays, network: nn.Cell, names: NameMap) -> PeftConfig:
     """A configuration in a file with the names of the network.
 
     Args:
-        config (PeftConfig): names layers as the PyTorch model does.
-        tensors (dict): key -> numpy.ndarray, what is in its file: it tells the layers.
-        network (Cell): the network, without deltas.
-        names (NameMap): between the names.
-
-    Returns:
-        PeftConfig.
+        config: names layers as the PyTorch model does.
+        tensors: what is in its file, by key: it tells the layers.
+        network: the network, without deltas.
+        names: between the names.
     """
     layers, config = list_layers(network), copy.copy(config)
     theirs = {layer.path: names.to_torch(layer.path) for layer in layers}
@@ -150,31 +149,30 @@ def to_network(config, tensors, network, names):
     parts = []
     for part in config.parts:
         if isinstance(part, TargetConfig) and names != NameMap():
-            pairs = [(path, own) for path in target_paths(tensors, part) for own in paths.get(path, ())]
+            pairs = [(path, ours) for path in target_paths(tensors, part) for ours in paths.get(path, ())]
             part = part.with_targets(pairs, [path for layer in layers for path in layer.paths])
         parts.append(part)
-    config, found = config.with_parts(parts), []
+    config, modules = config.with_parts(parts), []
     for entry in listed(config.modules_to_save):
         # Hugging Face PEFT looks at the end of a name, also inside of a part of it.
-        own = [path for path, name in theirs.items() if name.endswith(entry) and _has_module(tensors, name)]
+        inside = [path for path, name in theirs.items() if name.endswith(entry) and _has_module(tensors, name)]
         usual = [layer.path for layer in layers if any(ends_with(path, entry) for path in layer.paths)]
-        found += [entry] if not own or own == usual else own
-    config.modules_to_save = found or None
+        modules += [entry] if not inside or inside == usual else inside
+    config.modules_to_save = modules or None
     return config
 
 
-def portable(tensors, config, plan, network, names):
+def portable(
+    tensors: Arrays, config: PeftConfig, plan: Plan, network: nn.Cell, names: NameMap
+) -> tuple[Arrays, PeftConfig]:
     """What is written to a file, so that Hugging Face PEFT finds the same layers and all of their tensors.
 
     Args:
-        tensors (dict): key -> numpy.ndarray, of the adapter.
-        config (PeftConfig): of the adapter, after `NameMap.split`.
-        plan (Plan): of the adapter.
-        network (Cell): the base network.
-        names (NameMap): to the names of the PyTorch model.
-
-    Returns:
-        tuple: dict of key -> numpy.ndarray, and PeftConfig.
+        tensors: of the adapter, by key.
+        config: of the adapter, after `NameMap.split`.
+        plan: of the adapter.
+        network: the base network.
+        names: to the names of the PyTorch model.
     """
     config, layers = copy.copy(config), list_layers(network)
     is_renamed = names != NameMap()

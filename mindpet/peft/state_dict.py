@@ -1,7 +1,8 @@
 """The values of an adapter as a dict, with the keys of its file."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Optional, Union
 
+import numpy as np
 from mindspore import Tensor
 
 from mindpet.peft.model import PeftModel
@@ -11,24 +12,23 @@ class LoadResult(NamedTuple):
     """What `set_peft_model_state_dict` returns for Hugging Face PEFT's sake: both are empty, else there is an error.
 
     Attributes:
-        missing_keys (list of str): keys that were not in the dict.
-        unexpected_keys (list of str): keys that have no place.
+        missing_keys: keys that were not in the dict.
+        unexpected_keys: keys that have no place.
     """
 
-    missing_keys: list
-    unexpected_keys: list
+    missing_keys: list[str]
+    unexpected_keys: list[str]
 
 
-def get_peft_model_state_dict(model, state_dict=None, adapter_name="default"):
+def get_peft_model_state_dict(
+    model: PeftModel, state_dict: Optional[dict[str, Tensor]] = None, adapter_name: str = "default"
+) -> dict[str, Tensor]:
     """What `save_pretrained` would write: tensors by the keys of `adapter_model.safetensors`.
 
     Args:
-        model (PeftModel): has the adapter.
-        state_dict (dict): key -> Tensor; those of the adapter are taken from it, and not from the model. Default: None.
-        adapter_name (str): Default: 'default'.
-
-    Returns:
-        dict of str -> Tensor.
+        model: has the adapter.
+        state_dict: by key; those of the adapter are taken from it, and not from the model. Default: None.
+        adapter_name: Default: 'default'.
 
     Raises:
         TypeError: `model` is not a PeftModel.
@@ -36,20 +36,19 @@ def get_peft_model_state_dict(model, state_dict=None, adapter_name="default"):
         KeyError: a key of the adapter is not in `state_dict`.
     """
     check_model(model)
-    found = {key: Tensor(value) for key, value in model.adapter_tensors(adapter_name).items()}
-    return found if state_dict is None else {key: state_dict[key] for key in found}
+    tensors = {key: Tensor(value) for key, value in model.adapter_tensors(adapter_name).items()}
+    return tensors if state_dict is None else {key: state_dict[key] for key in tensors}
 
 
-def set_peft_model_state_dict(model, peft_model_state_dict, adapter_name="default"):
+def set_peft_model_state_dict(
+    model: PeftModel, peft_model_state_dict: dict[str, Union[Tensor, np.ndarray]], adapter_name: str = "default"
+) -> LoadResult:
     """Give an adapter the values of a dict as `get_peft_model_state_dict` returns it.
 
     Args:
-        model (PeftModel): has the adapter.
-        peft_model_state_dict (dict): key -> Tensor, Parameter or numpy.ndarray.
-        adapter_name (str): Default: 'default'.
-
-    Returns:
-        LoadResult.
+        model: has the adapter.
+        peft_model_state_dict: by key.
+        adapter_name: Default: 'default'.
 
     Raises:
         TypeError: `model` is not a PeftModel.
@@ -64,7 +63,7 @@ def set_peft_model_state_dict(model, peft_model_state_dict, adapter_name="defaul
     return LoadResult([], [])
 
 
-def check_model(model):
+def check_model(model: Any) -> None:
     """Refuse what is not a PeftModel."""
     if not isinstance(model, PeftModel):
         raise TypeError(f"'model' must be a PeftModel, but got {model!r} ({type(model).__name__}).")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import mindspore as ms
 
+from mindpet.peft.model import PeftModel
 from mindpet.peft.state_dict import check_model
 
 
@@ -12,24 +13,24 @@ class TunerLayerStatus:
     """A layer that has the delta of an adapter, whether or not it is active.
 
     Attributes:
-        name (str): path of the layer.
-        module_type (str): class of the layer.
-        enabled (bool): whether deltas are computed: not within `disable_adapter`.
-        active_adapters (list of str): that is active and has a delta here.
-        merged_adapters (list of str): that are merged and have a delta here.
-        requires_grad (dict): name of an adapter -> whether its delta trains.
-        available_adapters (list of str): that have a delta here.
-        devices (dict): name of an adapter -> list of the targets that it is on.
+        name: path of the layer.
+        module_type: class of the layer.
+        enabled: whether deltas are computed: not within `disable_adapter`.
+        active_adapters: that is active and has a delta here.
+        merged_adapters: that are merged and have a delta here.
+        requires_grad: name of an adapter -> whether its delta trains.
+        available_adapters: that have a delta here.
+        devices: name of an adapter -> list of the targets that it is on.
     """
 
     name: str
     module_type: str
     enabled: bool
-    active_adapters: list
-    merged_adapters: list
-    requires_grad: dict
-    available_adapters: list
-    devices: dict
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -37,36 +38,30 @@ class TunerModelStatus:
     """A model with adapters.
 
     Attributes:
-        base_model_type (str): class of the network.
-        adapter_model_type (str): class of the model with adapters.
-        peft_types (dict): name of an adapter -> its method.
-        trainable_params, total_params (int): see `PeftModel.get_nb_trainable_parameters`.
-        num_adapter_layers (int): layers that have a delta.
+        base_model_type: class of the network.
+        adapter_model_type: class of the model with adapters.
+        peft_types: name of an adapter -> its method.
+        trainable_params, total_params: see `PeftModel.get_nb_trainable_parameters`.
+        num_adapter_layers: layers that have a delta.
         enabled, active_adapters, merged_adapters, requires_grad, available_adapters, devices: as in TunerLayerStatus.
     """
 
     base_model_type: str
     adapter_model_type: str
-    peft_types: dict
+    peft_types: dict[str, str]
     trainable_params: int
     total_params: int
     num_adapter_layers: int
     enabled: bool
-    active_adapters: list
-    merged_adapters: list
-    requires_grad: dict
-    available_adapters: list
-    devices: dict
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
 
 
-def get_layer_status(model):
-    """The layers of a model that have deltas.
-
-    Args:
-        model (PeftModel): the model.
-
-    Returns:
-        list of TunerLayerStatus, in the order of the network.
+def get_layer_status(model: PeftModel) -> list[TunerLayerStatus]:
+    """The layers of a model that have deltas, in the order of the network.
 
     Raises:
         TypeError: `model` is not a PeftModel.
@@ -94,14 +89,8 @@ def _layer_status(model, path, cell):
     )
 
 
-def get_model_status(model):
+def get_model_status(model: PeftModel) -> TunerModelStatus:
     """What the adapters of a model do.
-
-    Args:
-        model (PeftModel): the model.
-
-    Returns:
-        TunerModelStatus.
 
     Raises:
         TypeError: `model` is not a PeftModel.

@@ -4,6 +4,11 @@ A Cell of which no operator has a strategy is left to MindSpore, and its delta t
 delta cannot follow it is refused: it would be right, but gather what is cut.
 """
 
+from typing import Any
+
+from mindspore import nn
+
+from mindpet.delta._base import Delta
 from mindpet.errors import ConfigError
 from mindpet.network.kinds import SLOTS, linear_layers
 from mindpet.parallel.derive import shard_axes
@@ -18,13 +23,13 @@ DELTAS = (
 )  # how the names of Cells begin that are put into layers and attentions
 
 
-def carry_strategy(cell, kind, delta):
+def carry_strategy(cell: nn.Cell, kind: Any, delta: Delta) -> None:
     """Derive a delta's strategies from those of its place; do nothing if that has none.
 
     Args:
-        cell (Cell): the layer, block or attention.
-        kind (object): of the Cell, see `mindpet.network.kinds`.
-        delta (Delta): made for it.
+        cell: the layer, block or attention.
+        kind: of the Cell, see `mindpet.network.kinds`.
+        delta: made for it.
 
     Raises:
         ConfigError: there are strategies that the delta cannot follow.
@@ -38,7 +43,7 @@ def carry_strategy(cell, kind, delta):
         shard_axes(delta, cuts)
 
 
-def find_cuts(cell, kind):
+def find_cuts(cell: nn.Cell, kind: Any) -> Any:
     """How the operators of a place are cut, see the functions below; None if none has a strategy.
 
     Raises:
@@ -66,12 +71,12 @@ def _layer_cuts(kind, sharded):
     if kind.name not in OPERATORS:
         raise ConfigError(f"no delta beside a layer with strategies of the kind '{kind.name}'")
     name, axes = OPERATORS[kind.name]
-    found = [primitive for primitive in sharded if primitive.name == name]
-    if len(found) != 1:
-        raise ConfigError(f"a delta takes its strategies from one {name}, but {len(found)} have one in this layer")
-    strategy = _strategy(found[0])
+    matching = [primitive for primitive in sharded if primitive.name == name]
+    if len(matching) != 1:
+        raise ConfigError(f"a delta takes its strategies from one {name}, but {len(matching)} have one in this layer")
+    strategy = _strategy(matching[0])
     if name == "MatMul":
-        flipped = (found[0].transpose_a, not found[0].transpose_b)
+        flipped = (matching[0].transpose_a, not matching[0].transpose_b)
         axes = ",".join(part[::-1] if flip else part for part, flip in zip(axes.split(","), flipped))
     if name == "Gather":  # the delta takes the ids in one row
         if any(count > 1 for layout in strategy[1:] for count in layout[1:]):

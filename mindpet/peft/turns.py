@@ -4,8 +4,11 @@ import contextlib
 import functools
 import threading
 import weakref
+from collections.abc import Iterator
+from typing import Callable
 
 from mindpet.errors import AdapterError
+from mindpet.peft.placement import Placement
 
 
 class Turns:
@@ -24,7 +27,7 @@ class Turns:
         return type(self)()
 
     @contextlib.contextmanager
-    def call(self, placement):
+    def call(self, placement: Placement) -> Iterator[None]:
         """A context for a call of the network.
 
         Raises:
@@ -41,23 +44,20 @@ class Turns:
                 )
             yield
 
-    def change(self, owner):
-        """A context for a change.
-
-        Args:
-            owner (str): for the message.
+    def change(self, owner: str) -> contextlib.AbstractContextManager[None]:
+        """A context for a change; `owner` is for the message.
 
         Raises:
             AdapterError: another thread calls the network, or changes what it computes.
         """
         return self._take(self._changes, (self._calls, self._changes), owner)
 
-    def choose(self, name):
+    def choose(self, name: str) -> None:
         """Note that this thread made an adapter the active one."""
         self._chosen[threading.current_thread()] = name
 
     @contextlib.contextmanager
-    def _take(self, own, others, owner):
+    def _take(self, mine, others, owner):
         me = threading.current_thread()
         with self._lock:
             if any(thread is not me for kind in others for thread in kind):
@@ -65,15 +65,15 @@ class Turns:
                     f"{owner}: another thread is using the model. Calls may run at the same time, but not beside a "
                     "change of what is computed, an open disable_adapter() or a batch with 'adapter_names'."
                 )
-            own.append(me)
+            mine.append(me)
         try:
             yield
         finally:
             with self._lock:
-                own.remove(me)
+                mine.remove(me)
 
 
-def alone(method):
+def alone(method: Callable) -> Callable:
     """A method of a PeftModel that needs the network for itself."""
 
     @functools.wraps(method)

@@ -1,6 +1,7 @@
 """Prefixes that start as what the frozen network computes for real words."""
 
-from typing import Optional
+from collections.abc import Sequence
+from typing import Any, Optional, Union
 
 import mindspore as ms
 import numpy as np
@@ -8,14 +9,21 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from mindpet.delta._base import PROMPT
 from mindpet.errors import ConfigError
+from mindpet.network.kinds import AttentionKind
 from mindpet.network.values import forget_graphs, value_of
 from mindpet.peft.batch import Root
+from mindpet.peft.model import PeftModel
 from mindpet.peft.patch import AttributePatch
 from mindpet.peft.state_dict import check_model
 from mindpet.utils.sharding import PARALLEL_MODES
 
 
-def start_prefix(model, token_ids, *inputs, adapter_name: Optional[str] = None):
+def start_prefix(
+    model: PeftModel,
+    token_ids: Union[Sequence[int], np.ndarray, Tensor],
+    *inputs: Any,
+    adapter_name: Optional[str] = None,
+) -> None:
     """Have a prefix start as the keys and values of real words, Li and Liang 2021, arXiv:2101.00190, section 7.4.
 
     The network computes them for the words alone, without an adapter and as outside of training. In a network whose
@@ -23,8 +31,8 @@ def start_prefix(model, token_ids, *inputs, adapter_name: Optional[str] = None):
     network computes with the words in front of the input.
 
     Args:
-        model (PeftModel): has the adapter.
-        token_ids (Union[list, numpy.ndarray, Tensor]): ids of the words, `(tokens,)`, as many as the prefix has.
+        model: has the adapter.
+        token_ids: ids of the words, `(tokens,)`, as many as the prefix has.
         inputs: what the network gets behind its ids, say a mask of ones `(1, tokens)`.
         adapter_name: Default: None, for the active adapter.
 
@@ -66,8 +74,8 @@ def _keys_and_values(model, targets, tokens, inputs):
     with model._placement.bare():
         for index, patch in enumerate(patches):
             patch.apply()
-            for own, param in patch.value.parameters_and_names():
-                param.name = f"mindpet_kept_{own}_{index}"
+            for name, param in patch.value.parameters_and_names():
+                param.name = f"mindpet_kept_{name}_{index}"
         forget_graphs()
         try:
             network.set_train(False)
@@ -92,14 +100,14 @@ class Keeper(nn.Cell):
     """In the place of a prefix: it leaves keys and values as they are, and keeps them.
 
     Args:
-        kind (AttentionKind): of the attention.
+        kind: of the attention.
         tokens: of the input.
 
     Inputs, Outputs:
         key, value: `(1, kv_heads, tokens, head_dim)`.
     """
 
-    def __init__(self, kind, tokens: int):
+    def __init__(self, kind: AttentionKind, tokens: int):
         super().__init__(auto_prefix=False)
         shape = (1, kind.kv_heads, tokens, kind.head_dim)
         self.key, self.value = (Parameter(np.zeros(shape, np.float32), requires_grad=False) for _ in range(2))

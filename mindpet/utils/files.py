@@ -8,6 +8,9 @@ import pathlib
 import re
 import shutil
 import socket
+from collections.abc import Iterator, Sequence
+
+from mindpet.utils.hints import PathLike
 
 COUNTER = itertools.count()
 _in_use = set()  # names of this process's staging folders
@@ -15,13 +18,10 @@ STAGED = re.compile(r"\.(?P<name>.+)\.(?P<host>[^.]*)-(?P<process>\d+)-\d+\.inco
 
 
 @contextlib.contextmanager
-def atomic(path):
+def atomic(path: PathLike) -> Iterator[str]:
     """A path to write to, with the name of `path`; its file becomes `path` when the block ends without an error.
 
     The file has the mode that the umask gives.
-
-    Args:
-        path (str): the file.
     """
     path = pathlib.Path(path)
     with staging(path) as folder:
@@ -30,13 +30,10 @@ def atomic(path):
 
 
 @contextlib.contextmanager
-def staging(path):
+def staging(path: PathLike) -> Iterator[pathlib.Path]:
     """A new folder beside `path`, for what is to become `path`; what is still in it when the block ends is removed.
 
     So is what has been left for the same path, see `remove_left`.
-
-    Args:
-        path (str): a file or a folder.
     """
     folder = open_staging(path)
     try:
@@ -45,7 +42,7 @@ def staging(path):
         close_staging(folder)
 
 
-def open_staging(path):
+def open_staging(path: PathLike) -> pathlib.Path:
     """Make the folder of `staging`, whose names no other process has, of this machine or another."""
     path = pathlib.Path(path)
     remove_left(path)
@@ -55,19 +52,19 @@ def open_staging(path):
     return folder
 
 
-def close_staging(folder):
+def close_staging(folder: PathLike) -> None:
     """Remove it; if that fails, the next one for the same path does it."""
     shutil.rmtree(folder, ignore_errors=True)
     _in_use.discard(folder.name)
 
 
-def publish(staged, path, replace=True):
+def publish(staged: PathLike, path: PathLike, replace: bool = True) -> None:
     """Have a whole file in a staging folder on the disk, and give it its name and the mode that the umask gives.
 
     Args:
-        staged (str): the file.
-        path (str): its name from now on.
-        replace (bool): whether that may be another's name. Default: True.
+        staged: the file.
+        path: its name from now on.
+        replace: whether that may be another's name. Default: True.
 
     Raises:
         FileExistsError: it is, and may not be.
@@ -91,7 +88,7 @@ def _is_linked(staged, path):
     return True
 
 
-def remove_left(path):
+def remove_left(path: PathLike) -> None:
     """Remove what was to become `path`, and whose process is gone or has given it up.
 
     What other machines have left stays, for nobody here knows their processes. What cannot be removed stays, too: it is
@@ -101,9 +98,9 @@ def remove_left(path):
     with contextlib.suppress(OSError):
         entries = list(path.parent.iterdir())
     for entry in entries:
-        found = STAGED.fullmatch(entry.name)
-        is_mine = found and found["name"] == path.name and found["host"] == _host()
-        if is_mine and not _is_writing(int(found["process"]), entry.name):
+        match = STAGED.fullmatch(entry.name)
+        is_mine = match and match["name"] == path.name and match["host"] == _host()
+        if is_mine and not _is_writing(int(match["process"]), entry.name):
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry, ignore_errors=True)
             else:
@@ -112,7 +109,7 @@ def remove_left(path):
 
 
 @contextlib.contextmanager
-def together(folder, names):
+def together(folder: PathLike, names: Sequence[str]) -> Iterator[pathlib.Path]:
     """A new folder to write files to, that come into `folder` together when the block ends without an error.
 
     Where the folder is missing or empty, it appears with all of them. Else the files take their names in the order of
@@ -121,8 +118,8 @@ def together(folder, names):
     beside others of another save than its own, but for the first one, which must tell of both.
 
     Args:
-        folder (str): the folder; it is made if it is missing.
-        names (tuple of str): the files that are written.
+        folder: made if it is missing.
+        names: of the files that are written.
     """
     folder = pathlib.Path(os.path.realpath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -191,7 +188,7 @@ def _is_inside(folder):
     return folder in (pathlib.Path.cwd(), *pathlib.Path.cwd().parents)
 
 
-def exchange(one, other):
+def exchange(one: PathLike, other: PathLike) -> bool:
     """Give two folders each other's name in one operation; returns whether that could be done."""
     here, flag = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     with contextlib.suppress(AttributeError, OSError):
@@ -203,7 +200,7 @@ def _differ(one, other):
     return not other.is_file() or one.read_bytes() != other.read_bytes()
 
 
-def sync(path):
+def sync(path: PathLike) -> None:
     """Have a file, or the names in a folder, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

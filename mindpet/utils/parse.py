@@ -3,9 +3,11 @@
 import json
 import math
 import os
+from typing import Any
 
 import yaml
 
+from mindpet.utils.hints import PathLike
 from mindpet.utils.quote import quote
 
 LARGEST_JSON = 100_000_000  # bytes: room for an index of a million tensors
@@ -14,12 +16,8 @@ DEEPEST = 32
 LONGEST_WORD = 1_000
 
 
-def read_json(path, error):
+def read_json(path: PathLike, error: type[Exception]) -> Any:
     """The value in a JSON file; see `parse_json`.
-
-    Args:
-        path (str): the file.
-        error (type): of the exception.
 
     Raises:
         FileNotFoundError: there is no such file, or it is none to read from, such as a folder or a pipe.
@@ -35,11 +33,8 @@ def read_json(path, error):
         raise error(f"{path}: not JSON: {problem}") from problem
 
 
-def parse_json(data):
+def parse_json(data: bytes) -> Any:
     """The value of JSON as its standard has it, with numbers that 64 bits hold.
-
-    Args:
-        data (bytes): the text.
 
     Raises:
         ValueError: it is something else: NaN, a key twice in an object, more than 32 levels and the like.
@@ -95,11 +90,8 @@ def _int64(text):
     return int(text)
 
 
-def parse_yaml(data):
+def parse_yaml(data: bytes) -> Any:
     """The value of a YAML document that says what it means: no aliases, no key twice in a mapping, no long words.
-
-    Args:
-        data (bytes): the text.
 
     Raises:
         ValueError: it is something else.

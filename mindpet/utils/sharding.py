@@ -8,11 +8,13 @@ tables, kernels and the factors of a matrix. A matmul of `(n, i)` with `(r, i)` 
 """
 
 import warnings
+from typing import Any
 
 import mindspore as ms
 from mindspore import nn, ops
 
 from mindpet.layers.activation import activation_operators
+from mindpet.utils.hints import Operators, Strategy
 from mindpet.utils.validate import Checker, is_int
 
 PARALLEL_MODES = (ms.ParallelMode.SEMI_AUTO_PARALLEL, ms.ParallelMode.AUTO_PARALLEL)
@@ -27,19 +29,19 @@ WHOLE = {
 }
 
 
-def apply_strategies(cell, strategies):
+def apply_strategies(cell: nn.Cell, strategies: dict[str, Any]) -> nn.Cell:
     """Set the strategies of the operators of `cell`; every strategy is checked before the first is set.
 
     A strategy of None leaves its operator alone. One for an operator that the Cell does not have (no bias, no
     activation) is a warning. Setting a strategy changes nothing outside of a parallel mode.
 
     Args:
-        cell (Cell): has the table `operators`.
-        strategies (dict): slot -> strategy: what `locals()` is in a `shard()`; `self` is passed over. A slot that is
-            missing is None.
+        cell: has the table `operators`.
+        strategies: slot -> strategy: what `locals()` is in a `shard()`; `self` is passed over. A slot that is missing
+            is None.
 
     Returns:
-        Cell, `cell`.
+        `cell`.
 
     Raises:
         TypeError: a strategy is not a tuple of tuples of ints; there is no such slot.
@@ -65,12 +67,12 @@ def apply_strategies(cell, strategies):
     return cell
 
 
-def cut_axes(cell, counts):
+def cut_axes(cell: nn.Cell, counts: dict[str, int]) -> dict[str, Strategy]:
     """The strategies of a Cell, slot -> strategy, from how often each axis is cut.
 
     Args:
-        cell (Cell): has the table `operators`.
-        counts (dict): letter of an axis -> count; what is missing is not cut.
+        cell: has the table `operators`.
+        counts: letter of an axis -> count; what is missing is not cut.
     """
     return {
         slot: tuple(tuple(counts.get(axis, 1) for axis in names) for names in axes.split(","))
@@ -79,12 +81,12 @@ def cut_axes(cell, counts):
     }
 
 
-def slot_table(cell):
+def slot_table(cell: Any) -> Operators:
     """The table `operators` of a Cell of this package; empty for any other object."""
     return cell.operators if isinstance(getattr(type(cell), "operators", None), property) else {}
 
 
-def check_strategy(check, slot, strategy, axes):
+def check_strategy(check: Checker, slot: str, strategy: Any, axes: str) -> bool:
     """Whether a strategy is a tuple of tuples of positive ints that fits the axes.
 
     For an operator of one input several equal tuples are allowed; they mean that layout.
@@ -101,7 +103,7 @@ def check_strategy(check, slot, strategy, axes):
     return fits and check.require(positive, ValueError, slot, strategy, "of counts of at least 1")
 
 
-def shard_whole(*cells):
+def shard_whole(*cells: nn.Cell) -> None:
     """Have every rank compute Cells on matrices as a whole: Embedding, Dense, Tanh, Dropout."""
     for cell in cells:
         for name, strategy in WHOLE.items():

@@ -10,13 +10,6 @@ from mindpet.layers.activation import get_activation
 __all__ = ["get_activation", "get_dropout"]
 
 
-def get_dropout(dropout_prob):
-    """A Dropout that zeroes an element with probability `dropout_prob` while training.
-
-    Args:
-        dropout_prob (float): probability in [0, 1).
-
-    Returns:
-        nn.Dropout, whose primitive is its attribute `dropout`.
-    """
+def get_dropout(dropout_prob: float) -> nn.Dropout:
+    """A Dropout that zeroes an element with probability `dropout_prob`, in [0, 1), while training."""
     return nn.Dropout(p=dropout_prob)
