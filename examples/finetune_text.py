@@ -286,7 +286,8 @@ def run(method, arguments, folder, weights, num_labels, train, validation, test)
         fresh = build(method)
         load_delta(fresh, file)
     logits = predict(model, test, batch_size)
-    if not np.array_equal(logits, predict(fresh, test, batch_size)):
+    # An adapter's file has what NumPy computes of a projection; MindSpore's tanh on a CPU differs by 1e-5.
+    if not np.allclose(logits, predict(fresh, test, batch_size), rtol=0, atol=1e-3 if by_peft else 0):
         raise MindPetError(f"{file} does not give the predictions of the model that was trained")
     cost = summary(model, optimizer)
     result = Result(

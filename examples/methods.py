@@ -4,8 +4,10 @@ from typing import NamedTuple
 
 from mindpet.peft import (
     AdaLoraConfig,
+    AdaptionPromptConfig,
     BitFitConfig,
     BottleneckConfig,
+    CompacterConfig,
     HiraConfig,
     IA3Config,
     LNTuningConfig,
@@ -64,8 +66,10 @@ METHODS = {
     "bitfit": Method(BitFitConfig(), 8e-3, by_hand=True),
     "adapter": Method(BottleneckConfig(bottleneck_size=64, **OUTPUTS), 2e-3, by_hand=True),
     "low_rank_adapter": Method(LowRankAdapterConfig(reduction_factor=32, **OUTPUTS), 8e-3, by_hand=True),
+    "compacter": Method(CompacterConfig(reduction_factor=8, phm_dim=4, **OUTPUTS), 8e-3),
     "prefixtuning": Method(PrefixTuningConfig(**PREFIX), 5e-3, by_hand=True),
     "ptuning2": Method(Ptuning2Config(**TOKENS), 2e-2, by_hand=True),
+    "adaption_prompt": Method(AdaptionPromptConfig(target_modules="self", adapter_len=8, adapter_layers=2), 1e-2),
     "prompt_tuning": Method(PromptTuningConfig(**TOKENS), 2e-2),
     "p_tuning": Method(PromptEncoderConfig(encoder_hidden_size=64, **TOKENS), 5e-3),
     "mam": Method(
