@@ -145,7 +145,7 @@ class AdapterLayer(ResidualAdapter):
         self.bottleneck_size = bottleneck_size
         self.non_linearity = non_linearity
         self.form, self.in_channels = form, in_channels
-        self.scale, self.scale_mul = scale, ops.Mul()
+        self.scale, self.scale_mul = scale, None if scale == 1 else ops.Mul()
         if scale == LEARNED:
             self.mindpet_delta_adapter_scale = delta_parameter("ones", (1,), param_init_type, SCALE)
         self.mindpet_delta_adapter_block = nn.SequentialCell(

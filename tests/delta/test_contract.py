@@ -162,6 +162,7 @@ SIZES = {
     "hidden_size": 8,
     "reduction_factor": 2,
     "lora_rank": 2,
+    "scale": 2.0,
     "init_r": 2,
     "vera_rank": 2,
     "hira_rank": 2,

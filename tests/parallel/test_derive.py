@@ -137,6 +137,18 @@ BY_HAND = {
         "strategy_bias_up_sampler": ((2, 3), (3,)),
         "strategy_residual_add": ((2, 3), (2, 3)),
     },
+    "adapter_parallel": {
+        "strategy_matmul_org": ((2, 4), (3, 4)),
+        "strategy_bias_org": ((2, 3), (3,)),
+        "strategy_activation_org": ((2, 3),),
+        "strategy_matmul_down_sampler": ((2, 4), (1, 4)),
+        "strategy_bias_down_sampler": ((2, 1), (1,)),
+        "strategy_non_linearity": ((2, 1),),
+        "strategy_matmul_up_sampler": ((2, 1), (3, 1)),
+        "strategy_bias_up_sampler": ((2, 3), (3,)),
+        "strategy_residual_add": ((2, 3), (2, 3)),
+        "strategy_scale_mul": ((2, 3), (1,)),
+    },
     "compacter": {
         "strategy_org_dense_matmul": ((2, 4), (3, 4)),
         "strategy_org_bias_add": ((2, 3), (3,)),
