@@ -57,7 +57,7 @@ CELLS = {
     "compacter_layer": lambda **kw: CompacterLayer(128, phm_dim=2, **{**FLOAT, **kw}),
 }
 DENSE = tuple(name for name in CELLS if not name.endswith(("_layer", "_tokens")))
-MOST = {"oft": 32}  # slices of the inputs: a block of two is not cut
+MOST = {"oft": 32, "miss": 16, "miss_mini": 16}  # slices of the inputs: no block, and no shard of four, is cut
 # Of what is no method of its own, the method.
 MODES = {
     "ia3_feedforward": "ia3",

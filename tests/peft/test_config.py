@@ -10,6 +10,7 @@ from mindpet.peft import (
     AdapterConfig,
     AdaptionPromptConfig,
     BitFitConfig,
+    CompacterConfig,
     HiraConfig,
     IA3Config,
     LNTuningConfig,
@@ -64,6 +65,7 @@ EVERY = [
     PromptTuningConfig(num_virtual_tokens=5),
     TrainableTokensConfig(token_indices=[7, 3]),
     LNTuningConfig(target_modules=["norm"]),
+    CompacterConfig(target_modules=["dense"], reduction_factor=4, phm_dim=2),
     PromptEncoderConfig(num_virtual_tokens=5, encoder_reparameterization_type="LSTM"),
     AdaptionPromptConfig(target_modules="self_attn", adapter_len=10, adapter_layers=2),
 ]
