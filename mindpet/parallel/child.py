@@ -150,7 +150,7 @@ def _front_end_error(error, log, dump, names):
     nodes = [
         node for node in read_nodes(_dump_file(dump, "step_parallel_begin_*.ir")) if node.operator == failed.group(1)
     ]
-    node = max(nodes, key=lambda node: (code <= set(node.code), _is_about(reasons[0], node.asked_strategy)))
+    node = max(nodes, key=lambda n: (code <= set(n.code), _is_about(reasons[0], n.asked_strategy), _is_uneven(n)))
     cell, slot, primitive = names.locate(node)
     strategy = node.asked_strategy or getattr(primitive, "in_strategy", None)
     return ShardError(
@@ -162,6 +162,12 @@ def _front_end_error(error, log, dump, names):
         strategy,
         reasons[0],
     )
+
+
+def _is_uneven(node):
+    """Whether a bias is cut otherwise than the features that it is added to; of that the message has no numbers."""
+    strategy = node.asked_strategy
+    return node.operator == "BiasAdd" and strategy is not None and strategy[0][-1] != strategy[1][0]
 
 
 def _is_about(reason, strategy):
