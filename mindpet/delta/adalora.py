@@ -10,10 +10,11 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore.common.initializer import Normal
 
-from mindpet.delta._base import Delta, DeltaDense, delta_parameter
+from mindpet.delta._base import Delta, DeltaDense, delta_parameter, scale_problems
 from mindpet.delta._config import PeftConfig, TargetConfig
 from mindpet.errors import CheckpointError, ConfigError
 from mindpet.layers.linear import cast, from_rows, to_rows
+from mindpet.network.kinds import LayerKind
 from mindpet.network.values import assign
 from mindpet.utils.hints import Arrays, Operators, Shape
 from mindpet.utils.quote import quote
@@ -201,6 +202,12 @@ class AdaLoRADelta(Delta):
 
     before_activation = True
     file_names = FILE_NAMES
+
+    @classmethod
+    def problems(
+        cls, cell: nn.Cell, kind: LayerKind, is_sharded: bool, rank: int, alpha: Union[int, float], **others: Any
+    ) -> list[str]:
+        return scale_problems(alpha / (rank + 1e-5), kind)
 
     def setup(self, cell, rank, alpha, dropout=0.0, init=True, dtype=ms.float32):
         weight = self.kind.weight_of(cell).shape

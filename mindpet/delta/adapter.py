@@ -8,7 +8,7 @@ from typing import Any, Optional, Union
 import mindspore as ms
 from mindspore import nn, ops
 
-from mindpet.delta._base import Delta, DeltaDense, ResidualAdapter, delta_parameter
+from mindpet.delta._base import Delta, DeltaDense, ResidualAdapter, delta_parameter, scale_problems
 from mindpet.delta._config import TargetConfig
 from mindpet.delta.low_rank_adapter import LowRankAdapterDense, LowRankAdapterLayer
 from mindpet.layers.activation import ACTIVATIONS, get_activation
@@ -232,6 +232,10 @@ class AdapterDelta(Delta):
             features, bottleneck_size, non_linearity, dtype, kind.compute_dtype, form, in_channels, scale
         )
 
+    @classmethod
+    def problems(cls, cell: nn.Cell, kind: Any, is_sharded: bool, scale: Any = 1.0, **others: Any) -> list[str]:
+        return [] if scale == LEARNED else scale_problems(scale, kind)
+
     def after(self, x, out):
         return self.mindpet_delta_adapter(out, x)
 
@@ -381,6 +385,13 @@ class MultiHeadAdapterDelta(MultiHeadAdapterLayer, Delta):
             scale,
             compute_dtype=layer.compute_dtype,
         )
+
+    @classmethod
+    def problems(cls, cell: nn.Cell, kind: Any, is_sharded: bool, scale: Any = 1.0, **others: Any) -> list[str]:
+        layers = linear_layers(cell)
+        if not layers:
+            return ["there is no linear layer in it that tells the features of its input"]
+        return [] if scale == LEARNED else scale_problems(scale, layers[0][1])
 
 
 class AdapterDense(DeltaDense, AdapterDelta):

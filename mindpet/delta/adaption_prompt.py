@@ -70,7 +70,8 @@ class AdaptionPromptConfig(TargetConfig):
         ends = {path.rpartition(".")[2] for path in paths}
         alike = [path for path in known if len(ends) == 1 and ends_with(path, *ends)]
         is_told = bool(paths) and sorted(alike[-len(paths) :]) == sorted(paths)
-        return replace(config, target_modules=[*ends]) if is_told else config
+        targets = [*ends] if is_told else config.target_modules
+        return replace(config, target_modules=targets, adapter_layers=len(paths) or None)
 
     def to_dict(self) -> dict[str, Any]:
         content = super().to_dict()

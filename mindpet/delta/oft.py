@@ -312,7 +312,7 @@ class OFTDelta(Delta):
     ) -> dict[str, tuple]:
         rows, pairs = shapes.get(OFT, ()) if len(shapes.get(OFT, ())) == 2 else (blocks, 0)
         size = (1 + math.isqrt(1 + 8 * pairs)) // 2
-        if size < 2 or size * (size - 1) // 2 != pairs:
+        if not rows or size < 2 or size * (size - 1) // 2 != pairs:
             return {OFT: (rows or "blocks", "size (size - 1) / 2")}
         if block_share:
             return {OFT: (1, pairs)}

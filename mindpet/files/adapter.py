@@ -11,6 +11,7 @@ from mindspore import Parameter
 import mindpet
 from mindpet.delta._config import CONFIG_NAME, PeftConfig
 from mindpet.errors import CheckpointError
+from mindpet.files.keys import copied_layer
 from mindpet.files.names import PREFIX
 from mindpet.files.passport import PASSPORT_NAME, WEIGHTS_NAME, fingerprint, write_passport
 from mindpet.files.tensors import TensorFile, save_tensors
@@ -75,10 +76,9 @@ def without_doubles(tensors: Arrays) -> Arrays:
 def has_statistics(tensors: Arrays, config: PeftConfig) -> bool:
     """Whether a file has running statistics of BatchNorms other than those in modules that are saved as a whole."""
     modules = listed(config.modules_to_save)
-    paths = [f".{key.rpartition('.')[0]}." for key in tensors if key.endswith((".running_mean", ".moving_mean"))]
     # Those of targets that are copied are in the adapter in any case.
-    infix = getattr(config, "copied_as", None)
-    paths = [path for path in paths if not (infix and f".{infix}." in path)]
+    keys = [key for key in tensors if copied_layer(key, config) is None]
+    paths = [f".{key.rpartition('.')[0]}." for key in keys if key.endswith((".running_mean", ".moving_mean"))]
     return any(not any(f".{module}." in path for module in modules) for path in paths)
 
 

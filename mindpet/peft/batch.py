@@ -107,18 +107,18 @@ class MixedBatches:
         slots = {name: AdapterSlot(network, adapter.plan, suffix=f"@{name}") for name, adapter in adapters.items()}
         for name, slot in slots.items():
             slot.set_types({f"{path}@{name}": value for path, value in adapters[name].values.items()})
-        self.rows = ms.Parameter(Tensor(np.zeros(1, np.int32)), name="mindpet_rows", requires_grad=False)
+        rows = ms.Parameter(Tensor(np.zeros(1, np.int32)), name="mindpet_rows", requires_grad=False)
         targets = {target.path: target for adapter in adapters.values() for target in adapter.plan.reached}
         still = {id(cell): cell for adapter in adapters.values() for cell in adapter.plan.still}
-        self.patches = [AttributePatch(cell, "use_batch_statistics", False) for cell in still.values()]
+        patches = [AttributePatch(cell, "use_batch_statistics", False) for cell in still.values()]
         for path, target in targets.items():
             before = {slot.deltas[path].before_activation for slot in slots.values() if path in slot.deltas}
             if len(before) > 1 and getattr(target.cell, "activation_flag", False):
                 raise ConfigError(f"adapter_names: {path} has deltas before and behind its activation.")
             deltas = [slot.deltas[path] if path in slot.deltas else Unchanged() for slot in slots.values()]
-            delta = MixedDelta.create(target.cell, target.kind, deltas=deltas, rows=self.rows, path=path)
-            self.patches.append(ConstructPatch(target.cell, target.kind, delta))
-        self.roots, self.adapters, self.slots = {}, adapters, slots
+            delta = MixedDelta.create(target.cell, target.kind, deltas=deltas, rows=rows, path=path)
+            patches.append(ConstructPatch(target.cell, target.kind, delta))
+        self.roots, self.adapters, self.slots, self.patches, self.rows = {}, adapters, slots, patches, rows
 
 
 class Root(nn.Cell):

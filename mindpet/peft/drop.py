@@ -19,12 +19,11 @@ from mindpet.network.values import assign, forget_graphs
 from mindpet.peft.checks import check_name
 from mindpet.peft.model import PeftModel
 from mindpet.peft.plan import Plan, plan_targets
-from mindpet.peft.turns import alone
+from mindpet.peft.state_dict import check_model
 from mindpet.utils.sharding import PARALLEL_MODES
 from mindpet.utils.validate import Checker, is_int
 
 
-@alone
 def drop_adapter_layers(model: PeftModel, number: int, adapter_name: str, source: Optional[str] = None) -> None:
     """Add an adapter that is another one without the deltas of the lowest layers; it does not train.
 
@@ -42,19 +41,27 @@ def drop_adapter_layers(model: PeftModel, number: int, adapter_name: str, source
             tokens, or keys and values, of all layers together; an adapter is merged or disabled.
         ValueError: `number` is not a positive int.
     """
-    model._check_state("drop_adapter_layers")
-    check_name(adapter_name, model.adapters)
-    adapter = model._get(model.active_adapter if source is None else source)
+    check_model(model)
+    with model._turns.change("drop_adapter_layers"):
+        model._check_state("drop_adapter_layers")
+        check_name(adapter_name, model.adapters)
+        adapter = model._get(model.active_adapter if source is None else source)
+        _add_without(model, number, adapter_name, adapter)
+
+
+def _add_without(model, number, adapter_name, adapter):
+    """Add what is left of an adapter without the deltas of the lowest layers."""
     numbers = numbers_of(adapter.plan, number, "drop_adapter_layers")
     kept = [target for target in adapter.plan.targets if numbers.get(target.path, number) >= number]
     parts = []
     with model._placement.bare():
         known = [path for layer in list_layers(model.network) for path in layer.paths]
         for part in adapter.plan.config.parts:
-            pairs = [(path, path) for target in kept if target.config is part for path in target.paths]
-            if not pairs:
+            before = [target for target in adapter.plan.targets if target.config is part]
+            pairs = [(path, path) for target in before if target in kept for path in target.paths]
+            if before and not pairs:
                 raise AdapterError(f"drop_adapter_layers: without the layers below {number} no delta is left.")
-            parts.append(part.with_targets(pairs, known))
+            parts.append(part.with_targets(pairs, known) if before else part)
         plan = plan_targets(model.network, adapter.plan.config.with_parts(parts), model.batch_statistics)
         model._placement.add(adapter_name, plan, False, _values(adapter, plan))
 
@@ -133,6 +140,7 @@ class AdapterDrop(TrainCallback):
 
     def __init__(self, model: PeftModel, most: Optional[int] = None, seed: Optional[int] = None):
         super().__init__()
+        check_model(model)
         check = Checker(type(self).__name__)
         if most is not None:
             check.positive_int(most=most)
@@ -144,7 +152,11 @@ class AdapterDrop(TrainCallback):
 
     def __enter__(self):
         if not self._depth:
-            self._start()
+            try:
+                self._start()
+            except BaseException:
+                self._stop()
+                raise
         self._depth += 1  # `Model.fit` enters its callbacks for each evaluation, too
         return self
 
@@ -202,15 +214,15 @@ class AdapterDrop(TrainCallback):
                 raise AdapterError(f"{owner}: {what}.")
             self._level = Parameter(Tensor(np.zeros(1, np.int32)), name="mindpet_dropped", requires_grad=False)
             for path, delta in deltas.items():
+                self._gated.append(delta)
                 vars(delta).update(construct=types.MethodType(_construct_gated, delta), mindpet_dropped=self._level)
                 vars(delta)["mindpet_number"] = numbers[path]
-                self._gated.append(delta)
             forget_graphs()
 
     def _stop(self):
         for delta in self._gated:
             for name in ("construct", "mindpet_dropped", "mindpet_number"):
-                del vars(delta)[name]
+                vars(delta).pop(name, None)
         if self._gated:
             forget_graphs()
         self._gated, self.number = [], 0

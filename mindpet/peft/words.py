@@ -1,5 +1,6 @@
 """Prefixes that start as what the frozen network computes for real words."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, Optional, Union
 
@@ -48,7 +49,8 @@ def start_prefix(
     tensors = model.adapter_tensors(name)
     plan = model.adapters[name].plan
     problem = None
-    if any(target.kind.name != "attention" for target in plan.targets):
+    kinds = {target.kind.name for target in plan.targets}
+    if kinds != {"attention"} or len(plan.config.parts) > 1:
         problem = f"{name!r} is of {plan.config.peft_name}, which is no prefix alone"
     elif plan.config.computed() != plan.config:
         problem = f"the prefix of {name!r} is computed by a projection, which cannot be made to give keys and values"
@@ -71,9 +73,11 @@ def _keys_and_values(model, targets, tokens, inputs):
     network, keepers = model.network, [Keeper(target.kind, tokens) for target in targets]
     patches = [AttributePatch(target.cell, target.kind.slot, keeper) for target, keeper in zip(targets, keepers)]
     modes, phase = [(cell, cell.training) for _, cell in network.cells_and_names()], network._phase
-    with model._placement.bare():
+    with model._placement.bare(), contextlib.ExitStack() as stack:
+        stack.callback(forget_graphs)
         for index, patch in enumerate(patches):
             patch.apply()
+            stack.callback(patch.revert)
             for name, param in patch.value.parameters_and_names():
                 param.name = f"mindpet_kept_{name}_{index}"
         forget_graphs()
@@ -81,12 +85,9 @@ def _keys_and_values(model, targets, tokens, inputs):
             network.set_train(False)
             Root(network)(*inputs)
         finally:
-            for patch in patches:
-                patch.revert()
             for cell, training in modes:
                 cell.add_flags(training=training)
             network._phase = phase
-            forget_graphs()
     silent = [target.path for target, keeper in zip(targets, keepers) if not value_of(keeper.calls)[0]]
     if silent:
         raise ConfigError(f"start_prefix: {silent} did not compute keys and values.")

@@ -109,6 +109,10 @@ def test_what_carries_no_delta_of_a_block():
         plan_targets(Small(), config(target_modules=["embed"], form="parallel"))
     with pytest.raises(ConfigError, match=r"cannot carry it: \['mlp \(SequentialCell\)'\]"):
         plan_targets(Small(), LoraConfig(target_modules=["mlp"]))
+    network = nn.SequentialCell(Feed(cut=False)).to_float(ms.float16)
+    network[0].up.weight.set_dtype(ms.float16)
+    with pytest.raises(ConfigError, match="0: the scale, 1e-09, must be a number of Float16"):
+        plan_targets(network, config(target_modules=["0"], form="parallel", scale=1e-9))
     with pytest.raises(ValueError, match=r"'form' must be one of .*'scale' .* got 0"):
         config(form="beside", scale=0)
     assert [type(target.kind).__name__ for target in plan_targets(Small(), config()).targets] == ["BlockKind"]

@@ -13,7 +13,14 @@ from small import Small, contents, move, numbers, same
 
 from mindpet.delta import MultiHeadAdapterLayer
 from mindpet.errors import ConfigError, MergeError
-from mindpet.peft import AdaptionPromptConfig, BottleneckConfig, PeftModel, get_peft_model, plan_targets
+from mindpet.peft import (
+    AdaptionPromptConfig,
+    BottleneckConfig,
+    PeftModel,
+    drop_adapter_layers,
+    get_peft_model,
+    plan_targets,
+)
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 NETWORKS = {
@@ -105,6 +112,16 @@ def test_train_save_load_and_disable(name, method, mode, rng, tmp_path):
     start = [param.asnumpy().copy() for param in params]
     nn.TrainOneStepCell(Loss(), nn.Adam(params, 0.01)).set_train()(x)
     assert all(np.abs(param.asnumpy() - old).max() > 0 for param, old in zip(params, start))
+
+
+def test_a_llama_adapter_without_its_lowest_layers(tmp_path):
+    network = LlamaForCausalLM.from_pretrained(GOLDEN / "llama")
+    model = get_peft_model(network, AdaptionPromptConfig(target_modules="self_attn", adapter_len=3, adapter_layers=2))
+    drop_adapter_layers(model, 1, "upper")
+    config = model.peft_config["upper"]
+    assert config.adapter_layers == 1
+    paths = [path for path in model.adapter_tensors("upper") if path.endswith("adaption_prompt")]
+    assert paths == ["base_model.model.model.layers.1.self_attn.adaption_prompt"]
 
 
 def test_what_has_no_such_place():

@@ -541,6 +541,22 @@ def test_a_scale_that_the_layer_cannot_hold_is_refused(alpha, dtype):
         get_peft_model(network, LoraConfig(r=1, lora_alpha=alpha, target_modules=["0"]))
 
 
+def test_a_mixed_batch_that_is_refused_leaves_those_that_are_not_as_they_were(mode, rng):
+    model, x = get_peft_model(Small(), LoraConfig(r=2, target_modules=["query"]), "lora"), ids(rng)
+    move(model, 1)
+    lora = numbers(model, x)
+    with model.disable_adapter():
+        base = numbers(model, x)
+    model.add_adapter("behind", AdapterConfig(target_modules=["query"], bottleneck_size=3))
+    for first, rows in (("lora", [lora, base]), ("__base__", [base, lora])):
+        names = [first, {"lora": "__base__", "__base__": "lora"}[first]] * 2
+        expected = np.stack([rows[index % 2][index] for index in range(4)])
+        same(model(x, adapter_names=names).asnumpy(), expected)
+        with pytest.raises(ConfigError, match="query has deltas before and behind its activation"):
+            model(x, adapter_names=["lora", "behind"] * 2)
+        same(model(x, adapter_names=names).asnumpy(), expected)
+
+
 @pytest.mark.parametrize("names", [[], ["two"] * 3, ["two"] * 5, ["nix"] * 4])
 def test_adapter_names_that_do_not_fit_are_one_error(names, mode, rng):
     model, x = get_peft_model(Tiny(), KINDS["lora"]), ids(rng)

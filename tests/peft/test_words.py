@@ -13,11 +13,13 @@ from models.llama import LlamaForCausalLM
 
 from mindpet.errors import AdapterError, ConfigError
 from mindpet.peft import (
+    BitFitConfig,
     LoraConfig,
     PeftModel,
     PrefixTuningConfig,
     PromptTuningConfig,
     Ptuning2Config,
+    UnionConfig,
     get_peft_model,
     start_prefix,
 )
@@ -146,6 +148,8 @@ def test_what_cannot_be(rng):
     assert np.isfinite(model(Tensor([WORDS], ms.int32)).asnumpy()).all()
     for config, match in (
         (PromptTuningConfig(num_virtual_tokens=3), "is of PROMPT_TUNING, which is no prefix alone"),
+        (BitFitConfig(), "is of BITFIT, which is no prefix alone"),
+        (UnionConfig(configs=[CONFIG, BitFitConfig()]), "is of UNION, which is no prefix alone"),
         (PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True), "'default' is computed by a projection"),
     ):
         with pytest.raises(ConfigError, match=match):
