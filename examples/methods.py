@@ -33,7 +33,7 @@ class Method(NamedTuple):
 
     Attributes:
         config: its configuration; None for what is no method, but is compared with them.
-        learning_rate: with AdamW; docs/examples.md says what it was tried on.
+        learning_rate: with AdamW; docs/examples.md says which were tried on what.
         by_hand: whether models/bert.py replaces layers for it; the others are put in by `mindpet.peft`.
     """
 

@@ -133,8 +133,8 @@ class AdaptionPrompt(nn.Cell):
         Tensor like `context`.
 
     Raises:
-        TypeError: a size is not an int, `layers` are no linear layers, a type is none of the three.
-        ValueError: a size below 1; layers that do not have the features of the heads.
+        TypeError: a size is not an int, a type is none of the three.
+        ValueError: a size below 1; `layers` are no linear layers, or do not have the features of the heads.
     """
 
     def __init__(
@@ -144,8 +144,8 @@ class AdaptionPrompt(nn.Cell):
         head_dim: int,
         kv_heads: Optional[int] = None,
         adapter_len: int = 10,
-        param_init_type: Any = ms.float32,
-        compute_dtype: Any = ms.float16,
+        param_init_type: ms.Type = ms.float32,
+        compute_dtype: ms.Type = ms.float16,
     ):
         kv_heads = heads if kv_heads is None else kv_heads
         check = Checker(type(self).__name__)
