@@ -42,6 +42,10 @@ def rng():
 
 @pytest.fixture(autouse=True)
 def same_start():
-    """Every test starts with the same seed and in PyNative mode."""
+    """Every test starts with the same seed, in PyNative mode, and with the usual mask of files' modes.
+
+    MindSpore sets another mask for the whole process where it makes a folder (2.7, `mindspore.log._make_directory`).
+    """
+    os.umask(0o022)
     ms.set_seed(7)
     ms.set_context(mode=ms.PYNATIVE_MODE)
