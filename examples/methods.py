@@ -23,8 +23,8 @@ from mindpet.peft import (
     PromptTuningConfig,
     Ptuning2Config,
     TrainableTokensConfig,
-    UnionConfig,
     VeraConfig,
+    mam_config,
 )
 
 
@@ -72,15 +72,7 @@ METHODS = {
     "adaption_prompt": Method(AdaptionPromptConfig(target_modules="self", adapter_len=8, adapter_layers=2), 1e-2),
     "prompt_tuning": Method(PromptTuningConfig(**TOKENS), 2e-2),
     "p_tuning": Method(PromptEncoderConfig(encoder_hidden_size=64, **TOKENS), 5e-3),
-    "mam": Method(
-        UnionConfig(
-            configs=[
-                PrefixTuningConfig(**PREFIX),
-                BottleneckConfig(bottleneck_size=64, form="parallel", scale=4.0, non_linearity="relu", **FEED_FORWARD),
-            ]
-        ),
-        2e-3,
-    ),
+    "mam": Method(mam_config(bottleneck_size=64, **FEED_FORWARD, **PREFIX), 2e-3),
     "full": Method(None, 2e-4, by_hand=True),
     "head": Method(None, 2e-2, by_hand=True),
 }

@@ -10,7 +10,7 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore.common.initializer import Normal
 
-from mindpet.delta._base import Delta, DeltaDense, delta_parameter, scale_problems
+from mindpet.delta._base import Delta, DeltaDense, delta_parameter, matrix_shape, scale_problems
 from mindpet.delta._config import PeftConfig, TargetConfig
 from mindpet.errors import CheckpointError, ConfigError
 from mindpet.layers.linear import cast, from_rows, to_rows
@@ -19,7 +19,7 @@ from mindpet.network.values import assign
 from mindpet.utils.hints import Arrays, Operators, Shape
 from mindpet.utils.quote import quote
 from mindpet.utils.sharding import PARALLEL_MODES
-from mindpet.utils.validate import Checker, is_int
+from mindpet.utils.validate import Checker, is_int, is_number
 from mindpet.utils.version_control import get_dropout
 
 A, B, E = (f"mindpet_delta_adalora_{name}" for name in "abe")
@@ -165,8 +165,7 @@ def check_alpha(check: Checker, alpha: Any) -> None:
 
 def check_weight(check: Checker, name: str, weight: Any) -> None:
     """Note what is wrong with a weight of a term of the loss."""
-    number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-    if check.require(number, TypeError, name, weight, "an int or a float"):
+    if check.require(is_number(weight), TypeError, name, weight, "an int or a float"):
         check.require(0 <= weight < math.inf, ValueError, name, weight, "finite and at least 0")
 
 
@@ -210,8 +209,7 @@ class AdaLoRADelta(Delta):
         return scale_problems(alpha / (rank + 1e-5), kind)
 
     def setup(self, cell, rank, alpha, dropout=0.0, init=True, dtype=ms.float32):
-        weight = self.kind.weight_of(cell).shape
-        outs, ins = weight[::-1] if self.kind.transposed else weight
+        outs, ins = matrix_shape(cell, self.kind)
         self.rank, self.scale = rank, scale_of(rank, alpha)
         normal = Normal(0.02 if init else 1.0)
         self.mindpet_delta_adalora_a = delta_parameter(normal, (rank, ins), dtype, A)

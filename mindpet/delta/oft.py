@@ -11,7 +11,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.common.initializer import Normal
 
-from mindpet.delta._base import Delta, DeltaDense, delta_parameter
+from mindpet.delta._base import Delta, DeltaDense, delta_parameter, matrix_shape
 from mindpet.delta._config import TargetConfig
 from mindpet.errors import ConfigError
 from mindpet.layers.linear import cast, from_rows, to_rows
@@ -185,7 +185,7 @@ class OFTDelta(Delta):
         init=True,
         dtype=ms.float32,
     ):
-        features = _features(self, cell, self.kind)
+        features = matrix_shape(cell, self.kind)[self.axis]
         self.size = nearest_size(features, blocks, block_size)
         self.count, self.block_share, self.neumann, self.terms = features // self.size, block_share, neumann, terms
         self.limit = longest(eps, 1 if block_share else self.count) if coft else 0.0
@@ -290,7 +290,7 @@ class OFTDelta(Delta):
     def problems(
         cls, cell: nn.Cell, kind: LayerKind, is_sharded: bool, blocks: int, block_size: int, coft: bool, **others: Any
     ) -> list[str]:
-        features = _features(cls, cell, kind)
+        features = matrix_shape(cell, kind)[cls.axis]
         size = nearest_size(features, blocks, block_size)
         problems = ["no COFT beside a layer with strategies"] if coft and is_sharded else []
         if size == 1:
@@ -311,13 +311,14 @@ class OFTDelta(Delta):
         cls, shapes: dict[str, Shape], blocks: int, block_size: int, block_share: bool, **others: Any
     ) -> dict[str, tuple]:
         rows, pairs = shapes.get(OFT, ()) if len(shapes.get(OFT, ())) == 2 else (blocks, 0)
-        size = (1 + math.isqrt(1 + 8 * pairs)) // 2
+        size = size_of(pairs)
         if not rows or size < 2 or size * (size - 1) // 2 != pairs:
             return {OFT: (rows or "blocks", "size (size - 1) / 2")}
         if block_share:
             return {OFT: (1, pairs)}
-        size = nearest_size(rows * size, blocks, block_size)
-        return {OFT: (rows * ((1 + math.isqrt(1 + 8 * pairs)) // 2) // size, size * (size - 1) // 2)}
+        features = rows * size
+        size = nearest_size(features, blocks, block_size)
+        return {OFT: (features // size, size * (size - 1) // 2)}
 
     @classmethod
     def fold(
@@ -332,7 +333,7 @@ class OFTDelta(Delta):
     ) -> np.ndarray:
         """`W diag(R_1, ..., R_n)^T`."""
         upper = values[OFT]
-        size = (1 + math.isqrt(1 + 8 * upper.shape[1])) // 2
+        size = size_of(upper.shape[1])
         if coft:
             limit = np.float32(longest(eps, len(upper)))
             upper = upper * (limit / np.maximum(np.linalg.norm(upper, axis=1, keepdims=True), limit))
@@ -423,6 +424,11 @@ class OFTEmbedding(OFTDelta):
         return super().fold_change(np.ascontiguousarray(matrix.T), change.transpose(0, 2, 1)).T
 
 
+def size_of(pairs: int) -> int:
+    """The features of a block that has so many pairs of them."""
+    return (1 + math.isqrt(1 + 8 * pairs)) // 2
+
+
 def nearest_size(features: int, blocks: int, size: int) -> int:
     """The features of a block: `features / blocks`, or `size` if `blocks` is 0; of both the nearest divisor."""
     small = [number for number in range(1, math.isqrt(features) + 1) if features % number == 0]
@@ -458,12 +464,6 @@ def newton_factors():
         stretches.append(2 / (1 + least))
         least = 2 * least / (1 + least)
     return start, stretches
-
-
-def _features(delta, cell, kind):
-    """How many features are rotated."""
-    shape = kind.weight_of(cell).shape
-    return (shape[::-1] if kind.transposed else shape)[delta.axis]
 
 
 class OFTDense(DeltaDense, OFTDelta):

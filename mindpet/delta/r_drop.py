@@ -5,7 +5,7 @@ from typing import Callable, Optional, Union
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-from mindpet.utils.validate import Checker, is_int
+from mindpet.utils.validate import Checker, is_int, is_number
 
 
 class RDropLoss(nn.Cell):
@@ -115,8 +115,7 @@ class RDropWithLossCell(nn.Cell):
     ) -> None:
         check = Checker(type(self).__name__)
         check.require(isinstance(network, nn.Cell), TypeError, "network", network, "a Cell")
-        is_number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-        check.require(is_number, TypeError, "alpha", alpha, "an int or a float")
+        check.require(is_number(alpha), TypeError, "alpha", alpha, "an int or a float")
         check.require(is_int(ignore_index), TypeError, "ignore_index", ignore_index, "an int")
         check.require(loss_fn is None or callable(loss_fn), TypeError, "loss_fn", loss_fn, "callable or None")
         check.boolean(shift_labels=shift_labels)

@@ -9,7 +9,7 @@ from mindspore.nn.learning_rate_schedule import LearningRateSchedule
 from mindpet.delta.lora import MAGNITUDE, A, B, LoraDelta, LoraEmbedding
 from mindpet.errors import NoMatchError
 from mindpet.network.parameters import trainable_parameters
-from mindpet.utils.validate import Checker
+from mindpet.utils.validate import Checker, is_number
 
 Rate = Union[float, int, list[float], Tensor, LearningRateSchedule]
 
@@ -51,9 +51,9 @@ def lora_plus_groups(
     for name, rate in (("learning_rate", learning_rate), ("embedding_learning_rate", embedding_learning_rate)):
         _check_rate(check, name, rate)
     check.nonzero_number(ratio=ratio)
-    check.require(not _is_number(ratio) or ratio >= 0, ValueError, "ratio", ratio, "positive")
-    known = _is_number(weight_decay) or isinstance(weight_decay, nn.Cell)
-    if check.require(known, TypeError, "weight_decay", weight_decay, "a number or a Cell") and _is_number(weight_decay):
+    check.require(not is_number(ratio) or ratio >= 0, ValueError, "ratio", ratio, "positive")
+    known = is_number(weight_decay) or isinstance(weight_decay, nn.Cell)
+    if check.require(known, TypeError, "weight_decay", weight_decay, "a number or a Cell") and is_number(weight_decay):
         check.require(weight_decay >= 0, ValueError, "weight_decay", weight_decay, "at least 0")
     check.done()
 
@@ -123,11 +123,7 @@ def _times(rate, factor):
 
 
 def _check_rate(check, name, rate):
-    listed = [rate] if _is_number(rate) else rate if isinstance(rate, (list, tuple)) else []
-    known = isinstance(rate, (Tensor, LearningRateSchedule)) or (bool(listed) and all(map(_is_number, listed)))
+    listed = [rate] if is_number(rate) else rate if isinstance(rate, (list, tuple)) else []
+    known = isinstance(rate, (Tensor, LearningRateSchedule)) or (bool(listed) and all(map(is_number, listed)))
     if check.require(known, TypeError, name, rate, "a number, numbers, a Tensor or a LearningRateSchedule"):
         check.require(all(one >= 0 for one in listed), ValueError, name, rate, "at least 0")
-
-
-def _is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -73,8 +73,7 @@ class Checker:
     def nonzero_number(self, **arguments: Any) -> None:
         """Each is a finite int or float that is not zero."""
         for name, value in arguments.items():
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if self.require(number, TypeError, name, value, "an int or a float"):
+            if self.require(is_number(value), TypeError, name, value, "an int or a float"):
                 finite = value != 0 and abs(value) <= sys.float_info.max  # an int can be beyond
                 self.require(finite, ValueError, name, value, "finite and not zero")
 
@@ -102,6 +101,11 @@ class Checker:
         if self.problems:
             error = self.problems[0][0]
             raise error(printable(f"{self.owner}: " + "; ".join(message for _, message in self.problems) + "."))
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is an int or a float, and not a bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def is_int(value: Any) -> bool:
