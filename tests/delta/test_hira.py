@@ -1,12 +1,10 @@
 """HiRA: hand-made layers, deltas beside every kind of layer, files and merging."""
 
-import copy
-
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Parameter, Tensor, nn
-from small import Small, Tied, check_tied, check_turns, contents, ids, move, numbers, same
+from mindspore import Tensor, nn
+from small import Small, Tied, check_follows, check_life, check_tied, check_turns, contents, ids, move, numbers, same
 
 from mindpet.delta import HiraDense
 from mindpet.errors import CheckpointError, ConfigError
@@ -132,48 +130,16 @@ def test_a_convolution_in_groups_is_refused():
 
 
 def test_a_network_with_layers_of_every_kind(mode, rng, tmp_path):
-    network, x = Small(), ids(rng)
-    base, before = numbers(network, x), contents(network)
-    model = get_peft_model(network, config(rank_pattern={"mlp.0": 2}))
-    same(numbers(model, x), base)
-    assert network.mlp[0].mindpet_delta.mindpet_delta_hira_a.shape == (2, 8)
-    move(model, 1)
-    tuned = numbers(model, x)
-    assert np.abs(tuned - base).max() > 1e-3
-    values = {param.name: param.asnumpy().copy() for param in model.trainable_params()}
-    for param in model.trainable_params():
-        param.set_data(Tensor(np.full(param.shape, np.nan, np.float32)))
-    with model.disable_adapter():
-        same(numbers(model, x), base)
-    for param in model.trainable_params():
-        param.set_data(Tensor(values[param.name]))
-    twin = copy.deepcopy(model)
-    model.save_pretrained(tmp_path)
-    turned = network.turned.table.asnumpy() * (1 + factors(network.turned.mindpet_delta)).T
-    assert contents(model.unload()) == before
-    again = PeftModel.from_pretrained(network, tmp_path)
-    same(numbers(again, x), tuned)
-    again.merge_adapter()
-    np.testing.assert_allclose(numbers(again, x), tuned, atol=1e-5)
-    again.unmerge_adapter()
-    same(numbers(again, x), tuned)
-    merged = again.merge_and_unload()
-    np.testing.assert_allclose(numbers(merged, x), tuned, atol=1e-5)
+    def look(network):
+        assert network.mlp[0].mindpet_delta.mindpet_delta_hira_a.shape == (2, 8)
+        return network.turned.table.asnumpy() * (1 + factors(network.turned.mindpet_delta)).T
+
+    merged, turned = check_life(config(rank_pattern={"mlp.0": 2}), ids(rng), tmp_path, 1e-3, look)
     np.testing.assert_allclose(merged.turned.table.asnumpy(), turned, atol=1e-6)
-    same(numbers(twin, x), tuned)
 
 
 def test_the_delta_follows_another_base(mode, rng):
-    model, x = get_peft_model(Small(), config()), ids(rng)
-    move(model, 1)
-    numbers(model, x)
-    other = Small()
-    ms.load_param_into_net(model.network, {param.name: Parameter(param.value()) for param in other.get_parameters()})
-    own = {param.name: param for param in model.trainable_params()}
-    alone = get_peft_model(other, config())
-    for param in alone.trainable_params():
-        param.set_data(Tensor(own[param.name].asnumpy()))
-    same(numbers(model, x), numbers(alone, x))
+    check_follows(config(), ids(rng))
 
 
 def test_a_step_moves_the_delta_alone_as_its_gradient_says(mode, rng):

@@ -1,12 +1,10 @@
 """MiSS and its variants: hand-made layers, deltas in a network, files and merging."""
 
-import copy
-
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Parameter, Tensor, nn
-from small import Small, Tied, check_tied, check_turns, contents, ids, move, numbers, same
+from mindspore import Tensor, nn
+from small import Small, Tied, check_follows, check_life, check_tied, check_turns, ids, move, numbers, same
 
 from mindpet.delta import MissDense
 from mindpet.errors import CheckpointError, ConfigError
@@ -122,54 +120,30 @@ def test_what_does_not_fit_a_layer_is_told_with_its_path():
     assert not [param.name for param in network.get_parameters() if "mindpet" in param.name]
 
 
+def block_of(layer):
+    return getattr(layer.mindpet_delta, BLOCK).asnumpy()
+
+
 @EVERY
 def test_a_network_with_layers_of_several_sizes(variant, mode, rng, tmp_path):
-    network, x = Small(), ids(rng)
-    base, before = numbers(network, x), contents(network)
-    model = get_peft_model(network, config(variant, miss_dropout=0.1))
-    same(numbers(model, x), base)
-    move(model, 1)
-    tuned = numbers(model, x)
-    assert np.abs(tuned - base).max() > 0.1
-    values = {param.name: param.asnumpy().copy() for param in model.trainable_params()}
-    for param in model.trainable_params():
-        param.set_data(Tensor(np.full(param.shape, np.nan, np.float32)))
-    with model.disable_adapter():
-        same(numbers(model, x), base)
-    for param in model.trainable_params():
-        param.set_data(Tensor(values[param.name]))
-    twin = copy.deepcopy(model)
-    model.save_pretrained(tmp_path)
-    expected = network.mlp[0].weight.asnumpy() + change(network.mlp[0].weight.asnumpy(), values[f"mlp.0.{BLOCK}"])
-    if "turned" in config(variant).target_modules:
-        turned = network.turned.table.asnumpy()
-        turned = turned + change(turned.T, values[f"turned.{BLOCK}"]).T
-    assert contents(model.unload()) == before
-    again = PeftModel.from_pretrained(network, tmp_path)
-    same(numbers(again, x), tuned)
-    again.merge_adapter()
-    np.testing.assert_allclose(numbers(again, x), tuned, atol=1e-5)
-    again.unmerge_adapter()
-    same(numbers(again, x), tuned)
-    merged = again.merge_and_unload()
-    np.testing.assert_allclose(numbers(merged, x), tuned, atol=1e-5)
-    np.testing.assert_allclose(merged.mlp[0].weight.asnumpy(), expected, atol=1e-6)
-    if "turned" in config(variant).target_modules:
-        np.testing.assert_allclose(merged.turned.table.asnumpy(), turned, atol=1e-6)
-    same(numbers(twin, x), tuned)
+    chosen = config(variant, miss_dropout=0.1)
+
+    def look(network):
+        weight = network.mlp[0].weight.asnumpy()
+        found = {"mlp.0": weight + change(weight, block_of(network.mlp[0]))}
+        if "turned" in chosen.target_modules:
+            table = network.turned.table.asnumpy()
+            found["turned"] = table + change(table.T, block_of(network.turned)).T
+        return found
+
+    merged, expected = check_life(chosen, ids(rng), tmp_path, 0.1, look)
+    np.testing.assert_allclose(merged.mlp[0].weight.asnumpy(), expected["mlp.0"], atol=1e-6)
+    if "turned" in chosen.target_modules:
+        np.testing.assert_allclose(merged.turned.table.asnumpy(), expected["turned"], atol=1e-6)
 
 
 def test_bat_follows_another_base(mode, rng):
-    model, x = get_peft_model(Small(), config("bat")), ids(rng)
-    move(model, 1)
-    numbers(model, x)
-    other = Small()
-    ms.load_param_into_net(model.network, {param.name: Parameter(param.value()) for param in other.get_parameters()})
-    own = {param.name: param for param in model.trainable_params()}
-    alone = get_peft_model(other, config("bat"))
-    for param in alone.trainable_params():
-        param.set_data(Tensor(own[param.name].asnumpy()))
-    same(numbers(model, x), numbers(alone, x))
+    check_follows(config("bat"), ids(rng))
 
 
 @pytest.mark.parametrize("variant", ["padded", "mini", "bat"])

@@ -1,5 +1,7 @@
 """A small network with a layer of every kind, and what the tests of adapters do with it."""
 
+import copy
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -187,3 +189,60 @@ def check_tied(own, x):
         model.merge_and_unload()
     same(numbers(model, x), tuned)
     np.testing.assert_allclose(numbers(model.merge_and_unload(untie_weights=True), x), tuned, atol=1e-5)
+
+
+def check_life(own, x, folder, least, look):
+    """An adapter of `Small` from a fresh one to the merged network: hidden with NaN in it, copied, saved and loaded.
+
+    Args:
+        own (PeftConfig): of a method that starts as the identity.
+        x (Tensor): an input.
+        folder (Path): to save to.
+        least (float): by how much other values change the output at least.
+        look (callable): what is asked of the network while the adapter is in it.
+
+    Returns:
+        tuple: the merged network, and what `look` returned.
+    """
+    network = Small()
+    base, before = numbers(network, x), contents(network)
+    model = get_peft_model(network, own)
+    same(numbers(model, x), base)
+    move(model, 1)
+    tuned = numbers(model, x)
+    assert np.abs(tuned - base).max() > least
+    values = {param.name: param.asnumpy().copy() for param in model.trainable_params()}
+    for param in model.trainable_params():
+        param.set_data(Tensor(np.full(param.shape, np.nan, np.float32)))
+    with model.disable_adapter():
+        same(numbers(model, x), base)
+    for param in model.trainable_params():
+        param.set_data(Tensor(values[param.name]))
+    twin = copy.deepcopy(model)
+    model.save_pretrained(folder)
+    seen = look(network)
+    assert contents(model.unload()) == before
+    again = PeftModel.from_pretrained(network, folder)
+    same(numbers(again, x), tuned)
+    again.merge_adapter()
+    np.testing.assert_allclose(numbers(again, x), tuned, atol=1e-5)
+    again.unmerge_adapter()
+    same(numbers(again, x), tuned)
+    merged = again.merge_and_unload()
+    np.testing.assert_allclose(numbers(merged, x), tuned, atol=1e-5)
+    same(numbers(twin, x), tuned)
+    return merged, seen
+
+
+def check_follows(own, x):
+    """A delta that computes with the weight of its layer computes with that of another base, once it is loaded."""
+    model = get_peft_model(Small(), own)
+    move(model, 1)
+    numbers(model, x)
+    other = Small()
+    ms.load_param_into_net(model.network, {param.name: Parameter(param.value()) for param in other.get_parameters()})
+    values = {param.name: param for param in model.trainable_params()}
+    alone = get_peft_model(other, own)
+    for param in alone.trainable_params():
+        param.set_data(Tensor(values[param.name].asnumpy()))
+    same(numbers(model, x), numbers(alone, x))
