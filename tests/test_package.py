@@ -41,6 +41,7 @@ ORDER = [
     "delta._config",
     "delta._base",
     "delta._matrix",
+    "delta._method",
     "delta.METHOD",
     "delta.registry",
     "delta",
@@ -94,6 +95,7 @@ METHOD_FILES = {path.stem for path in (ROOT / "delta").glob("*.py")} - {
     "_base",
     "_config",
     "_matrix",
+    "_method",
     "registry",
 }
 

@@ -12,6 +12,7 @@ from mindspore.common.initializer import Normal
 
 from mindpet.delta._base import Delta, DeltaDense, delta_parameter, matrix_shape, scale_problems
 from mindpet.delta._config import PeftConfig, TargetConfig
+from mindpet.delta._method import Method
 from mindpet.errors import CheckpointError, ConfigError
 from mindpet.layers.linear import cast, from_rows, to_rows
 from mindpet.network.kinds import LayerKind
@@ -562,3 +563,13 @@ def schedule(config: AdaLoraConfig, start: int, end: int) -> np.ndarray:
 
 def _state(name, value):
     return Parameter(Tensor(value), name=name, requires_grad=False)
+
+
+METHOD = Method(
+    "adalora",
+    AdaLoraConfig,
+    ("*mindpet_delta_adalora_?",),
+    {"linear": AdaLoRADelta},
+    (AdaLoRADense,),
+    identity=True,
+)

@@ -10,6 +10,7 @@ from mindspore import nn, ops
 
 from mindpet.delta._base import Delta, DeltaDense, ResidualAdapter, delta_parameter, scale_problems
 from mindpet.delta._config import TargetConfig
+from mindpet.delta._method import Method
 from mindpet.delta.low_rank_adapter import LowRankAdapterDense, LowRankAdapterLayer
 from mindpet.layers.activation import ACTIVATIONS, get_activation
 from mindpet.layers.linear import Dense, to_rows
@@ -511,3 +512,18 @@ class AdapterDense(DeltaDense, AdapterDelta):
             TypeError, ValueError: see `mindpet.utils.sharding.apply_strategies`; LogSoftmax cannot be sharded.
         """
         return apply_strategies(self, locals())
+
+
+METHOD = Method(
+    "adapter",
+    BottleneckConfig,
+    ("*mindpet_delta_adapter*",),
+    {
+        "linear": AdapterDelta,
+        "embedding": AdapterDelta,
+        "block": AdapterDelta,
+        "context": MultiHeadAdapterDelta,
+    },
+    (AdapterDense, AdapterLayer, MultiHeadAdapterLayer),
+    identity=True,
+)

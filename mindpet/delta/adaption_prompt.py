@@ -11,6 +11,7 @@ from mindspore.common.initializer import Normal
 
 from mindpet.delta._base import Delta, delta_parameter
 from mindpet.delta._config import TargetConfig
+from mindpet.delta._method import Method
 from mindpet.errors import ConfigError
 from mindpet.layers.linear import cast
 from mindpet.network.kinds import LayerKind, layer_kind, why_not
@@ -323,3 +324,13 @@ def layer_problems(layers: Sequence[Any], heads: int, kv_heads: int, head_dim: i
         return [f"the layers of key and value must have {wanted} outputs, but have {sizes}"]
     inputs = [kind.in_features(layer) for layer, kind in zip(layers, kinds)]
     return [] if len(set(inputs)) == 1 else [f"the layers of key and value have other inputs, {inputs}"]
+
+
+METHOD = Method(
+    "adaption_prompt",
+    AdaptionPromptConfig,
+    ("*mindpet_delta_adaption_prompt*",),
+    {"output": AdaptionPromptDelta, "context": AdaptionPromptDelta},
+    (AdaptionPrompt,),
+    identity=True,
+)

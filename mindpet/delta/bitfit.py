@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from mindpet.delta._config import PeftConfig
+from mindpet.delta._method import Method
 
 
 @dataclass
@@ -11,3 +12,6 @@ class BitFitConfig(PeftConfig):
 
     peft_type, method_name = "BITFIT", "bitfit"
     trained_parameters = ("*bias",)
+
+
+METHOD = Method("bitfit", BitFitConfig, BitFitConfig.trained_parameters, identity=True)

@@ -11,6 +11,7 @@ from mindspore.common.initializer import Normal, Uniform
 
 from mindpet.delta._base import Delta, DeltaDense, ResidualAdapter, delta_parameter, out_features
 from mindpet.delta._config import TargetConfig
+from mindpet.delta._method import Method
 from mindpet.layers.activation import ACTIVATIONS, get_activation
 from mindpet.layers.linear import cast
 from mindpet.network.kinds import LayerKind
@@ -395,3 +396,13 @@ def rule_of(layer: nn.Cell) -> Any:
 def _rule(dim, dtype):
     """The A_i, `(n, n, n)`; normal, of variance 1 / n."""
     return delta_parameter(Normal(1 / math.sqrt(dim)), (dim, dim, dim), dtype, LOCAL_RULE)
+
+
+METHOD = Method(
+    "compacter",
+    CompacterConfig,
+    ("*mindpet_delta_compacter*",),
+    {"linear": CompacterDelta, "embedding": CompacterDelta, "block": CompacterDelta},
+    (CompacterDense, CompacterLayer),
+    identity=True,
+)

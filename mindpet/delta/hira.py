@@ -11,6 +11,7 @@ from mindspore.common.initializer import HeUniform, Normal
 
 from mindpet.delta._base import Delta, DeltaDense, delta_parameter, matrix_shape
 from mindpet.delta._config import TargetConfig
+from mindpet.delta._method import Method
 from mindpet.errors import ConfigError
 from mindpet.layers.convolution import AXES, convolution_like
 from mindpet.layers.linear import cast, from_rows, to_rows
@@ -313,3 +314,19 @@ class HiraDense(DeltaDense, HiraDelta):
 
     def extend_repr(self) -> str:
         return f"{super().extend_repr()}, rank={self.rank}"
+
+
+METHOD = Method(
+    "hira",
+    HiraConfig,
+    ("*mindpet_delta_hira_*",),
+    {
+        "linear": HiraDelta,
+        "embedding": HiraEmbedding,
+        "conv1d": HiraConvolution,
+        "conv2d": HiraConvolution,
+        "conv3d": HiraConvolution,
+    },
+    (HiraDense,),
+    identity=True,
+)

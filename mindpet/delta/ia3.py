@@ -10,6 +10,7 @@ from mindspore.common.initializer import Normal
 
 from mindpet.delta._base import Delta, DeltaDense, delta_parameter
 from mindpet.delta._config import TargetConfig
+from mindpet.delta._method import Method
 from mindpet.layers.linear import cast, from_rows, to_rows
 from mindpet.network.kinds import LayerKind
 from mindpet.network.match import chooses
@@ -186,3 +187,13 @@ class IA3Dense(DeltaDense, IA3Delta):
 
     def extend_repr(self) -> str:
         return f"{super().extend_repr()}, feedforward={self.feedforward}"
+
+
+METHOD = Method(
+    "ia3",
+    IA3Config,
+    ("*mindpet_delta_ia3",),
+    {"linear": IA3Delta, "conv2d": IA3Delta, "conv3d": IA3Delta},
+    (IA3Dense,),
+    identity=True,
+)

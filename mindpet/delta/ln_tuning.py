@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from mindpet.delta._config import TargetConfig
+from mindpet.delta._method import Method
 
 
 @dataclass
@@ -23,3 +24,6 @@ class LNTuningConfig(TargetConfig):
         ("ln_1", "ln_2", "ln_f"),
         ("LayerNorm",),
     )
+
+
+METHOD = Method("ln_tuning", LNTuningConfig, LNTuningConfig.by_hand, aliases=("layernorm",), identity=True)

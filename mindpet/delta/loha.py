@@ -18,6 +18,7 @@ from mindpet.delta._matrix import (
     product,
     product_shape,
 )
+from mindpet.delta._method import Method
 from mindpet.layers.linear import to_rows
 from mindpet.utils.hints import Arrays, Operators, Shape
 from mindpet.utils.validate import Checker
@@ -214,3 +215,13 @@ class LoHaDense(DeltaDense, LohaDelta):
 
     def extend_repr(self) -> str:
         return f"{super().extend_repr()}, rank={self.rank}, alpha={self.scale * self.rank:g}"
+
+
+METHOD = Method(
+    "loha",
+    LoHaConfig,
+    ("*mindpet_delta_loha*",),
+    {"linear": LohaDelta, "conv1d": LohaConvolution, "conv2d": LohaConvolution},
+    (LoHaDense,),
+    identity=True,
+)

@@ -19,6 +19,7 @@ from mindpet.delta._matrix import (
     product,
     product_shape,
 )
+from mindpet.delta._method import Method
 from mindpet.layers.linear import to_rows
 from mindpet.utils.hints import Arrays, Operators, PathLike, Shape
 from mindpet.utils.validate import Checker, is_int
@@ -321,3 +322,13 @@ class LoKrDense(DeltaDense, LokrDelta):
 
     def extend_repr(self) -> str:
         return f"{super().extend_repr()}, rank={self.rank}, alpha={self.scale * self.rank:g}"
+
+
+METHOD = Method(
+    "lokr",
+    LoKrConfig,
+    ("*mindpet_delta_lokr*",),
+    {"linear": LokrDelta, "conv2d": LokrConvolution},
+    (LoKrDense,),
+    identity=True,
+)

@@ -14,6 +14,7 @@ from mindspore.ops import Primitive
 
 from mindpet.delta._base import Delta, DeltaDense, delta_parameter, scale_problems, set_zeros
 from mindpet.delta._config import PeftConfig, TargetConfig
+from mindpet.delta._method import Method
 from mindpet.errors import ConfigError
 from mindpet.layers.convolution import AXES, convolution_like, pointwise_like
 from mindpet.layers.linear import cast, from_rows, to_rows
@@ -675,3 +676,21 @@ class LoRADense(DeltaDense, LoraDelta):
 
     def extend_repr(self) -> str:
         return f"{super().extend_repr()}, lora_rank={self.lora_rank}, lora_alpha={self.lora_alpha}"
+
+
+METHOD = Method(
+    "lora",
+    LoraConfig,
+    ("*mindpet_delta_lora*",),
+    {
+        "linear": LoraDelta,
+        "embedding": LoraEmbedding,
+        "conv1d": LoraConvolution,
+        "conv2d": LoraConvolution,
+        "conv3d": LoraConvolution,
+    },
+    (LoRADense,),
+    constants=("*mindpet_lora_scaling",),
+    saved=("*mindpet_lora_start_*",),
+    identity=True,
+)

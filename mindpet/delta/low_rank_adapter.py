@@ -9,6 +9,7 @@ from mindspore.common.initializer import Initializer
 
 from mindpet.delta._base import Delta, DeltaDense, ResidualAdapter, delta_parameter, out_features
 from mindpet.delta._config import TargetConfig
+from mindpet.delta._method import Method
 from mindpet.layers.activation import ACTIVATIONS, get_activation
 from mindpet.utils.hints import ActivationLike, InitLike, Operators, Strategy
 from mindpet.utils.sharding import apply_strategies
@@ -384,3 +385,12 @@ def check_bottleneck(
         )
     check.initial("low_rank_w_init", low_rank_w_init, (), types=(str, Initializer))
     check.choice("non_linearity", non_linearity, ACTIVATIONS)
+
+
+METHOD = Method(
+    "low_rank_adapter",
+    LowRankAdapterConfig,
+    ("*mindpet_delta_low_rank_adapter*",),
+    {"linear": LowRankAdapterDelta, "embedding": LowRankAdapterDelta},
+    (LowRankAdapterDense, LowRankAdapterLayer),
+)

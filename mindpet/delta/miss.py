@@ -11,6 +11,7 @@ from mindspore.common.initializer import HeUniform
 
 from mindpet.delta._base import Delta, DeltaDense, delta_parameter, matrix_shape
 from mindpet.delta._config import TargetConfig
+from mindpet.delta._method import Method
 from mindpet.layers.linear import cast, from_rows, to_rows
 from mindpet.network.kinds import LayerKind
 from mindpet.utils.hints import Arrays, Operators, Shape
@@ -296,3 +297,6 @@ class MissDense(DeltaDense, MissDelta):
 
     def extend_repr(self) -> str:
         return f"{super().extend_repr()}, rank={self.rank}, block={self.mindpet_delta_miss.shape}"
+
+
+METHOD = Method("miss", MissConfig, ("*mindpet_delta_miss",), {"linear": MissDelta}, (MissDense,), identity=True)

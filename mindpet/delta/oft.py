@@ -13,6 +13,7 @@ from mindspore.common.initializer import Normal
 
 from mindpet.delta._base import Delta, DeltaDense, delta_parameter, matrix_shape
 from mindpet.delta._config import TargetConfig
+from mindpet.delta._method import Method
 from mindpet.errors import ConfigError
 from mindpet.layers.linear import cast, from_rows, to_rows
 from mindpet.network.kinds import LayerKind
@@ -538,3 +539,13 @@ class OFTDense(DeltaDense, OFTDelta):
 
     def extend_repr(self) -> str:
         return f"{super().extend_repr()}, block_size={self.size}, block_share={self.block_share}"
+
+
+METHOD = Method(
+    "oft",
+    OFTConfig,
+    ("*mindpet_delta_oft",),
+    {"linear": OFTDelta, "embedding": OFTEmbedding},
+    (OFTDense,),
+    identity=True,
+)

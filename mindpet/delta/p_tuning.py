@@ -13,6 +13,7 @@ from mindspore.common.initializer import Normal, Uniform
 
 from mindpet.delta._base import PROMPT, Delta, delta_parameter
 from mindpet.delta._config import PeftConfig
+from mindpet.delta._method import Method
 from mindpet.delta.prompt_tuning import PromptCell, PromptConfig
 from mindpet.errors import CheckpointError, NotPositiveIntError
 from mindpet.layers.linear import Dense, cast
@@ -308,3 +309,12 @@ def _one_way(rows, weight_ih, bias_ih, weight_hh, bias_hh):
 
 def _sigmoid(x):
     return (1 + np.tanh(x / 2)) / 2  # without numbers that become infinite
+
+
+METHOD = Method(
+    "p_tuning",
+    PromptEncoderConfig,
+    ("*mindpet_delta_p_tuning*",),
+    {"input_embedding": PromptEncoderDelta},
+    (PromptEncoder,),
+)

@@ -11,6 +11,7 @@ from mindspore import Tensor, nn, ops
 
 from mindpet.delta._base import PROMPT, PrefixDelta
 from mindpet.delta._config import CONFIGS, PeftConfig, PromptLearningConfig
+from mindpet.delta._method import Method
 from mindpet.errors import ConfigError, NotPositiveIntError
 from mindpet.network.kinds import AttentionKind
 from mindpet.utils.hints import Arrays, Shape
@@ -252,3 +253,13 @@ class PrefixLayerDelta(PrefixDelta, PrefixLayer):
         self.transpose.shard(((1, 1, 1, 1),))  # cut where it is repeated, which needs no communication
         self.tile.shard(((batch, heads, 1, 1),))
         return super().shard(batch, heads)
+
+
+METHOD = Method(
+    "prefixtuning",
+    PrefixTuningConfig,
+    ("*mindpet_delta_prefixtuning*",),
+    {"attention": PrefixLayerDelta},
+    (PrefixLayer,),
+    aliases=("prefix",),
+)

@@ -11,6 +11,7 @@ from mindspore.common.initializer import Normal
 
 from mindpet.delta._base import PROMPT, Delta, delta_parameter
 from mindpet.delta._config import PeftConfig, PromptLearningConfig
+from mindpet.delta._method import Method
 from mindpet.errors import ConfigError, NotPositiveIntError
 from mindpet.network.kinds import InputEmbeddingKind, LayerKind
 from mindpet.utils.hints import Arrays, InitLike, Shape
@@ -249,3 +250,12 @@ class PromptDelta(PromptEmbedding, Delta):
     def from_file(cls, tensors: Arrays, paths: Sequence[str]) -> dict[str, Arrays]:
         parts = np.split(tensors[PROMPT], len(paths))
         return {path: {TABLE: np.ascontiguousarray(part)} for path, part in zip(paths, parts)}
+
+
+METHOD = Method(
+    "prompt_tuning",
+    PromptTuningConfig,
+    ("*mindpet_delta_prompt",),
+    {"input_embedding": PromptDelta},
+    (PromptEmbedding,),
+)

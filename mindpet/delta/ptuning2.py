@@ -7,6 +7,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from mindpet.delta._base import PrefixDelta
+from mindpet.delta._method import Method
 from mindpet.delta.prefix_layer import PrefixTuningConfig
 from mindpet.errors import NotPositiveIntError
 from mindpet.network.kinds import AttentionKind
@@ -224,3 +225,14 @@ class PrefixEncoderDelta(PrefixDelta, PrefixEncoder):
         self.halves.shard((layout,))
         self.squeeze.shard((layout,))
         return super().shard(batch, heads)
+
+
+METHOD = Method(
+    "ptuning2",
+    Ptuning2Config,
+    # All but the token ids, mindpet_delta_ptuning2_prefix.
+    ("*mindpet_delta_ptuning2", "*mindpet_delta_ptuning2[!_]*", "*mindpet_delta_ptuning2_[!p]*"),
+    {"attention": PrefixEncoderDelta},
+    (PrefixEncoder,),
+    constants=("*mindpet_delta_ptuning2_prefix",),
+)

@@ -11,6 +11,7 @@ from mindspore.common.initializer import Normal
 
 from mindpet.delta._base import Delta, delta_parameter, set_zeros
 from mindpet.delta._config import TargetConfig
+from mindpet.delta._method import Method
 from mindpet.errors import ConfigError
 from mindpet.layers.linear import cast, from_rows, to_rows
 from mindpet.network.kinds import LayerKind
@@ -303,3 +304,14 @@ def _beyond(tokens, vocab):
     """What speaks against tokens of a table with so many rows."""
     over = sorted(token for token in tokens if token >= vocab)
     return [f"it has {vocab} rows, but 'token_indices' has {over[:9]}"] if over else []
+
+
+METHOD = Method(
+    "trainable_tokens",
+    TrainableTokensConfig,
+    ("*mindpet_delta_trainable_tokens",),
+    {"embedding": TrainableTokensDelta},
+    (TrainableTokensEmbedding,),
+    constants=("*mindpet_trainable_tokens_slots",),
+    identity=True,
+)

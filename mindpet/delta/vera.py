@@ -10,6 +10,7 @@ from mindspore import Parameter, Tensor, ops
 
 from mindpet.delta._base import Delta, DeltaDense, delta_parameter, matrix_shape
 from mindpet.delta._config import TargetConfig
+from mindpet.delta._method import Method
 from mindpet.layers.linear import cast, from_rows, to_rows
 from mindpet.utils.hints import Arrays, Operators, Shape
 from mindpet.utils.validate import Checker, is_int
@@ -241,3 +242,14 @@ class VeraDense(DeltaDense, VeraDelta):
 
     def extend_repr(self) -> str:
         return f"{super().extend_repr()}, rank={self.rank}"
+
+
+METHOD = Method(
+    "vera",
+    VeraConfig,
+    ("*mindpet_delta_vera*",),
+    {"linear": VeraDelta},
+    (VeraDense,),
+    saved=("*mindpet_vera_a", "*mindpet_vera_b"),
+    identity=True,
+)
