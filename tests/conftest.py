@@ -1,5 +1,6 @@
 """Fixtures and options of all tests."""
 
+import gc
 import os
 import tempfile
 
@@ -19,6 +20,15 @@ def pytest_addoption(parser):
     parser.addoption("--fail-on-skip", action="store_true", help="a skipped test fails the run")
     parser.addoption("--fuzz-rounds", type=int, default=40, help="damaged files for each kind of file (default: 40)")
     parser.addoption("--fuzz-start", type=int, default=0, help="number of the first round, which is its seed")
+
+
+def pytest_collection_finish():
+    """Take the thousands of tests out of what MindSpore's compile has collected for garbage, a third of their time.
+
+    Its `_CellGraphExecutor.compile` calls `gc.collect` (2.7, 2.10).
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionfinish(session):

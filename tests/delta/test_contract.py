@@ -1,6 +1,7 @@
 """What every method in the registry must do."""
 
 import inspect
+import itertools
 
 import mindspore as ms
 import numpy as np
@@ -56,7 +57,7 @@ def test_training_moves_the_delta_and_nothing_else(method, mode, rng):
 
 
 @EVERY
-def test_only_the_delta_gets_a_gradient(method, mode, rng):
+def test_only_the_delta_gets_a_gradient(method, rng):
     network = Toy(method)
     freeze_delta(network, method)
     if method in DENSE or METHODS[method].identity:
@@ -111,14 +112,16 @@ def test_save_and_load_round_trip(method, rng, tmp_path):
 
 
 @DENSE_METHODS
-@pytest.mark.parametrize("shape", [(WIDTH,), (3, WIDTH), (2, 3, WIDTH), (2, 1, 3, WIDTH), (0, WIDTH), (2, 0, WIDTH)])
 @pytest.mark.parametrize("compute_dtype", [ms.float32, ms.float16])
-def test_shape_and_type_of_the_output(method, shape, compute_dtype, mode):
+def test_shape_and_type_of_the_output(method, compute_dtype, mode):
     cell = DENSE[method](compute_dtype=compute_dtype, activation="relu")
-    for dtype in (np.float32, np.float16):
+    shapes = [(WIDTH,), (3, WIDTH), (2, 3, WIDTH), (2, 1, 3, WIDTH), (0, WIDTH), (2, 0, WIDTH)]
+    if mode == ms.GRAPH_MODE:  # each shape and type is a compile
+        shapes = [(WIDTH,), (2, 0, WIDTH)] if compute_dtype == ms.float32 else [(2, 1, 3, WIDTH)]
+    for shape, dtype in itertools.product(shapes, (np.float32, np.float16)):
         out = cell(Tensor(np.ones(shape, dtype)))
-        assert out.shape == shape[:-1] + (WIDTH,)
-        assert out.asnumpy().dtype == dtype
+        assert out.shape == shape[:-1] + (WIDTH,), (shape, dtype)
+        assert out.asnumpy().dtype == dtype, (shape, dtype)
 
 
 @DENSE_METHODS
