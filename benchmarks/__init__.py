@@ -1,0 +1,1 @@
+"""What delta tuning costs: `python -m benchmarks --help`."""
