@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -37,6 +38,13 @@ def msrun(tmp_path, *command):
         text=True,
         timeout=300,
     )
+
+
+def test_layers_that_two_processes_share_train_like_whole_ones(tmp_path):
+    done = msrun(tmp_path, ROOT / "examples/parallel/pynative_tensor_parallel.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    logs = "".join(path.read_text() for path in sorted(tmp_path.glob("log/worker_*.log")))
+    assert sorted(re.findall("rank (.) of 2: losses .* differ by", logs)) == ["0", "1"]
 
 
 def numbers(file):
