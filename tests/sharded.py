@@ -5,7 +5,7 @@ import math
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Layout, Tensor, nn, ops
 
 from mindpet.delta import (
     AdaLoRADense,
@@ -184,14 +184,23 @@ class Network(nn.Cell):
 
 
 def is_refused(name, counts):
-    """Whether MindSpore refuses a split: HiRA's product of elements lays out the weight in another way than a matmul
+    """Whether MindSpore refuses a split by tuples: HiRA's product of elements lays out the weight in another way than a matmul
     does that is cut along more axes than one."""
     return name == "hira" and sum(count > 1 for count in counts.values()) > 1
 
 
-def build(name, counts, three_axes=False, **arguments):
-    """A network whose Cell is cut by `shard_like`, and its input."""
-    cell = shard_like(CELLS[name](**arguments), strategy(**counts))
+# Layouts for 8 ranks, and the counts that they mean. Rows and outputs come first, as MindSpore arranges tuples.
+MESH = Layout((2, 2, 2), ("dp", "cp", "mp"))
+LAYOUTS = {
+    "data and column": ((MESH(("dp", "cp"), "None"), MESH("mp", "None")), {"n": 4, "o": 2}),
+    "data and row": ((MESH("dp", ("cp", "mp")), MESH("None", ("cp", "mp"))), {"n": 2, "i": 4}),
+}
+
+
+def build(name, counts, three_axes=False, layout=None, **arguments):
+    """A network whose Cell is cut by `shard_like`, as the counts say or by the Layout of a name; and its input."""
+    in_strategy, counts = LAYOUTS[layout] if layout else (strategy(**counts), counts)
+    cell = shard_like(CELLS[name](**arguments), in_strategy)
     network = Network(cell, **counts, leading=(1,) if three_axes else ())
     freeze_delta(network, MODES.get(name, name))
     return network, example(name, (SIZES["n"], 2) if three_axes else (SIZES["n"],))

@@ -20,6 +20,7 @@ ROOT = pathlib.Path(mindpet.__file__).parent
 # A module may import from what stands before it.
 ORDER = [
     "utils.hints",
+    "utils.layouts",
     "utils.quote",
     "utils.parse",
     "errors",

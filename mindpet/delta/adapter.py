@@ -16,6 +16,7 @@ from mindpet.layers.activation import ACTIVATIONS, get_activation
 from mindpet.layers.linear import Dense, to_rows
 from mindpet.network.kinds import ContextKind, linear_layers
 from mindpet.utils.hints import ActivationLike, InitLike, Operators, Strategy
+from mindpet.utils.layouts import Cut
 from mindpet.utils.sharding import apply_strategies, cut_axes
 from mindpet.utils.validate import Checker
 
@@ -326,12 +327,12 @@ class MultiHeadAdapterLayer(nn.Cell):
             factor = ops.cast(self.mindpet_delta_adapter_scale, self.compute_dtype)
         return self.residual_add(context, ops.cast(self.scale_mul(delta, factor), context.dtype))
 
-    def shard(self, batch: int, heads: int) -> "MultiHeadAdapterLayer":
+    def shard(self, batch: Cut, heads: Cut) -> "MultiHeadAdapterLayer":
         """Cut the result over the batch and the heads.
 
         Args:
-            batch: slices of the batch.
-            heads: slices of the heads.
+            batch: slices of the batch, or a cut of a Layout.
+            heads: the same of the heads.
 
         Returns:
             Itself.

@@ -17,6 +17,7 @@ from mindpet.layers.linear import cast
 from mindpet.network.kinds import LayerKind, layer_kind, why_not
 from mindpet.network.match import ends_with
 from mindpet.utils.hints import Arrays, Operators, Shape
+from mindpet.utils.layouts import Cut, slices
 from mindpet.utils.sharding import apply_strategies, cut_axes
 from mindpet.utils.validate import Checker
 
@@ -213,12 +214,12 @@ class AdaptionPrompt(nn.Cell):
         x = ops.reshape(x, (batch, self.kv_heads, 1, self.adapter_len * self.head_dim))
         return ops.reshape(self.repeat(x, (1, 1, self.groups, 1)), (batch, self.heads, self.adapter_len, self.head_dim))
 
-    def shard(self, batch: int, heads: int) -> "AdaptionPrompt":
+    def shard(self, batch: Cut, heads: Cut) -> "AdaptionPrompt":
         """Cut the result over the batch and the heads.
 
         Args:
-            batch: slices of the batch.
-            heads: slices of the heads, and of the key and value heads.
+            batch: slices of the batch, or a cut of a Layout.
+            heads: the same of the heads, and of the key and value heads.
 
         Returns:
             AdaptionPrompt, itself.
@@ -226,8 +227,8 @@ class AdaptionPrompt(nn.Cell):
         Raises:
             ConfigError: the key and value heads cannot be cut so; the layer is one of query, key and value.
         """
-        if self.kv_heads % heads:
-            raise ConfigError(f"{self.kv_heads} key and value heads cannot be cut in {heads} slices")
+        if self.kv_heads % slices(heads):
+            raise ConfigError(f"{self.kv_heads} key and value heads cannot be cut in {slices(heads)} slices")
         if self.starts is not None:
             raise ConfigError("no adaption prompt where one layer of query and key has strategies")
         return apply_strategies(self, cut_axes(self, {"n": batch, "o": heads}))

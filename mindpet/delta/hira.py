@@ -18,6 +18,7 @@ from mindpet.layers.linear import cast, from_rows, to_rows
 from mindpet.network.kinds import LayerKind
 from mindpet.network.match import pattern_value
 from mindpet.utils.hints import Arrays, InitLike, Operators, Shape, Strategy
+from mindpet.utils.layouts import is_layout
 from mindpet.utils.validate import Checker
 from mindpet.utils.version_control import get_dropout
 
@@ -174,13 +175,17 @@ class HiraDelta(Delta):
         """Set the strategies of the operators, see `Delta.shard`.
 
         Raises:
-            ConfigError: in a network more than one of rows, inputs and outputs is cut. MindSpore (2.7 to 2.10) puts the
-                slices of a weight elsewhere for a product of elements than for a matmul then, and does not compile.
+            ConfigError: in a network more than one of rows, inputs and outputs is cut, and not by Layouts. MindSpore
+                (2.7 to 2.10) puts the slices of a weight elsewhere for a product of elements than for a matmul then, and
+                does not compile.
         """
-        if self.is_patched_in and "strategy_hira_ab_matmul" in strategies:  # not of an embedding
-            rows, weight = strategies["strategy_hira_matmul"]
+        strategy = strategies.get("strategy_hira_matmul")
+        if self.is_patched_in and "strategy_hira_ab_matmul" in strategies and not is_layout(strategy):  # no embedding
+            rows, weight = strategy
             if sum(count > 1 for count in (rows[0], *weight)) > 1:
-                raise ConfigError(f"no HiRA beside a layer that is cut along several axes: {(rows, weight)}")
+                raise ConfigError(
+                    f"no HiRA beside a layer that is cut along several axes by tuples: {strategy}; Layouts can do it"
+                )
         return super().shard(**strategies)
 
     @property

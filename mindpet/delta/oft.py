@@ -19,6 +19,7 @@ from mindpet.layers.linear import cast, from_rows, to_rows
 from mindpet.network.kinds import LayerKind
 from mindpet.utils.hints import Arrays, Operators, Shape, Strategy
 from mindpet.utils.quote import quote
+from mindpet.utils.layouts import counts_of
 from mindpet.utils.sharding import check_strategy
 from mindpet.utils.validate import Checker, is_int
 from mindpet.utils.version_control import get_dropout
@@ -365,11 +366,12 @@ class OFTDelta(Delta):
         strategy = strategies.get("strategy_oft_matmul")
         valid = strategy is not None and check_strategy(check, "strategy_oft_matmul", strategy, "nifk,nikl")
         if valid:
+            rows, blocks = counts_of(strategy)[0][:2]
             rule = f"one that cuts the {self.count} blocks into equal parts"
-            check.require(self.count % strategy[0][1] == 0, ValueError, "strategy_oft_matmul", strategy, rule)
+            check.require(self.count % blocks == 0, ValueError, "strategy_oft_matmul", strategy, rule)
         check.done()
         super().shard(**strategies)
-        self.parts = strategy[0][0] if valid else self.parts
+        self.parts = rows if valid else self.parts
         return self
 
     @property

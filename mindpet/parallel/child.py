@@ -20,6 +20,7 @@ from mindpet.parallel.launcher import import_file
 from mindpet.parallel.plans import Names, collective_plans, operator_plans, parameter_plans
 from mindpet.parallel.report import Report
 from mindpet.utils.hints import PathLike
+from mindpet.utils.layouts import counts_of, get_strategy, is_layout
 from mindpet.utils.quote import quote
 
 _FAILED = re.compile(r"operator (\w+) init failed")
@@ -152,9 +153,9 @@ def _front_end_error(error, log, dump, names):
     ]
     node = max(nodes, key=lambda n: (code <= set(n.code), _is_about(reasons[0], n.asked_strategy), _is_uneven(n)))
     cell, slot, primitive = names.locate(node)
-    strategy = node.asked_strategy or getattr(primitive, "in_strategy", None)
+    strategy = node.asked_strategy or (get_strategy(primitive) if primitive is not None else None)
     return ShardError(
-        f"dry_run: the parallel front end refuses '{slot}' of '{cell}' ({node.operator}), strategy {strategy}: "
+        f"dry_run: the parallel front end refuses '{slot}' of '{cell}' ({node.operator}), strategy {quote(strategy)}: "
         f"{reasons[0]}",
         cell,
         slot,
@@ -166,13 +167,13 @@ def _front_end_error(error, log, dump, names):
 
 def _is_uneven(node):
     """Whether a bias is cut otherwise than the features that it is added to; of that the message has no numbers."""
-    strategy = node.asked_strategy
+    strategy = node.asked_strategy and counts_of(node.asked_strategy)
     return node.operator == "BiasAdd" and strategy is not None and strategy[0][-1] != strategy[1][0]
 
 
 def _is_about(reason, strategy):
     """Whether a message of the front end quotes the strategy, as tuples or as lists."""
-    if strategy is None:
+    if strategy is None or is_layout(strategy):
         return False
     quotes = str(strategy), str(strategy).replace(",)", ")")
     return any(quote in reason for quote in quotes) or all(str(list(layout)) in reason for layout in strategy)

@@ -1,13 +1,17 @@
 """Reading the graphs that MindSpore's front end writes as text (`save_graphs`)."""
 
 import collections
+import json
 import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Optional
 
+from mindspore import Layout
+
 from mindpet.utils.hints import PathLike, Shape, Strategy
+from mindpet.utils.layouts import WHOLE, counts_of
 
 BYTES = {
     "Bool": 1,
@@ -31,6 +35,7 @@ _INSTANCE = re.compile(r"\{instance name: ([^}]*)\}")
 _SCOPE = re.compile(r"# (?:Fullname with scope|Scope): \((.*)\)")
 _CALL = re.compile(r" = call @([^\s(]+)\(| = %\d+\[@(?:@|Partial\(@)?([^\])]+)\)?\]\(")
 _PARAMETER = re.compile(r"%para\d+_.*?: <Ref\[Tensor\[\w+\]\], \(([\d, ]*)\), ref_key=([^,>]+)")
+_LAYOUT = re.compile(r"'device_matrix': (\(.*?\)), 'tensor_map': (\(.*?\)), '.*?'alias_name': \((.*?)\)\}")
 _TENSOR = re.compile(r"Tensor\[(\w+)\]>?, \(([\d, ]*)\)")
 
 
@@ -74,15 +79,28 @@ class Node:
 
     @property
     def strategy(self) -> Optional[Strategy]:
-        """The strategy that the front end uses, a tuple of tuples, or None: it stands in the last braces."""
+        """The strategy that the front end uses, a tuple of tuples, or None: it stands in the last braces.
+
+        Not of a Layout, which the front end takes as it was set.
+        """
+        if self.layouts:
+            return counts_of(self.layouts)
         match = re.search(r"\{in_strategy: \(([^{}]*)\)\}$", self.text)
         return parse_layouts(match.group(1)) if match else None
 
     @property
     def asked_strategy(self) -> Optional[Strategy]:
-        """The strategy that was set by `shard`, a tuple of tuples, or None."""
+        """The strategy that was set by `shard`, or None."""
+        if self.layouts:
+            return self.layouts
         match = re.search(r"primitive_attrs: \{[^{}]*?\bin_strategy: \((\([^{}]*?\))\)[,}]", self.text)
         return parse_layouts(match.group(1)) if match else None
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """The Layouts that were set by `shard`; none if tuples were."""
+        match = re.search(r"\bin_layout: \((\{[^()]*\([^{}]*\}(?:, \{[^{}]*\})*)\)", self.text)
+        return tuple(_layout(*found) for found in _LAYOUT.findall(match.group(1))) if match else ()
 
     @property
     def tensors(self) -> list[tuple[str, Shape]]:
@@ -100,6 +118,16 @@ class Node:
 def parse_layouts(text: str) -> Strategy:
     """`'(2, 4), (4)'` as `((2, 4), (4,))`."""
     return tuple(_ints(layout) for layout in re.findall(r"\(([\d, ]*)\)", text))
+
+
+def _layout(device_matrix, tensor_map, alias_name):
+    """A Layout from the text of its parts; brackets are the only sign of a tuple: `((2, 1), -1)`, `(0)`."""
+    matrix, axes = (json.loads(text.replace("(", "[").replace(")", "]")) for text in (device_matrix, tensor_map))
+    names = alias_name.split(", ")
+    called = (*names[::-1], WHOLE)  # -1 is of an axis that is whole
+    return Layout(tuple(matrix), tuple(names))(
+        *(tuple(called[one] for one in axis) if isinstance(axis, list) else called[axis] for axis in axes)
+    )
 
 
 def _ints(text):

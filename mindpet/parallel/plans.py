@@ -10,6 +10,7 @@ from mindspore import nn
 from mindpet.parallel.graph_dump import BYTES, Node
 from mindpet.parallel.report import CollectivePlan, OperatorPlan, ParameterPlan
 from mindpet.utils.hints import Shape
+from mindpet.utils.layouts import get_strategy
 from mindpet.utils.sharding import slot_table
 
 COLLECTIVES = (
@@ -114,7 +115,7 @@ def operator_plans(
         if node.strategy is None or not ours:
             continue
         cell, slot, primitive = names.locate(node)
-        is_set = node.asked_strategy is not None or getattr(primitive, "in_strategy", None) is not None
+        is_set = node.asked_strategy is not None or (primitive is not None and get_strategy(primitive) is not None)
         plan = OperatorPlan(cell, slot, node.operator, node.strategy, is_set, 0)
         plans.setdefault((cell, slot, node.operator, node.strategy), plan).count += count
     return list(plans.values())

@@ -5,7 +5,7 @@ import os
 from typing import Any, Union
 
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import Layout, Tensor, nn
 from mindspore.common.initializer import Initializer
 from mindspore.ops import Primitive
 
@@ -14,5 +14,5 @@ InitLike = Union[Tensor, str, Initializer, numbers.Number]
 ActivationLike = Union[str, nn.Cell, Primitive, None]
 Arrays = dict[str, np.ndarray]
 Shape = tuple[int, ...]
-Strategy = tuple[Shape, ...]  # of an operator: for each input into how many slices each axis is cut
+Strategy = tuple[Union[Shape, Layout], ...]  # of an operator: for each input into how many slices each axis is cut
 Operators = dict[str, tuple[Any, str]]  # see `mindpet.utils.sharding`

@@ -3,6 +3,8 @@
 import reprlib
 from typing import Any
 
+from mindpet.utils.layouts import describe
+
 LONGEST_VALUE = 300
 LONGEST_MESSAGE = 20_000
 
@@ -15,6 +17,9 @@ class _Quoter(reprlib.Repr):
         self.maxlevel = 3
         self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = 12
         self.maxstring = self.maxlong = self.maxother = LONGEST_VALUE
+
+    def repr_Layout(self, x, level):
+        return describe(x)
 
     def repr_int(self, x, level):
         # From some size on Python does not write a number in decimal digits.

@@ -5,16 +5,29 @@ The operator is a Primitive, an activation Cell, or None. The axes are those of 
 writes them, one letter an axis: `n` the rows, `i` and `o` the features that go into and come out of the base layer, `r`
 the rank or bottleneck of the delta, `h` and `w` the axes of an image. `f`, `k` and `l` are axes that are never cut, of
 tables, kernels and the factors of a matrix. A matmul of `(n, i)` with `(r, i)` is "ni,ri".
+
+A strategy is a tuple of tuples of ints or a tuple of Layouts, and a cut of an axis what `mindpet.utils.layouts` calls so.
 """
 
 import warnings
 from typing import Any
 
 import mindspore as ms
-from mindspore import nn, ops
+from mindspore import Layout, nn, ops
 
 from mindpet.layers.activation import activation_operators
 from mindpet.utils.hints import Operators, Strategy
+from mindpet.utils.layouts import (
+    TAKES_LAYOUT,
+    Cut,
+    DeviceCut,
+    cuts_of,
+    is_layout,
+    problem_of,
+    set_strategy,
+    strategy_of,
+    tuples_of,
+)
 from mindpet.utils.validate import Checker, is_int
 
 PARALLEL_MODES = (ms.ParallelMode.SEMI_AUTO_PARALLEL, ms.ParallelMode.AUTO_PARALLEL)
@@ -33,7 +46,8 @@ def apply_strategies(cell: nn.Cell, strategies: dict[str, Any]) -> nn.Cell:
     """Set the strategies of the operators of `cell`; every strategy is checked before the first is set.
 
     A strategy of None leaves its operator alone. One for an operator that the Cell does not have (no bias, no
-    activation) is a warning. Setting a strategy changes nothing outside of a parallel mode.
+    activation) is a warning. An operator that takes no Layout gets the tuples that mean it. Setting a strategy changes
+    nothing outside of a parallel mode.
 
     Args:
         cell: has the table `operators`.
@@ -44,9 +58,10 @@ def apply_strategies(cell: nn.Cell, strategies: dict[str, Any]) -> nn.Cell:
         `cell`.
 
     Raises:
-        TypeError: a strategy is not a tuple of tuples of ints; there is no such slot.
-        ValueError: the wrong number of inputs or of axes; a number of slices below 1; an activation whose operators
-            cannot be sharded (LogSoftmax among them, which is refused in a parallel mode even without a strategy).
+        TypeError: a strategy is neither a tuple of tuples of ints nor one of Layouts; there is no such slot.
+        ValueError: the wrong number of inputs or of axes; a number of slices below 1; Layouts that MindSpore does not
+            take, or that an operator does not, where no tuples mean them; an activation whose operators cannot be
+            sharded (LogSoftmax among them, which is refused in a parallel mode even without a strategy).
     """
     check = Checker(f"{type(cell).__name__}.shard")
     parallel = ms.get_auto_parallel_context("parallel_mode") in PARALLEL_MODES
@@ -63,19 +78,19 @@ def apply_strategies(cell: nn.Cell, strategies: dict[str, Any]) -> nn.Cell:
             plan.extend(_plan(check, slot, strategy, operator, axes))
     check.done()
     for primitive, strategy in plan:
-        primitive.shard(strategy)
+        set_strategy(primitive, strategy)
     return cell
 
 
-def cut_axes(cell: nn.Cell, counts: dict[str, int]) -> dict[str, Strategy]:
-    """The strategies of a Cell, slot -> strategy, from how often each axis is cut.
+def cut_axes(cell: nn.Cell, cuts: dict[str, Cut]) -> dict[str, Strategy]:
+    """The strategies of a Cell, slot -> strategy, from how each axis is cut.
 
     Args:
         cell: has the table `operators`.
-        counts: letter of an axis -> count; what is missing is not cut.
+        cuts: letter of an axis -> cut; what is missing is not cut.
     """
     return {
-        slot: tuple(tuple(counts.get(axis, 1) for axis in names) for names in axes.split(","))
+        slot: strategy_of(tuple(tuple(cuts.get(axis, 1) for axis in names) for names in axes.split(",")))
         for slot, (operator, axes) in slot_table(cell).items()
         if operator is not None
     }
@@ -87,20 +102,41 @@ def slot_table(cell: Any) -> Operators:
 
 
 def check_strategy(check: Checker, slot: str, strategy: Any, axes: str) -> bool:
-    """Whether a strategy is a tuple of tuples of positive ints that fits the axes.
+    """Whether a strategy is a tuple of tuples of positive ints, or of Layouts, that fits the axes.
 
     For an operator of one input several equal tuples are allowed; they mean that layout.
     """
     nested = isinstance(strategy, tuple) and all(isinstance(layout, tuple) for layout in strategy)
     ints = nested and all(is_int(count) for layout in strategy for count in layout)
-    if not check.require(ints, TypeError, slot, strategy, "a tuple of tuples of int, one for each input"):
+    layouts = isinstance(strategy, tuple) and all(isinstance(layout, Layout) for layout in strategy)
+    rule = "a tuple of tuples of int, or of Layouts, one for each input"
+    if not check.require(ints or layouts, TypeError, slot, strategy, rule):
         return False
+    problem = problem_of(strategy) if layouts else None
+    if not check.require(not problem, ValueError, slot, strategy, problem):
+        return False
+    cuts = cuts_of(strategy)
     ranks = tuple(len(names) for names in axes.split(","))
-    given = tuple(len(layout) for layout in (strategy if len(ranks) > 1 else tuple(dict.fromkeys(strategy))))
+    given = tuple(len(one) for one in (cuts if len(ranks) > 1 else tuple(dict.fromkeys(cuts))))
     rule = f"of {len(ranks)} tuple(s), one for each input, with {' and '.join(map(str, ranks))} counts"
-    positive = all(count >= 1 for layout in strategy for count in layout)
+    positive = layouts or all(count >= 1 for layout in strategy for count in layout)
     fits = check.require(given == ranks, ValueError, slot, strategy, rule)
     return fits and check.require(positive, ValueError, slot, strategy, "of counts of at least 1")
+
+
+def axis_cuts(check: Checker, slot: str, strategy: Any, axes: str) -> dict[str, Cut]:
+    """How each axis is cut: letter -> cut, of a strategy that is checked; empty if it is wrong."""
+    if not check_strategy(check, slot, strategy, axes):
+        return {}
+    pairs = [pair for names, cuts in zip(axes.split(","), cuts_of(strategy)) for pair in zip(names, cuts)]
+    cuts = dict(pairs)
+    alike = all(cuts[letter] == cut for letter, cut in pairs)
+    rule = "one in which all inputs cut the axes alike that they have in common"
+    check.require(alike, ValueError, slot, strategy, rule)
+    over = [name for cut in cuts.values() if isinstance(cut, DeviceCut) for name in cut.over]
+    rule = "one in which a device axis cuts no two of the axes"
+    check.require(len(set(over)) == len(over), ValueError, slot, strategy, rule)
+    return cuts
 
 
 def shard_whole(*cells: nn.Cell) -> None:
@@ -108,7 +144,7 @@ def shard_whole(*cells: nn.Cell) -> None:
     for cell in cells:
         for name, strategy in WHOLE.items():
             if name in cell._primitives:
-                cell._primitives[name].shard(strategy)
+                set_strategy(cell._primitives[name], strategy)
 
 
 def _is_log_softmax(operator):
@@ -117,8 +153,9 @@ def _is_log_softmax(operator):
 
 def _with_weight(operator, axes, strategy):
     """The axes of an activation, with that of its weight where a PReLU's strategy tells it."""
-    pair = isinstance(strategy, tuple) and len(strategy) == 2 and strategy[0] != strategy[1]
-    return f"{axes},w" if pair and isinstance(operator, nn.PReLU) else axes
+    pair = isinstance(operator, nn.PReLU) and isinstance(strategy, tuple) and len(strategy) == 2
+    first, second = (getattr(layout, "_tensor_map", layout) for layout in strategy) if pair else (None, None)
+    return axes if first == second else f"{axes},w"
 
 
 def _plan(check, slot, strategy, operator, axes):
@@ -127,13 +164,30 @@ def _plan(check, slot, strategy, operator, axes):
         warnings.warn(f"{check.owner}: '{slot}' is ignored, because this Cell has no such operator.", stacklevel=4)
         return []
     if "," in axes:
-        return [(operator, strategy)]
+        return _fitting(check, slot, [(operator, strategy)])
     operators = activation_operators(operator)
     rule = f"for an activation given as a str, since the operators of {type(operator).__name__} cannot be reached"
     check.require(operators, ValueError, slot, strategy, rule)
-    features = strategy[0][-1] if _has_many_weights(operator) else 1
-    kinds = {"x": strategy[0], "s": (), "w": strategy[-1] if len(strategy[-1]) == 1 else (features,)}
-    return [(primitive, tuple(kinds[kind] for kind in operands)) for primitive, operands in operators]
+    cuts = cuts_of(strategy)
+    features = cuts[0][-1] if _has_many_weights(operator) else 1
+    kinds = {"x": cuts[0], "s": (), "w": cuts[-1] if len(cuts[-1]) == 1 else (features,)}
+    plan = [(primitive, strategy_of(tuple(kinds[kind] for kind in operands))) for primitive, operands in operators]
+    return _fitting(check, slot, plan)
+
+
+def _fitting(check, slot, plan):
+    """The plan with tuples for primitives that take no Layout."""
+    fitting = []
+    for primitive, strategy in plan:
+        if is_layout(strategy) and primitive.name not in TAKES_LAYOUT:
+            tuples = tuples_of(strategy)
+            rule = f"of tuples, for {primitive.name} takes no Layout, and no tuples cut its input in the same places"
+            never_runs = primitive.name == "Dropout" and primitive.keep_prob == 1
+            check.require(tuples or never_runs, ValueError, slot, strategy, rule)
+            strategy = tuples
+        if strategy is not None:
+            fitting.append((primitive, strategy))
+    return fitting
 
 
 def _has_many_weights(operator):

@@ -211,7 +211,7 @@ def test_no_strategy_anywhere():
         (((1, 0), (1, 0)), ValueError, "counts of at least 1"),
         (((1, 1),), ValueError, "with 2 and 2 counts"),
         (((1, 1, 1), (1, 1)), ValueError, "with 2 and 2 counts"),
-        (((2, 4), (1, 2)), ValueError, "both inputs cut the last axis alike"),
+        (((2, 4), (1, 2)), ValueError, "all inputs cut the axes alike that they have in common"),
     ],
 )
 def test_a_bad_strategy_sets_nothing(in_strategy, error, match):

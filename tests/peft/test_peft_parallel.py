@@ -406,10 +406,30 @@ WHOLE_HEADS = (2, 4, 1, 1)
 LORA = functools.partial(LoraConfig, r=2)
 PREFIX = functools.partial(PrefixTuningConfig, num_virtual_tokens=2)
 REFUSED = {
-    "layout": (
-        lambda net: net.fc.matmul.shard((LAYOUT("dp", "None"), LAYOUT("mp", "None"))),
+    "layout of a gather": (
+        lambda net: net.embed.gather.shard((LAYOUT("None", "mp"), LAYOUT("dp", "None"))),
+        LORA(target_modules=["embed"]),
+        "embed: no delta where the strategy of Gather is a Layout, which MindSpore refuses: give tuples",
+    ),
+    "layout that cuts the inputs in two ways": (
+        lambda net: net.fc.matmul.shard((LAYOUT("dp", "mp"), LAYOUT("None", "None"))),
         LORA(target_modules=["fc"]),
-        "fc: no delta where the strategy of MatMul is a Layout",
+        "fc: 'strategy of MatMul' must be one in which all inputs cut the axes alike that they have in common",
+    ),
+    "layout with an axis twice": (
+        lambda net: net.fc.matmul.shard((LAYOUT("dp", "None"), LAYOUT("dp", "None"))),
+        LORA(target_modules=["fc"]),
+        "fc: 'strategy of MatMul' must be one in which a device axis cuts no two of the axes",
+    ),
+    "layout and a dropout": (
+        lambda net: net.fc.matmul.shard((LAYOUT("mp", "None"), LAYOUT("dp", "None"))),
+        LORA(target_modules=["fc"], lora_dropout=0.1),
+        r"'strategy_lora_dropout' must be of tuples, for Dropout takes no Layout.* got .Layout\(\(2, 4\), .*'mp', 'None'",
+    ),
+    "dora beside a layout": (
+        lambda net: net.fc.matmul.shard((LAYOUT("dp", "None"), LAYOUT("mp", "None"))),
+        LORA(target_modules=["fc"], use_dora=True),
+        "fc: no DoRA beside a layer with strategies",
     ),
     "bias only": (
         lambda net: net.fc.bias_add.shard(((2, 4), (4,))),
@@ -450,9 +470,9 @@ REFUSED = {
         "attention: its batched matmuls do not tell",
     ),
     "layout of an attention": (
-        lambda net: net.attention.scores.shard((LAYOUT("dp", "mp", "None", "None"),) * 2),
+        lambda net: net.attention.scores.shard((LAYOUT("mp", "dp", "None", "None"),) * 2),
         PREFIX(),
-        "attention: no delta where the strategy of BatchMatMul is a Layout",
+        r"no prefix or prompt where the batch and the heads are cut by Layout\(\(2, 4\), .*'mp', 'dp'",
     ),
     "heads": (
         lambda net: net.attention.scores.shard(((1, 8, 1, 1), (1, 8, 1, 1))),
@@ -502,7 +522,7 @@ def test_dora_beside_a_layer_with_strategies_is_refused():
 def test_hira_beside_a_layer_that_is_cut_along_several_axes_is_refused():
     loss = CausalLoss(LlamaConfig(**SHAPE, data_parallel=2, model_parallel=4))
     with pytest.raises(
-        ConfigError, match=r"no HiRA beside a layer that is cut along several axes: \(\(2, 1\), \(4, 1\)\)"
+        ConfigError, match=r"no HiRA beside a layer that is cut along several axes by tuples: \(\(2, 1\), \(4, 1\)\)"
     ):
         get_peft_model(loss.network, HiraConfig(target_modules=["q_proj"]))
     assert not [param.name for param in loss.get_parameters() if "mindpet" in param.name]
