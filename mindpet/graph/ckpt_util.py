@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import multiprocessing
 import os
 import pathlib
@@ -56,8 +57,8 @@ class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
 
     In data parallel, where all ranks hold the same, rank 0 saves. In semi-auto and auto parallel every rank saves its
     slices in a folder `rank_N` of its own (`integrated_save` is taken as False), and MindSpore's strategy file goes to
-    the folder `strategy` beside it, unless the parallel context names another; `gather_delta` puts them together.
-    Make it after the parallel context is set.
+    the folder `strategy` beside it, unless the parallel context or `AutoParallel` names another; `gather_delta` puts
+    them together. Which of these it is, is read when training begins, for `AutoParallel` sets the context only then.
 
     Args:
         directory: absolute path of the folder for the files; made if missing. The folder itself, however it is spelled,
@@ -71,8 +72,8 @@ class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
         AbsolutePathError: `directory` is not absolute.
         LinkPathError: `directory` is a symbolic link.
         OSError: `directory` cannot be made or written to.
-        CheckpointError: before training starts, if nothing is trainable, or if the parallel mode is no longer that
-            in which it was made; while training, if a file cannot be written: complete ones are left.
+        CheckpointError: before training starts, if nothing is trainable; while training, if a file cannot be written:
+            complete ones are left.
     """
 
     def __init__(
@@ -95,27 +96,31 @@ class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
         check.done()
         config = copy.copy(config) if config else CheckpointConfig()
         _make_directory(directory)
-        self._parallel_mode = ms.get_auto_parallel_context("parallel_mode")
-        if self._parallel_mode in PARALLEL_MODES:
-            config._integrated_save = False
-            directory = _rank_directory(directory)
+        self._integrated = config.integrated_save
         self._user_network = config.saved_network
         # MindSpore's own exception_save writes the whole train network; __exit__ does it here.
         self._save_on_exception, config.exception_save = config.exception_save, False
         ModelCheckpoint.__init__(self, prefix, directory, config)
-        self._manager = _AtomicManager(config.format, directory, prefix)
+        self._make_manager = functools.partial(_AtomicManager, config.format, prefix=prefix)
+        self._manager = self._make_manager(directory)
         self._saves = True  # whether this rank does
         self._last = None  # of the last step: train network, model, epoch, step in the epoch, step
+        self._root = directory
+        self._follow_context()  # if it is set already, for `Model.build` compiles before training begins
+
+    def _follow_context(self):
+        """Save where the parallel mode of now has it, and as it does."""
+        self._parallel_mode = ms.get_auto_parallel_context("parallel_mode")
+        is_cut = self._parallel_mode in PARALLEL_MODES
+        self._saves = self._parallel_mode != ms.ParallelMode.DATA_PARALLEL or _rank() == 0
+        self._config._integrated_save = self._integrated and not is_cut
+        directory = _rank_directory(self._root) if is_cut else self._root
+        if directory != self._manager.directory:
+            self._directory, self._manager = directory, self._make_manager(directory)
 
     def on_train_begin(self, run_context: RunContext) -> None:
         """Refuse to start if there is nothing to save."""
-        parallel_mode = ms.get_auto_parallel_context("parallel_mode")
-        if parallel_mode != self._parallel_mode:
-            raise CheckpointError(
-                f"TrainableParamsCheckPoint: it was made in the parallel mode {self._parallel_mode!r}, but this is "
-                f"{parallel_mode!r}; make it after the parallel context is set."
-            )
-        self._saves = parallel_mode != ms.ParallelMode.DATA_PARALLEL or _rank() == 0
+        self._follow_context()
         if not trainable_parameters(self._network(run_context.original_args())):
             raise CheckpointError(
                 "TrainableParamsCheckPoint: no parameter of the network is trainable, so there would "

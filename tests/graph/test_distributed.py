@@ -12,6 +12,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, nn
+from mindspore.train import CheckpointConfig, RunContext
 from parallel import plan_llama
 from sharded_delta import DELTA, LAYOUT, case, make
 
@@ -318,14 +319,14 @@ def test_evaluation_after_a_distributed_run_is_one_call(slices, tmp_path, rng):
         load_delta(fresh, folder)
 
 
-@pytest.mark.parametrize("format", ["ckpt", "safetensors"])
-def test_eight_ranks_save_by_the_callback(format, tmp_path):
+@pytest.mark.parametrize("format, way", [("ckpt", "context"), ("safetensors", "auto")])
+def test_eight_ranks_save_by_the_callback(format, way, tmp_path):
     def run(rank):
         _, environment = launcher._environment(8, rank)
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
         environment["MS_OM_PATH"] = str(tmp_path)
         script = ROOT / "tests/graph/save_sharded_child.py"
-        command = [sys.executable, script, tmp_path / "run", format]
+        command = [sys.executable, script, tmp_path / "run", format, way]
         return subprocess.run(command, env=environment, capture_output=True, text=True)
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -336,14 +337,28 @@ def test_eight_ranks_save_by_the_callback(format, tmp_path):
     assert bits(gather_delta(tmp_path / "run")) == bits(delta())
 
 
-def test_a_callback_from_before_the_parallel_context(tmp_path):
-    checkpoint = TrainableParamsCheckPoint(str(tmp_path))
-    ms.set_auto_parallel_context(parallel_mode="semi_auto_parallel")
+def test_a_callback_follows_the_parallel_context(tmp_path):
+    def begin():
+        checkpoint.on_train_begin(RunContext({"train_network": network}))
+        folder, file = checkpoint._directory, ms.get_auto_parallel_context("strategy_ckpt_save_file")
+        return os.path.relpath(folder, tmp_path), file and os.path.relpath(file, tmp_path), checkpoint._config
+
+    network = make()
+    freeze_delta(network, "lora")
+    config = CheckpointConfig(integrated_save=True)
+    checkpoint = TrainableParamsCheckPoint(str(tmp_path), config=config)
+    assert begin()[:2] == (".", "")
+    ms.set_auto_parallel_context(parallel_mode="semi_auto_parallel", device_num=8, global_rank=5)
     try:
-        with pytest.raises(CheckpointError, match="made in the parallel mode 'stand_alone', but this is 'semi_auto"):
-            checkpoint.on_train_begin(None)
+        folder, file, own = begin()
+        assert (folder, file) == ("rank_5", "strategy/rank_5.ckpt") and not own.integrated_save
+        assert (tmp_path / "rank_5").is_dir()
+        ms.set_auto_parallel_context(strategy_ckpt_config={"save_file": str(tmp_path / "mine.ckpt")})
+        assert begin()[:2] == ("rank_5", "mine.ckpt")
     finally:
         ms.reset_auto_parallel_context()
+    folder, _, own = begin()
+    assert folder == "." and own.integrated_save and config.integrated_save
 
 
 def test_pipeline_stages(tmp_path, rng):
