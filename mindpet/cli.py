@@ -21,14 +21,17 @@ from mindpet.utils.quote import printable
 
 def run_plan(arguments: argparse.Namespace) -> None:
     """Compile a network for many ranks and print its shard plan."""
+    given = {
+        "pipeline_stages": arguments.pipeline_stages,
+        "enable_parallel_optimizer": arguments.parallel_optimizer,
+    }
     report = dry_run(
         arguments.build,
         arguments.device_num,
         arguments.rank,
         not arguments.eval,
         arguments.timeout,
-        pipeline_stages=arguments.pipeline_stages,
-        enable_parallel_optimizer=arguments.parallel_optimizer,
+        **{name: value for name, value in given.items() if value is not None},
     )
     print(report)
     if arguments.json:
@@ -88,8 +91,10 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--device-num", type=int, required=True, metavar="N", help="number of ranks")
     command.add_argument("--rank", type=int, default=0, metavar="R", help="whose plan it is (default: %(default)s)")
     command.add_argument("--eval", action="store_true", help="a forward pass instead of a training step")
-    command.add_argument("--pipeline-stages", type=int, default=1, metavar="P", help="default: %(default)s")
-    command.add_argument("--parallel-optimizer", action="store_true", help="cut weights and state over replicas too")
+    command.add_argument("--pipeline-stages", type=int, metavar="P", help="default: 1, or what AutoParallel says")
+    command.add_argument(
+        "--parallel-optimizer", action="store_true", default=None, help="cut weights and state over replicas too"
+    )
     command.add_argument("--timeout", type=float, default=600, metavar="S", help="seconds (default: %(default)s)")
     command.add_argument("--json", metavar="F", help="write the report to this file, too")
 

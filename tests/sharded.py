@@ -184,8 +184,8 @@ class Network(nn.Cell):
 
 
 def is_refused(name, counts):
-    """Whether MindSpore refuses a split by tuples: HiRA's product of elements lays out the weight in another way than a matmul
-    does that is cut along more axes than one."""
+    """Whether MindSpore refuses a split by tuples: HiRA's product of elements lays out the weight in another way than a
+    matmul does that is cut along more axes than one."""
     return name == "hira" and sum(count > 1 for count in counts.values()) > 1
 
 

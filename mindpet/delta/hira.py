@@ -175,9 +175,9 @@ class HiraDelta(Delta):
         """Set the strategies of the operators, see `Delta.shard`.
 
         Raises:
-            ConfigError: in a network more than one of rows, inputs and outputs is cut, and not by Layouts. MindSpore
-                (2.7 to 2.10) puts the slices of a weight elsewhere for a product of elements than for a matmul then, and
-                does not compile.
+            ConfigError: in a network more than one of rows, inputs and outputs is cut, and not by Layouts. For tuples
+                MindSpore (2.7 to 2.10) puts the slices of a weight elsewhere for a product of elements than for a
+                matmul, and does not compile.
         """
         strategy = strategies.get("strategy_hira_matmul")
         if self.is_patched_in and "strategy_hira_ab_matmul" in strategies and not is_layout(strategy):  # no embedding

@@ -217,7 +217,9 @@ class LoraDelta(Delta):
 
     def set_scaling(self, scaling: float) -> None:
         """Have s, as a Parameter, so that another adapter's can take its place without a new graph."""
-        self.mindpet_lora_scaling = Parameter(Tensor(scaling, ms.float32), requires_grad=False)
+        # MindSpore's parallel optimizer (2.7 to 2.10) ends the process where it is to cut a Parameter without axes.
+        value = Tensor(scaling, ms.float32)
+        self.mindpet_lora_scaling = Parameter(value, requires_grad=False, parallel_optimizer=False)
 
     @property
     def scaling(self) -> float:

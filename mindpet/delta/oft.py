@@ -18,8 +18,8 @@ from mindpet.errors import ConfigError
 from mindpet.layers.linear import cast, from_rows, to_rows
 from mindpet.network.kinds import LayerKind
 from mindpet.utils.hints import Arrays, Operators, Shape, Strategy
-from mindpet.utils.quote import quote
 from mindpet.utils.layouts import counts_of
+from mindpet.utils.quote import quote
 from mindpet.utils.sharding import check_strategy
 from mindpet.utils.validate import Checker, is_int
 from mindpet.utils.version_control import get_dropout

@@ -13,6 +13,7 @@ from mindspore import Tensor, nn
 from mindspore.amp import build_train_network
 from mindspore.communication import init
 from mindspore.parallel import _utils as parallel_utils
+from mindspore.parallel.auto_parallel import AutoParallel
 
 from mindpet.errors import BuildError, DryRunError, MindPetError, ShardError
 from mindpet.parallel.graph_dump import count_runs, read_header, read_nodes
@@ -56,7 +57,7 @@ def _dry_run(pickled, request, folder):
     shutil.rmtree(dump, ignore_errors=True)
     ms.reset_auto_parallel_context()
     _set_context(request)
-    network, inputs, step = _build(pickled, request.train)
+    network, inputs, step = _build(pickled, request)
     names = Names(network, step)
     log_start = _log_size(folder)
     try:
@@ -98,7 +99,7 @@ def _set_context(request):
         ) from error
 
 
-def _build(pickled, train):
+def _build(pickled, request):
     """The network, its inputs, and the Cell to compile: in training the network with its optimizer."""
     try:
         made = pickle.loads(pickled)()
@@ -107,8 +108,9 @@ def _build(pickled, train):
     except Exception as error:
         raise BuildError(f"dry_run: build() raised an error.\n{traceback.format_exc()}") from error
     parts = made if isinstance(made, tuple) and len(made) in (2, 3) else (None, None)
-    network, inputs, optimizer = (*parts, None)[:3]
+    whole, inputs, optimizer = (*parts, None)[:3]
     inputs = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+    network = whole.network if isinstance(whole, AutoParallel) else whole
     if (
         not isinstance(network, nn.Cell)
         or not all(isinstance(value, Tensor) for value in inputs)
@@ -118,12 +120,28 @@ def _build(pickled, train):
             "dry_run: build() must return (network, inputs) or (network, inputs, optimizer): a Cell, a Tensor or a "
             f"tuple of Tensors, and an Optimizer, but it returned {made!r}."
         )
-    if not train:
-        return network, inputs, network.set_train(False)
+    if whole is not network:
+        _follow(whole, request)
+    if not request.train:
+        return network, inputs, whole.set_train(False)
     if isinstance(network, nn.TrainOneStepCell):
-        return network.network, inputs, network.set_train()
+        return network.network, inputs, whole.set_train()
     optimizer = optimizer or nn.Adam(network.trainable_params())
-    return network, inputs, build_train_network(network, optimizer, level="O0")  # as Model does
+    return network, inputs, build_train_network(whole, optimizer, level="O0")  # as Model does
+
+
+def _follow(parallel, request):
+    """Set the parallel context as an AutoParallel says, which Model does before it makes the training network."""
+    if request.settings:
+        raise BuildError(
+            f"dry_run: 'settings' are of mindspore.set_auto_parallel_context, but build() returned an AutoParallel, "
+            f"which has its own; set there what {sorted(request.settings)} mean."
+        )
+    ms.reset_auto_parallel_context()
+    try:
+        parallel_utils._init_auto_parallel_context(parallel)
+    except Exception as error:  # MindSpore raises several types
+        raise DryRunError(f"dry_run: the settings of the AutoParallel are refused: {' '.join(str(error).split())}") from error
 
 
 def _log_size(folder):

@@ -14,9 +14,10 @@ def shard_like(cell: nn.Cell, in_strategy: Optional[Strategy] = None) -> nn.Cell
     """Set all strategies of a delta Cell so that they go with the strategy of the base layer's matmul.
 
     One rule serves all methods: an axis of the delta that is an axis of the base layer is cut as it is there, as often,
-    or over the same device axes of a Layout; the rank or bottleneck is never cut. So the first matrix of the delta inherits the cut of the axis that it contracts,
-    and the second that of the axis that it yields. The factors of the low-rank adapter's matrices stay whole: they are
-    small, and cutting their product costs more communication than it saves.
+    or over the same device axes of a Layout; the rank or bottleneck is never cut. So the first matrix of the delta
+    inherits the cut of the axis that it contracts, and the second that of the axis that it yields. The factors of the
+    low-rank adapter's matrices stay whole: they are small, and cutting their product costs more communication than it
+    saves.
 
     The plan communicates no more than the mathematics needs. For LoRA a column split (of the outputs) needs nothing in
     the forward pass and a row split (of the inputs) one AllReduce of `(rows, rank)`, beside the base's own. For the
@@ -28,8 +29,8 @@ def shard_like(cell: nn.Cell, in_strategy: Optional[Strategy] = None) -> nn.Cell
     Args:
         cell: a hand-made one with a table `operators`, such as LoRADense.
         in_strategy: of the base matmul, `((rows, in), (out, in))`, as `mindspore.ops.MatMul(transpose_b=True)` takes
-            it: tuples or Layouts. For a layer without a base of its own it is that of the layer before. Default: None, for what is set on
-            `cell.matmul`.
+            it: tuples or Layouts. For a layer without a base of its own it is that of the layer before. Default: None,
+            for what is set on `cell.matmul`.
 
     Returns:
         `cell`.

@@ -10,7 +10,7 @@ from mindspore import nn
 from mindpet.parallel.graph_dump import BYTES, Node
 from mindpet.parallel.report import CollectivePlan, OperatorPlan, ParameterPlan
 from mindpet.utils.hints import Shape
-from mindpet.utils.layouts import get_strategy
+from mindpet.utils.layouts import counts_of, get_strategy
 from mindpet.utils.sharding import slot_table
 
 COLLECTIVES = (
@@ -25,8 +25,8 @@ class Names:
     """What the nodes of a graph are called in the user's network.
 
     Args:
-        network: the user's.
-        step: what is compiled: the network, or a training Cell around it.
+        network: the user's, without an AutoParallel around it.
+        step: what is compiled: the network, or training Cells and AutoParallel around it.
     """
 
     def __init__(self, network: nn.Cell, step: nn.Cell):
@@ -115,7 +115,8 @@ def operator_plans(
         if node.strategy is None or not ours:
             continue
         cell, slot, primitive = names.locate(node)
-        is_set = node.asked_strategy is not None or (primitive is not None and get_strategy(primitive) is not None)
+        asked = node.asked_strategy if primitive is None else get_strategy(primitive)
+        is_set = asked is not None and counts_of(asked) == node.strategy  # a search leaves out of account what is set
         plan = OperatorPlan(cell, slot, node.operator, node.strategy, is_set, 0)
         plans.setdefault((cell, slot, node.operator, node.strategy), plan).count += count
     return list(plans.values())

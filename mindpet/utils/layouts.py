@@ -1,8 +1,8 @@
 """Strategies as tuples of ints and as Layouts: for both, a cut for each axis of each input.
 
 A Layout arranges the ranks of a pipeline stage along named axes, the device axes, and says over which of these an axis
-of a tensor is cut. A tuple says how often it is cut, and leaves it to MindSpore to arrange the ranks. So a cut is an int
-or a DeviceCut, and whoever hands cuts on need not know which.
+of a tensor is cut. A tuple says how often it is cut, and leaves it to MindSpore to arrange the ranks. So a cut is an
+int or a DeviceCut, and whoever hands cuts on need not know which.
 """
 
 import math
@@ -19,8 +19,8 @@ INTERLEAVED = "interleaved_parallel"  # the device axis that stands for parts of
 # Operators that take a Layout, seen in 2.7 and 2.10. Others refuse it (Concat, Conv2D, Dropout, Gather, HSwish, PReLU,
 # reductions, Slice), or mean something else by it (Tile: its input and not its output).
 TAKES_LAYOUT = frozenset(
-    "Abs Add BatchMatMul BiasAdd Div Elu Equal Exp FastGeLU GeLU HShrink HSigmoid Log1p MatMul Maximum Minimum Mish Mul "
-    "Neg ReLU ReLU6 Reciprocal SiLU Sigmoid SoftShrink Softmax Softsign Sub Tanh Transpose".split()
+    "Abs Add BatchMatMul BiasAdd Div Elu Equal Exp FastGeLU GeLU HShrink HSigmoid Log1p MatMul Maximum Minimum Mish "
+    "Mul Neg ReLU ReLU6 Reciprocal SiLU Sigmoid SoftShrink Softmax Softsign Sub Tanh Transpose".split()
 )
 
 

@@ -6,7 +6,7 @@ writes them, one letter an axis: `n` the rows, `i` and `o` the features that go 
 the rank or bottleneck of the delta, `h` and `w` the axes of an image. `f`, `k` and `l` are axes that are never cut, of
 tables, kernels and the factors of a matrix. A matmul of `(n, i)` with `(r, i)` is "ni,ri".
 
-A strategy is a tuple of tuples of ints or a tuple of Layouts, and a cut of an axis what `mindpet.utils.layouts` calls so.
+A strategy is a tuple of tuples of ints, or of Layouts; what a cut is stands in `mindpet.utils.layouts`.
 """
 
 import warnings

@@ -1,4 +1,4 @@
-"""Cells that are cut by Layouts, in MindSpore's parallel front end: the plans are those of the tuples that they mean."""
+"""Cells that are cut by Layouts, in MindSpore's parallel front end: the plans are those of the tuples they mean."""
 
 from sharded import CELLS, LAYOUTS, case
 from test_plans import check
