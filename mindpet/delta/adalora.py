@@ -452,9 +452,8 @@ class AdaLoraOptimizer(nn.Optimizer):
         check.require(
             budget <= sum(ranks), ValueError, "target_r", config.target_r, f"at most {sum(ranks) / len(ranks):g}"
         )
-        mode = ms.get_auto_parallel_context("parallel_mode")
-        check.require(mode not in PARALLEL_MODES, ValueError, "parallel_mode", mode, "one without cut parameters")
         check.done()
+        _refuse_cut_parameters()
         self.optimizer = optimizer
         self.ranks = tuple(ranks)
         self.beta1, self.beta2 = config.beta1, config.beta2
@@ -479,6 +478,7 @@ class AdaLoraOptimizer(nn.Optimizer):
             return getattr(self.optimizer, name)
 
     def construct(self, gradients):
+        _refuse_cut_parameters()
         done = self.optimizer(gradients)
         step = self.mindpet_adalora_step
         action = ops.gather(self.schedule, ops.minimum(step, self.final + 1), 0)
@@ -559,6 +559,13 @@ def schedule(config: AdaLoraConfig, start: int, end: int) -> np.ndarray:
         cut = start - int((start - end) * rest**3 + end)
         cuts.append(cut if step % config.deltaT == 0 or step == final else LEAVE)
     return np.array([*cuts, CUT_AGAIN], np.int32)
+
+
+@ops.constexpr  # graph mode runs it while it compiles, when AutoParallel has set the mode
+def _refuse_cut_parameters():
+    check, mode = Checker("AdaLoraOptimizer"), ms.get_auto_parallel_context("parallel_mode")
+    check.require(mode not in PARALLEL_MODES, ValueError, "parallel_mode", mode, "one without cut parameters")
+    check.done()
 
 
 def _state(name, value):

@@ -3,6 +3,7 @@
 from typing import Any
 
 from mindspore import nn
+from mindspore.parallel.auto_parallel import AutoParallel
 from mindspore.train import Callback, RunContext
 
 
@@ -33,8 +34,8 @@ class TrainCallback(Callback):
 
 
 def model_of(callback_params: dict[str, Any]) -> nn.Cell:
-    """The user's model in the parameters of a callback: without training cells around it."""
+    """The user's model in the parameters of a callback: without training cells and AutoParallel around it."""
     network = callback_params.get("network") or callback_params["train_network"]
-    while isinstance(network, nn.TrainOneStepCell):
+    while isinstance(network, (nn.TrainOneStepCell, AutoParallel)) and isinstance(network.network, nn.Cell):
         network = network.network
     return network

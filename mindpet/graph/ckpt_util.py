@@ -416,7 +416,8 @@ def _rank_directory(directory):
     rank = _rank()
     if not ms.get_auto_parallel_context("strategy_ckpt_save_file"):
         file = os.path.join(directory, STRATEGY_FOLDER, f"rank_{rank}.ckpt")
-        ms.set_auto_parallel_context(strategy_ckpt_config={"save_file": file})
+        # Of all parameters: what is saved beside the trainable ones, the start of PiSSA, is cut as well.
+        ms.set_auto_parallel_context(strategy_ckpt_config={"save_file": file, "only_trainable_params": False})
     directory = os.path.join(directory, f"rank_{rank}")
     _make_directory(directory)
     return directory

@@ -21,6 +21,9 @@ SUFFIXES = (".ckpt", ".safetensors")
 FILE_NAME = re.compile(  # as MindSpore gives it
     r"(?P<prefix>.*?)(?:_(?P<run>\d+))?-(?P<epoch>\d+)_(?P<step>\d+)(?P<breakpoint>_breakpoint)?\.(?:ckpt|safetensors)"
 )
+UNKNOWN = (  # of a parameter: where its slices belong
+    " (the strategy file lacks it, for it did not train when the network was compiled; see docs/parallel.md)"
+)
 STRATEGY_FOLDER = "strategy"  # beside the folders of the ranks
 
 
@@ -220,7 +223,9 @@ def _check_replicas(folder, files, layouts):
             content = f"{value.shape} {value.dtype} {digest(value.asnumpy())}"
             slices.setdefault((name, _place(name, rank, layouts)), {}).setdefault(content, []).append(f"rank_{rank}")
     problems = [
-        f"{name}: {' / '.join(map(', '.join, ranks.values()))}" for (name, _), ranks in slices.items() if len(ranks) > 1
+        f"{name}: {' / '.join(map(', '.join, ranks.values()))}{'' if place else UNKNOWN}"
+        for (name, place), ranks in slices.items()
+        if len(ranks) > 1
     ]
     if problems:
         raise CheckpointError(

@@ -141,7 +141,9 @@ def _follow(parallel, request):
     try:
         parallel_utils._init_auto_parallel_context(parallel)
     except Exception as error:  # MindSpore raises several types
-        raise DryRunError(f"dry_run: the settings of the AutoParallel are refused: {' '.join(str(error).split())}") from error
+        raise DryRunError(
+            f"dry_run: the settings of the AutoParallel are refused: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _log_size(folder):

@@ -5,6 +5,7 @@ from collections.abc import Collection
 from typing import Any
 
 from mindspore import nn
+from mindspore.parallel.auto_parallel import AutoParallel
 
 from mindpet.errors import AdapterError, ConfigError
 from mindpet.files.adapter import FILES
@@ -16,6 +17,10 @@ def check_bare(network: Any) -> None:
     """Refuse a network that has adapters already."""
     if not isinstance(network, nn.Cell):
         raise TypeError(f"'network' must be a Cell, but got {network!r} ({type(network).__name__}).")
+    if isinstance(network, AutoParallel):
+        raise ConfigError(
+            "an AutoParallel goes around the PeftModel, not into it: AutoParallel(get_peft_model(network, config))."
+        )
     if any(MARK in vars(cell) for _, cell in network.cells_and_names()):
         raise ConfigError(
             f"the {type(network).__name__} has adapters already; use add_adapter() or load_adapter() of its PeftModel, "

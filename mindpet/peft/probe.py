@@ -48,6 +48,8 @@ def probe_merge(cell: nn.Cell, kind: LayerKind, deltas: Sequence[Any], merged: A
     """
     if ms.get_auto_parallel_context("parallel_mode") in PARALLEL_MODES:
         return Probe(skipped="a layer cannot be run by itself in this parallel mode")
+    if kind.weight_of(cell).sliced:  # AutoParallel sets the mode only while it trains
+        return Probe(skipped="its weight is the slice of one rank")
     if kind.weight_of(cell).has_init:
         return Probe(skipped="its weight has no values yet")
     steps = [kind.to_matrix(_float32(kind.weight_of(cell)))]  # the weight after each delta

@@ -83,7 +83,10 @@ def _layer_cuts(kind, sharded):
     name, axes = OPERATORS[kind.name]
     matching = [primitive for primitive in sharded if primitive.name == name]
     if len(matching) != 1:
-        raise ConfigError(f"a delta takes its strategies from one {name}, but {len(matching)} have one in this layer")
+        raise ConfigError(
+            f"a delta takes its strategies from one {name}, but {len(matching)} have one in this layer; what has one: "
+            f"{[primitive.name for primitive in sharded]}"
+        )
     strategy = get_strategy(matching[0])
     if is_layout(strategy) and name not in TAKES_LAYOUT:
         raise ConfigError(f"no delta where the strategy of {name} is a Layout, which MindSpore refuses: give tuples")
