@@ -74,7 +74,7 @@ class MatrixDelta(Delta):
     """A matrix of small ones that is added to the weight of a linear layer.
 
     .. math::
-        y = out + s\\, u \\odot \\Delta W x,\\quad s = alpha / rank
+        y = out + u \\odot s\\, \\Delta W x,\\quad s = alpha / rank
 
     The factors u of the outputs are ones. While training, `rank_dropout` sets some of them to zero, for all rows of x
     alike, and divides the others by their mean if `rescales`; `module_dropout` sets all of them to zero.
@@ -101,14 +101,18 @@ class MatrixDelta(Delta):
         self.delta_mul, self.delta_add = ops.Mul(), ops.Add()
 
     def after(self, x, out):
-        delta = self.delta_mul(self.update(x), self.scale)
+        delta = self.update(x)
         if self.dropout is not None and self.training:
             delta = self.drop_mul(delta, self.channels(self.to_compute(self.dropout())))
         return from_rows(self.delta_add(self.rows(out), cast(delta, out.dtype)), out)
 
     def update(self, x):
-        """`dW x` in the compute type, `(rows, out)`."""
+        """`s dW x` in the compute type, `(rows, out)`."""
         raise NotImplementedError
+
+    def scaled(self, factor):
+        """s times a Parameter, of which dW is a multiple, in the compute type: it has fewer numbers than `dW x`."""
+        return self.delta_mul(self.to_compute(factor), self.scale)
 
     @classmethod
     def matrix_of(cls, values: Arrays) -> np.ndarray:
@@ -140,7 +144,7 @@ class MatrixDelta(Delta):
 
     @property
     def operators(self) -> Operators:
-        table = {"mul": (self.delta_mul, "no,")}
+        table = {"mul": (self.delta_mul, "fk,")}
         if self.dropout is not None:
             table.update(self.dropout.operators)
             table["drop_mul"] = (self.drop_mul, "no,o" if self.dropout.drops_outputs else "no,f")
@@ -239,7 +243,7 @@ class MatrixConvolution(MatrixDelta):
         self.convolution = convolution_like(cell, self.kind.name, self.shape[0])
 
     def matrix(self):
-        """dW in the compute type, `(out, rest)`."""
+        """`s dW` in the compute type, `(out, rest)`."""
         raise NotImplementedError
 
     def update(self, x):

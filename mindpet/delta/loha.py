@@ -88,8 +88,8 @@ class LohaDelta(MatrixDelta):
             self.loha_w_matmul = ops.MatMul(transpose_b=True)
 
     def factors(self):
-        """A_1, B_1, A_2 and B_2 in the compute type."""
-        w1_a, w1_b = self.to_compute(self.mindpet_delta_loha_w1_a), self.to_compute(self.mindpet_delta_loha_w1_b)
+        """`s A_1`, B_1, A_2 and B_2 in the compute type."""
+        w1_a, w1_b = self.scaled(self.mindpet_delta_loha_w1_a), self.to_compute(self.mindpet_delta_loha_w1_b)
         w2_a, w2_b = self.to_compute(self.mindpet_delta_loha_w2_a), self.to_compute(self.mindpet_delta_loha_w2_b)
         return w1_a, w1_b, w2_a, w2_b
 

@@ -140,7 +140,7 @@ class LokrDelta(MatrixDelta):
         self.lokr_turn, self.lokr_turn_back = ops.Transpose(), ops.Transpose()
 
     def update(self, x):
-        c = self.to_compute(self.mindpet_delta_lokr_w1_b if self.factors_c else self.mindpet_delta_lokr_w1)
+        c = self.scaled(self.mindpet_delta_lokr_w1_b if self.factors_c else self.mindpet_delta_lokr_w1)
         b = self.to_compute(self.mindpet_delta_lokr_w2_b if self.factors_b else self.mindpet_delta_lokr_w2)
         parts = self.lokr_w2_matmul(ops.reshape(self.to_compute(to_rows(x)), (-1, self.n)), b)
         parts = self.lokr_turn(ops.reshape(parts, (-1, self.m, self.inner)), (0, 2, 1))
@@ -205,10 +205,9 @@ class LokrConvolution(MatrixConvolution, LokrDelta):
 
     def matrix(self):
         if self.factors_c:
-            w1_a, w1_b = self.to_compute(self.mindpet_delta_lokr_w1_a), self.to_compute(self.mindpet_delta_lokr_w1_b)
-            c = product(w1_a, w1_b)
+            c = product(self.scaled(self.mindpet_delta_lokr_w1_a), self.to_compute(self.mindpet_delta_lokr_w1_b))
         else:
-            c = self.to_compute(self.mindpet_delta_lokr_w1)
+            c = self.scaled(self.mindpet_delta_lokr_w1)
         if not self.factors_b:
             return kronecker(c, self.to_compute(self.mindpet_delta_lokr_w2))
         w2_a, w2_b = self.to_compute(self.mindpet_delta_lokr_w2_a), self.to_compute(self.mindpet_delta_lokr_w2_b)

@@ -204,6 +204,7 @@ class LoraDelta(Delta):
             self.base_weight, self.base_bias = weight, self.kind.bias_of(cell) if self.kind.adds_bias else None
         if lora_bias:
             self.mindpet_delta_lora_bias = delta_parameter("zeros", shape_b[:1], dtype, BIAS)
+            self.lora_bias_mul = ops.Mul()
             self.lora_bias_add = ops.BiasAdd("NCDHW" if self.kind.name == "conv3d" else "NCHW")
         if self.starts_from_weight:
             self.mindpet_lora_start_a = Parameter(initializer("zeros", shape_a, ms.float32), requires_grad=False)
@@ -232,25 +233,29 @@ class LoraDelta(Delta):
         if self.starts_from_weight:
             delta = self.sub(delta, self.start_update(x))
         if self.lora_bias:
-            delta = self.lora_bias_add(delta, self.to_compute(self.mindpet_delta_lora_bias))
-        delta = cast(self.scale(delta), out.dtype)
+            bias, scaling = self.to_compute(self.mindpet_delta_lora_bias), self.to_compute(self.mindpet_lora_scaling)
+            delta = self.lora_bias_add(delta, self.lora_bias_mul(bias, scaling))
+        delta = cast(delta, out.dtype)
         if self.use_dora:
             gain = cast(self.gain(), out.dtype)
             delta = gain * delta + (gain - 1) * self.without_bias(rows)
         return from_rows(self.add(rows, delta), out)
 
-    def scale(self, delta):
-        """`s delta`."""
-        return self.mul(delta, self.to_compute(self.mindpet_lora_scaling))
+    def scale(self, inner):
+        """`s A x`: these are the fewest numbers that the update passes through."""
+        return self.mul(inner, self.to_compute(self.mindpet_lora_scaling))
 
     def update(self, x, lora_a, lora_b):
-        """`B A dropout(x)` in the compute type."""
-        return self.lora_b_matmul(self.lora_a_matmul(self.lora_dropout(self.to_compute(to_rows(x))), lora_a), lora_b)
+        """`s B A dropout(x)` in the compute type."""
+        inner = self.lora_a_matmul(self.lora_dropout(self.to_compute(to_rows(x))), lora_a)
+        return self.lora_b_matmul(self.scale(inner), lora_b)
 
     def start_update(self, x):
-        """`B_0 A_0 x` in the compute type, of a linear layer."""
+        """`s B_0 A_0 x` in the compute type, of a linear layer."""
         lora_a, lora_b = self.to_compute(self.mindpet_lora_start_a), self.to_compute(self.mindpet_lora_start_b)
-        return self.lora_start_b_matmul(self.lora_start_a_matmul(self.to_compute(to_rows(x)), lora_a), lora_b)
+        return self.lora_start_b_matmul(
+            self.scale(self.lora_start_a_matmul(self.to_compute(to_rows(x)), lora_a)), lora_b
+        )
 
     def reset(self) -> None:
         """Make the delta the identity, whatever its values were: all is zero, and DoRA's magnitude the norm of W."""
@@ -276,10 +281,10 @@ class LoraDelta(Delta):
         """`||W + s B A||` in the magnitude's shape, float32."""
         weight, lora_a, lora_b = self.base_weight, self.mindpet_delta_lora_a, self.mindpet_delta_lora_b
         weight, lora_a, lora_b = (self.as_matrix(cast(param, ms.float32)) for param in (weight, lora_a, lora_b))
-        update = ops.matmul(lora_b, lora_a)
+        update = ops.matmul(self.mindpet_lora_scaling * lora_b, lora_a)
         if self.starts_from_weight:
-            update = update - ops.matmul(self.mindpet_lora_start_b, self.mindpet_lora_start_a)
-        update = self.mindpet_lora_scaling * update
+            start_b = self.mindpet_lora_scaling * self.mindpet_lora_start_b
+            update = update - ops.matmul(start_b, self.mindpet_lora_start_a)
         tuned = (ops.transpose(weight, (1, 0)) if self.kind.transposed else weight) + update
         return self.channels(ops.sqrt(ops.square(tuned).sum(1)))
 
@@ -420,7 +425,7 @@ class LoraDelta(Delta):
             "strategy_lora_dropout": (self.lora_dropout.dropout, "ni"),
             "strategy_lora_a_matmul": (self.lora_a_matmul, "ni,ri"),
             "strategy_lora_b_matmul": (self.lora_b_matmul, "nr,or"),
-            "strategy_lora_mul": (self.mul, "no,"),
+            "strategy_lora_mul": (self.mul, "nr,"),
             "strategy_lora_add": (self.add, "no,no"),
         }
         if self.starts_from_weight:
@@ -428,6 +433,7 @@ class LoraDelta(Delta):
             table["strategy_lora_start_b_matmul"] = (self.lora_start_b_matmul, "nr,or")
             table["strategy_lora_sub"] = (self.sub, "no,no")
         if self.lora_bias:
+            table["strategy_lora_bias_mul"] = (self.lora_bias_mul, "o,")
             table["strategy_lora_bias_add"] = (self.lora_bias_add, "no,o")
         return table
 
@@ -455,7 +461,7 @@ class LoraEmbedding(LoraDelta):
         return problems + super().problems(cell, kind, is_sharded, **others)
 
     def update(self, x, lora_a, lora_b):
-        return self.lora_b_matmul(self.lora_a_matmul(lora_a, ops.reshape(x, (-1,)), 1), lora_b)
+        return self.lora_b_matmul(self.scale(self.lora_a_matmul(lora_a, ops.reshape(x, (-1,)), 1)), lora_b)
 
     def initial_values(self, init: Union[bool, str]) -> tuple[InitLike, InitLike]:
         return (Normal(1.0) if init is False else "zeros"), Normal(1.0)
@@ -469,7 +475,7 @@ class LoraEmbedding(LoraDelta):
         return {
             "strategy_lora_a_matmul": (self.lora_a_matmul, "rf,n"),
             "strategy_lora_b_matmul": (self.lora_b_matmul, "rn,or"),
-            "strategy_lora_mul": (self.mul, "no,"),
+            "strategy_lora_mul": (self.mul, "rn,"),
             "strategy_lora_add": (self.add, "no,no"),
         }
 
@@ -478,7 +484,7 @@ class LoraConvolution(LoraDelta):
     """The LoRA delta of a convolution: one with `rank` channels, then one with a kernel of one tap."""
 
     def update(self, x, lora_a, lora_b):
-        return self.lora_b_matmul(self.lora_a_matmul(self.lora_dropout(self.to_compute(x)), lora_a), lora_b)
+        return self.lora_b_matmul(self.scale(self.lora_a_matmul(self.lora_dropout(self.to_compute(x)), lora_a)), lora_b)
 
     def rows(self, out):
         return out
@@ -513,8 +519,9 @@ class LoraConvolution(LoraDelta):
             "strategy_lora_dropout": (self.lora_dropout.dropout, "nihw"),
             "strategy_lora_a_matmul": (self.lora_a_matmul, "nihw,rikl"),
             "strategy_lora_b_matmul": (self.lora_b_matmul, "nrhw,orkl"),
-            "strategy_lora_mul": (self.mul, "nohw,"),
+            "strategy_lora_mul": (self.mul, "nrhw,"),
             "strategy_lora_add": (self.add, "nohw,nohw"),
+            **({"strategy_lora_bias_mul": (self.lora_bias_mul, "o,")} if self.lora_bias else {}),
             **({"strategy_lora_bias_add": (self.lora_bias_add, "nohw,o")} if self.lora_bias else {}),
         }
 
@@ -642,8 +649,14 @@ class LoRADense(DeltaDense, LoraDelta):
     def set_scaling(self, scaling: float) -> None:
         """Do nothing: checkpoints of this layer have never had a Parameter for it."""
 
-    def scale(self, delta):
-        return self.mul(delta, self.lora_alpha / self.lora_rank)
+    def update(self, x, lora_a, lora_b):
+        # Model libraries give `mul` a strategy for the outputs, so it stays behind B here.
+        inner = self.lora_a_matmul(self.lora_dropout(x), lora_a)
+        return self.mul(self.lora_b_matmul(inner, lora_b), self.lora_alpha / self.lora_rank)
+
+    @property
+    def operators(self) -> Operators:
+        return {**super().operators, "strategy_lora_mul": (self.mul, "no,")}
 
     def shard(
         self,

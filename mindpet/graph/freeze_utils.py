@@ -12,6 +12,7 @@ from mindspore import nn
 from mindpet.delta.registry import METHODS, find_method
 from mindpet.errors import LinkPathError, ModelConfigFreezeInfoError, NoMatchError, ReadYamlFileError
 from mindpet.network.parameters import TRAINED, matches, model_parameters, running_statistics
+from mindpet.network.recompute import renew_recompute
 from mindpet.utils.hints import PathLike
 from mindpet.utils.parse import LARGEST_YAML, parse_yaml
 from mindpet.utils.quote import quote
@@ -51,7 +52,7 @@ def freeze_modules(
         )
     params, fixed = _parameters(model)
     _report("freeze_modules", _unmatched(params, fixed, include, exclude), strict)
-    _apply(params, fixed, {}, include, exclude)
+    _apply(model, params, fixed, {}, include, exclude)
 
 
 def freeze_delta(
@@ -84,7 +85,7 @@ def freeze_delta(
     missing = [one for one in methods if not any(_fits(name, one.trainable) for name in trained)]
     problems = [_missing_delta(one, params) for one in missing]
     _report("freeze_delta", problems + _unmatched(params, fixed, include, exclude), strict)
-    _apply(params, fixed, flags, include, exclude)
+    _apply(model, params, fixed, flags, include, exclude)
 
 
 def freeze_from_config(model: nn.Cell, config_path: PathLike, strict: bool = True) -> None:
@@ -133,13 +134,14 @@ def _fits(name, patterns):
     return matches(name, patterns) or matches(name.replace(TRAINED, ""), patterns)
 
 
-def _apply(params, fixed, flags, include, exclude):
+def _apply(model, params, fixed, flags, include, exclude):
     """Set requires_grad: `flags` first, then the lists where only one of them has a say."""
     for name, param in params.items():
         frozen, trained = _fits(name, include or ()), _fits(name, exclude or ())
         train = flags.get(name, param.requires_grad) if frozen == trained else trained
         if not train or param.dtype in (*FLOAT_TYPES, ms.float64):
             param.requires_grad = train and name not in fixed
+    renew_recompute(model)
 
 
 def _unmatched(params, fixed, include, exclude):

@@ -9,6 +9,7 @@ from mindspore.train import RunContext
 from mindpet.errors import NotLearningError
 from mindpet.graph.callback import TrainCallback, model_of
 from mindpet.network.parameters import model_parameters, running_statistics, trainable_parameters
+from mindpet.network.recompute import warn_of_dropout
 from mindpet.network.values import digest
 from mindpet.utils.validate import Checker
 
@@ -78,7 +79,8 @@ class DeltaGuard(TrainCallback):
 
     Running statistics of BatchNorms are no weights, but buffers that follow the data: they may move or stay, but must
     not be trainable. After every step, what is trainable must be what it was when training began: an optimizer goes on
-    with what it was given, so what another adapter brings, or what is set to train later, would not train.
+    with what it was given, so what another adapter brings, or what is set to train later, would not train. Dropout in
+    Cells that recompute is a warning, see `mindpet.network.recompute.warn_of_dropout`.
 
     Args:
         steps: after how many steps it looks; at the end of training, if that comes first. Default: 10.
@@ -113,6 +115,7 @@ class DeltaGuard(TrainCallback):
         if not any(param.requires_grad for param in params.values()):
             problems.append("nothing is trainable")
         self._report(problems)
+        warn_of_dropout(network)
         # In a parallel mode, parameters get their values and slices only when the network is compiled.
         self._watched = None
         if not any(param.has_init for param in params.values()):

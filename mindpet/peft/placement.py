@@ -22,10 +22,11 @@ from mindspore import Parameter, Tensor, nn
 from mindpet.delta._config import PeftConfig
 from mindpet.errors import AdapterError, ConfigError, MergeError
 from mindpet.files.merge import MergedLayer
+from mindpet.network.recompute import renew_recompute
 from mindpet.network.values import assign, digest, forget_graphs, is_watched, know_graphs, unwatch, value_of, watch
 from mindpet.peft.merge import FoldedDelta, in_float32, merge_layers, shared_weights, untie
 from mindpet.peft.plan import Plan
-from mindpet.peft.slot import AdapterSlot, renew_recompute
+from mindpet.peft.slot import AdapterSlot
 from mindpet.peft.start import starts
 from mindpet.utils.hints import Arrays
 

@@ -6,12 +6,10 @@ layer sees the delta, and taking it out leaves the layer as it was. A parameter 
 where it is, too: the adapter has a copy, which hides it from the layer's `construct`.
 """
 
-import inspect
 from typing import Any
 
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn
-from mindspore.common._register_for_recompute import recompute_registry
 
 from mindpet.network.match import list_layers
 from mindpet.network.parameters import TRAINED, matches, outer_prefix
@@ -199,18 +197,3 @@ def _shared(cls, plan):
     """The keyword of `Delta.setup` for the parameters that deltas of a class share."""
     params = cls.shared([target for target in plan.targets if target.delta is cls])
     return {"shared": params} if params else {}
-
-
-def renew_recompute(network: nn.Cell) -> None:
-    """Have Cells that recompute do so with the `construct` and the parameters that they have now.
-
-    In PyNative mode `Cell.recompute()` keeps both as they are when it is called (MindSpore 2.7 to 2.10, attribute
-    `_recompute_cell`).
-    """
-    for _, cell in list(network.cells_and_names()):
-        old = cell._recompute_cell
-        if isinstance(old, nn.Cell):
-            cell._recompute_cell = recompute_registry.get()(cell.construct)
-        elif old is not None:  # use_reentrant=False, MindSpore 2.10: a function that has its options in its closure
-            options = {**inspect.getclosurevars(old).nonlocals, "block": cell.construct, "use_reentrant": False}
-            cell._recompute_cell = recompute_registry.get()(**options)
