@@ -27,8 +27,10 @@ def nodes_of(cell):
 
 
 def count_operators(cell):
-    """How many operators of each type there are."""
-    return collections.Counter(name for name, _ in nodes_of(cell) if name not in SILENT)
+    """How many operators of each type there are; what MindSpore 2.10 calls EqScalar is an Equal."""
+    return collections.Counter(
+        {"EqScalar": "Equal"}.get(name, name) for name, _ in nodes_of(cell) if name not in SILENT
+    )
 
 
 def kept_bytes(cell):

@@ -236,10 +236,7 @@ class LoraDelta(Delta):
             bias, scaling = self.to_compute(self.mindpet_delta_lora_bias), self.to_compute(self.mindpet_lora_scaling)
             delta = self.lora_bias_add(delta, self.lora_bias_mul(bias, scaling))
         delta = cast(delta, out.dtype)
-        if self.use_dora:
-            gain = cast(self.gain(), out.dtype)
-            delta = gain * delta + (gain - 1) * self.without_bias(rows)
-        return from_rows(self.add(rows, delta), out)
+        return from_rows(self.stretch(rows, delta) if self.use_dora else self.add(rows, delta), out)
 
     def scale(self, inner):
         """`s A x`: these are the fewest numbers that the update passes through."""
@@ -288,9 +285,13 @@ class LoraDelta(Delta):
         tuned = (ops.transpose(weight, (1, 0)) if self.kind.transposed else weight) + update
         return self.channels(ops.sqrt(ops.square(tuned).sum(1)))
 
-    def without_bias(self, rows):
-        """The base layer's output before its bias."""
-        return rows if self.base_bias is None else rows - self.channels(cast(self.base_bias, rows.dtype))
+    def stretch(self, rows, delta):
+        """`b + g (rows - b + delta)`, where the delta is zero and g one bit for bit the rows."""
+        gain = cast(self.gain(), rows.dtype)
+        if self.base_bias is None:
+            return gain * self.add(rows, delta)
+        before = rows - self.channels(cast(self.base_bias, rows.dtype))
+        return self.add(rows, gain * (before + delta) - before)
 
     def rows(self, out):
         """The output as `(rows, out)`."""

@@ -43,8 +43,8 @@ STEPS = {
         LoraConfig(r=2, use_dora=True),
         {
             **LORA,
-            **{"Mul": 9, "Add": 5, "AddN": 3, "Sub": 2, "MatMulExt": 1, "Div": 2, "SumExt": 3},
-            **{"Square": 1, "Sqrt": 1, "EqScalar": 1, "Cast": 1},
+            **{"Mul": 6, "Add": 5, "AddN": 2, "Sub": 2, "Neg": 1, "SumExt": 2, "Div": 2},
+            **{"MatMulExt": 1, "Square": 1, "Sqrt": 1, "Equal": 1, "Cast": 1},  # the norm, and whether it is zero
         },
     ),
     "adalora": (AdaLoraConfig(init_r=2, target_r=1, total_step=9), {**LORA, "Mul": 5, "Reshape": 2, "SumExt": 1}),
