@@ -313,8 +313,8 @@ class Placement:
         Where the deltas cannot be the identity, everything is taken out.
         """
         adapter.stored = adapter.values
+        adapter.slot.hide(copies)
         if adapter.slot.can_reset:
-            adapter.slot.hide(copies)
             self._watch_hidden()
         else:
             self._put(None)

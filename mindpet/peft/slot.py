@@ -161,8 +161,8 @@ class AdapterSlot:
         return all(delta.can_reset for delta in self.deltas.values())
 
     def hide(self, copies: bool) -> None:
-        """Make the deltas the identity, and with `copies` the copies what they are copies of."""
-        for delta in self.deltas.values():
+        """Make the deltas the identity, if all can be, and with `copies` the copies what they are copies of."""
+        for delta in self.deltas.values() if self.can_reset else ():
             delta.reset()
         for name, path in self.copies.items() if copies else ():
             assign(self.params[name], Tensor(value_of(self.plan.trained[path])))

@@ -2,10 +2,12 @@
 
 After each call everything is compared: outputs, the values of the base and of every adapter, requires_grad, the mode of
 every Cell, and the base's parameters, their names and their order. A walk that fails is shrunk by Hypothesis to a short
-one, which is printed. The walks are the same ones each time; `WALKS=1000 pytest tests/peft/test_walks.py` takes others.
+one, which is printed. The walks are the same ones each time; `WALKS=1000 STEPS=40 pytest tests/peft/test_walks.py`
+takes others.
 """
 
 import contextlib
+import copy
 import os
 import pathlib
 import tempfile
@@ -18,104 +20,26 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from mindspore import Parameter, Tensor, lazy_inline, nn, ops
+from mindspore import Parameter, Tensor, nn, ops
+from walked import ATTENTIVE, CONFIGS, KINDS, VOCAB, Holder, Loss, covered, make_network
 
-from mindpet.errors import AdapterError, CheckpointError, ConfigError, MergeError
+from mindpet.delta._base import Delta
+from mindpet.delta._config import TargetConfig
+from mindpet.delta.registry import METHODS, method_of
+from mindpet.errors import AdapterError, CheckpointError, ConfigError, MergeError, MindPetError
 from mindpet.graph import freeze_delta, load_delta
-from mindpet.peft import AdapterConfig, BitFitConfig, LoraConfig, PeftModel, get_peft_model
+from mindpet.network.kinds import SLOTS
+from mindpet.network.parameters import matches
+from mindpet.peft import (
+    AdapterDrop,
+    LoraConfig,
+    PeftModel,
+    drop_adapter_layers,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 
-VOCAB = LABELS = 5
-WIDTH = 4
-
-
-class Block(nn.Cell):
-    """The path of its layer ends as that of another one, `fc`."""
-
-    def __init__(self, fc):
-        super().__init__()
-        self.fc = fc
-
-    def construct(self, x):
-        return self.fc(x)
-
-
-class LazyBlock(nn.Cell):
-    """A block that is compiled once for all."""
-
-    @lazy_inline(policy="front")
-    def __init__(self, width):
-        super().__init__()
-        self.fc = nn.Dense(width, width)
-
-    def construct(self, x):
-        return self.fc(x)
-
-
-class Network(nn.Cell):
-    """What `oracle.forward` computes.
-
-    Args:
-        kind (str): 'plain', 'tied': the head's weight is the embedding's table, 'shared': the blocks have one layer,
-            'lazy': they are compiled once, or 'recompute': some Cells compute twice for a gradient.
-    """
-
-    def __init__(self, kind):
-        super().__init__()
-        self.embed = nn.Embedding(VOCAB, WIDTH)
-        self.fc = nn.Dense(WIDTH, WIDTH, activation="sigmoid")
-        layers = [nn.Dense(WIDTH, WIDTH), nn.Dense(WIDTH, WIDTH)]
-        layers = layers[:1] * 2 if kind == "shared" else layers
-        self.blocks = nn.CellList([LazyBlock(WIDTH) if kind == "lazy" else Block(layer) for layer in layers])
-        self.classifier = nn.Dense(WIDTH, LABELS)
-        if kind == "tied":
-            self.classifier.weight = self.embed.embedding_table
-        if kind == "recompute":
-            self.fc.recompute()
-            self.blocks[0].recompute()
-        self.embed.embedding_table.requires_grad = False
-
-    def construct(self, ids):
-        hidden = self.fc(self.embed(ids))
-        for block in self.blocks:
-            hidden = hidden + block(hidden)
-        return self.classifier(hidden.mean(1))
-
-
-class Loss(nn.Cell):
-    """Squared error."""
-
-    def __init__(self, model):
-        super().__init__(auto_prefix=False)
-        self.model = model
-
-    def construct(self, ids):
-        return ops.square(self.model(ids) - 1.0).mean()
-
-
-def lora(**fields):
-    return lambda dropout: LoraConfig(
-        **{"r": 2, "lora_alpha": 3, "target_modules": ["fc"], **fields}, lora_dropout=dropout
-    )
-
-
-HEAD = {"modules_to_save": ["classifier"]}
-METHODS = {
-    "lora": lora(),
-    "one layer": lora(target_modules="fc", lora_alpha=5),  # a regular expression: not blocks.0.fc
-    "one block": lora(target_modules=r"blocks\.1\.fc"),
-    "rslora": lora(use_rslora=True, r=3, target_modules=["embed", "fc"]),
-    "random": lora(init_lora_weights=False),
-    "dora": lora(use_dora=True),
-    "pissa": lora(init_lora_weights="pissa"),
-    "pissa, dora": lora(init_lora_weights="pissa", use_dora=True, bias="lora_only", **HEAD),
-    "head": lora(**HEAD),
-    "biases": lora(bias="all"),
-    "lora_bias": lora(lora_bias=True),
-    "on the head": lora(target_modules=["classifier"]),
-    "bitfit": lambda dropout: BitFitConfig(),
-    "bitfit, head": lambda dropout: BitFitConfig(**HEAD),
-    "adapter": lambda dropout: AdapterConfig(target_modules=["fc"], bottleneck_size=3, non_linearity="sigmoid"),
-}
 NAMES = ("default", "fc", "third", "fourth")
 WHICH = st.integers(0, 59)  # of so many adapters as there are
 
@@ -134,20 +58,36 @@ class Known:
         self.config, self.trainable, self.loaded = config, trainable, loaded
         self.values, self.started = values, {}
         self.strayed = False  # whether PiSSA was trained, and then another base was loaded
+        self.places = oracle.places(config, values)
 
     @property
     def is_lora(self):
         return isinstance(self.config, LoraConfig)
 
     @property
+    def methods(self):
+        return [method_of(part) for part in self.config.parts]
+
+    @property
+    def folds(self):
+        """Whether all of its deltas can be folded into weights."""
+        return all(place.folds for place in self.places.values())
+
+    @property
     def dropout(self):
-        return getattr(self.config, "lora_dropout", 0)
+        fields = [vars(part) for part in self.config.parts]
+        return max((own[name] for own in fields for name in own if name.endswith("dropout")), default=0)
 
     @property
     def drops(self):
+        """Whether dropout may change what it computes."""
+        return self.dropout > 0
+
+    @property
+    def surely_drops(self):
         """Whether dropout changes what it computes; it does not act on the ids of an embedding."""
         layers = [path for path in oracle.layers_of(self.values) if path != "embed"]
-        return self.dropout > 0 and any(self.values[f"{path}.{oracle.B}"].any() for path in layers)
+        return self.drops and self.is_lora and any(self.values[f"{path}.{oracle.B}"].any() for path in layers)
 
     @property
     def diverged(self):
@@ -159,26 +99,59 @@ class Known:
         return {path: path.replace(oracle.COPY, "") for path in self.values if oracle.COPY in path}
 
     @property
+    def mixes(self):
+        """Whether it can be in a batch with others."""
+        return not self.copies and not any(kind in SLOTS for path in self.places for kind in oracle.kinds_of(path))
+
+    @property
+    def in_files(self):
+        """Paths of the values that stand in its file one by one, or are a part of a table in it."""
+        paths = set(self.copies)
+        for place in self.places.values():
+            files = {**(place.paths if place.delta.file_names is None else place.delta.file_names)}
+            files.update(place.delta.shared_names)
+            paths |= {path for name, path in place.paths.items() if name in files or not files and path in self.trained}
+        return paths
+
+    @property
+    def is_computed(self):
+        """Whether its file has what it computes, and not what it trains."""
+        tables = [place for place in self.places.values() if place.delta.file_names == {}]
+        return any(len(self.trained & set(place.paths.values())) > 1 for place in tables)
+
+    def are_whole_parts(self, places):
+        """Whether places are all that one of its methods has."""
+        parts = {}
+        for path, place in self.places.items():
+            parts.setdefault(place.method.name, set()).add(path)
+        return any(own <= set(places) for own in parts.values())
+
+    @property
     def trained(self):
         """Paths of the values that train."""
-        return {path for path in self.values if "scaling" not in path and "lora_start" not in path}
+        patterns = [pattern for method in self.methods for pattern in method.trainable]
+        return {path for path in self.values if oracle.COPY in path or matches(path, patterns)}
 
     @property
     def folded(self):
         """Paths of the weights that merging writes to."""
-        layers = oracle.layers_of(self.values)
-        weights = {oracle.TABLE if layer == "embed" else f"{layer}.weight" for layer in layers}
-        return weights | {f"{layer}.bias" for layer in layers if f"{layer}.{oracle.BIAS}" in self.values}
+        weights = {oracle.weight_of(path) for path, place in self.places.items() if place.folds}
+        return weights | {f"{path}.bias" for path, place in self.places.items() if place.folds_bias}
+
+    @property
+    def reaches_ties(self):
+        """Whether other layers with the weight of its targets see its deltas."""
+        return any(place.delta.tied_deltas for place in self.places.values())
 
     def groups(self):
         """(path of a weight of the base, paths of the values that start from it)."""
-        found = [(base, (path,)) for path, base in self.copies.items()]
-        for layer in oracle.layers_of(self.values):
-            for names in ((oracle.A, oracle.B, oracle.START_A, oracle.START_B), (oracle.MAGNITUDE,)):
-                paths = tuple(f"{layer}.{name}" for name in names)
-                if paths[-1] in self.values:
-                    found.append((oracle.TABLE if layer == "embed" else f"{layer}.weight", paths))
-        return found
+        groups = [(base, (path,)) for path, base in self.copies.items()]
+        for path, place in self.places.items():
+            lora = ((oracle.A, oracle.B, oracle.START_A, oracle.START_B), (oracle.MAGNITUDE,))
+            for names in lora if place.method.name == "lora" else (place.starts,):
+                if names and names[-1] in place.paths:
+                    groups.append((oracle.weight_of(path), tuple(place.paths[name] for name in names)))
+        return groups
 
 
 class Walk(RuleBasedStateMachine):
@@ -189,10 +162,10 @@ class Walk(RuleBasedStateMachine):
     # The start
 
     @initialize(
-        kind=st.sampled_from(["plain", "tied", "shared", "lazy", "recompute"]),
+        kind=st.sampled_from(KINDS),
         training=st.booleans(),
         root=st.sampled_from(["model", "network", "jit"]),
-        method=st.sampled_from(list(METHODS)),
+        method=st.sampled_from(list(CONFIGS)),
     )
     def start(self, kind, training, root, method):
         ms.set_context(mode=self.mode, pynative_synchronize=True)
@@ -200,17 +173,12 @@ class Walk(RuleBasedStateMachine):
         self.rng = np.random.default_rng(1)
         self.stack = contextlib.ExitStack()
         self.folder = pathlib.Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
-        self.kind, self.network = kind, Network(kind)
-        self.root = root  # what is called
+        self.kind = kind
+        self.is_tied, self.is_attentive = "tied" in kind, "attention" in kind
+        self.root, self.holder, self.left = root, None, None  # what is called
         self.blocks = ["blocks.0.fc", "blocks.0.fc" if kind == "shared" else "blocks.1.fc"]
         self.ids = self.rng.integers(0, VOCAB, (3, 2)).astype(np.int32)
-        self.places = [
-            (".".join(filter(None, (path, key))), cell, key, param)
-            for path, cell in self.network.cells_and_names()
-            for key, param in cell._params.items()
-        ]
-        self.params = dict(self.network.parameters_and_names())
-        self.order = [(param, param.name, param.requires_grad) for param in self.network.get_parameters()]
+        self.look_at(make_network(kind))
         self.base = {path: param.asnumpy().copy() for path, param in self.params.items()}
         self.saved, self.steps = {}, []
         self.mark = getattr(self.network.blocks[0], "_cell_init_args", None)
@@ -219,6 +187,22 @@ class Walk(RuleBasedStateMachine):
         self.training = training
         self.network.set_train(training)
         self.wrap(method, True, False, False)
+
+    def look_at(self, network):
+        """Know the Parameters of the network, but for those of adapters."""
+        self.network = network
+        self.places = [
+            (path, cell, key, cell._params[key])
+            for path, cell, key in (
+                (".".join(filter(None, (path, key))), cell, key)
+                for path, cell in network.cells_and_names()
+                for key in cell._params
+            )
+            if "mindpet" not in path
+        ]
+        own = [param for param in network.get_parameters() if "mindpet" not in param.name]
+        self.order = [(param, param.name, param.requires_grad) for param in own]
+        self.params = {path: param for path, param in network.parameters_and_names() if "mindpet" not in path}
 
     def leave(self):
         """There are no adapters any more."""
@@ -257,18 +241,23 @@ class Walk(RuleBasedStateMachine):
     def merged_weights(self):
         weights = self.weights()
         for name in self.merged or ():
-            weights = oracle.with_deltas(weights, self.known[name].values)
+            weights = oracle.with_deltas(weights, self.known[name].places, self.known[name].values)
         return weights
 
-    def outputs(self, values):
-        """Of the base with an adapter's values."""
-        weights = oracle.with_deltas(oracle.with_copies(self.weights(), values), values)
-        return oracle.forward(weights, self.blocks, self.ids, values)
+    def outputs(self, known=None, without=()):
+        """Of the base with an adapter, or without its deltas in some places."""
+        if known is None:
+            return oracle.forward(self.weights(), self.blocks, self.ids)
+        if not known.folds:
+            return Alone.of(self.kind, known.config).outputs(self.base, known.values, without, self.ids)
+        kept = {path: place for path, place in known.places.items() if path not in without}
+        weights = oracle.with_deltas(oracle.with_copies(self.weights(), known.values), kept, known.values)
+        return oracle.forward(weights, self.blocks, self.ids)
 
     def expected(self):
         """The network's outputs."""
         if self.merged is None:
-            return self.outputs(self.current.values if self.current is not None and self.context is None else {})
+            return self.outputs(self.current if self.context is None else None)
         live = self.current.values if self.active in self.merged else {}
         return oracle.forward(oracle.with_copies(self.merged_weights(), live), self.blocks, self.ids)
 
@@ -367,23 +356,35 @@ class Walk(RuleBasedStateMachine):
         got, expected = self.call_network(Tensor(self.ids)).asnumpy(), self.expected()
         if self.locked or not self.training or self.current is None or not self.current.drops:
             close(got, expected)
-        else:
+        elif self.current.surely_drops:
             assert np.isnan(expected).any() or np.abs(got - expected).max() > 1e-5
 
     # The calls
 
-    def adopt(self, name, config, trainable, loaded=None):
-        """Take over a new adapter; the values that it starts with must be right."""
-        values = self.model.adapters[name].values
+    def adopt(self, name, trainable, loaded=None):
+        """Take over a new adapter; the values that it starts with must be right.
+
+        Args:
+            name (str): its name.
+            trainable (bool): whether it trains.
+            loaded (Known): what its file is of. Default: None, for a fresh one.
+        """
+        adapter = self.model.adapters[name]
+        config, values = adapter.plan.config, adapter.values
         known = self.known[name] = Known(config, values, trainable, loaded is not None)
-        for path, value in (loaded or {}).items():
+        for path, value in loaded.values.items() if loaded and set(loaded.values) == set(values) else ():
             assert equal(values[path], value) or "lora_start" in path, path
         self.follow(known, list(self.base))
-        if loaded is None and not (known.is_lora and config.init_lora_weights is False):
-            close(self.outputs(values), self.outputs({}))
-        for path in oracle.layers_of(values):
-            divisor = config.r**0.5 if config.use_rslora else config.r
-            np.testing.assert_allclose(values[f"{path}.mindpet_lora_scaling"], config.lora_alpha / divisor, rtol=1e-6)
+        if loaded is None and all(method.identity for method in known.methods):
+            if not (known.is_lora and config.init_lora_weights is False):
+                close(self.outputs(known), self.outputs())
+        elif loaded is not None and set(loaded.values) != set(values):  # a file has what a projection computes
+            close(self.outputs(known), self.outputs(loaded))
+        for place in known.places.values():
+            if place.method.name == "lora":
+                rank, alpha, is_rslora = (place.arguments[name] for name in ("rank", "alpha", "use_rslora"))
+                scaling = alpha / (rank**0.5 if is_rslora else rank)
+                np.testing.assert_allclose(values[place.paths[oracle.SCALING]], scaling, rtol=1e-6)
 
     def follow(self, known, changed, got=None):
         """What starts from other values of the base now must have followed, unless it was trained or loaded."""
@@ -399,62 +400,80 @@ class Walk(RuleBasedStateMachine):
             taken = [path for path in paths if not known.loaded or "lora_start" in path]
             known.values.update({path: got[path] for path in taken} if got else {})
             known.started[paths] = {path: known.values[path] for path in paths}
-            weight, values, layer = self.weights()[base], known.values, paths[-1].rpartition(".")[0]
-            if paths[-1] in known.copies:
-                assert known.loaded or equal(values[paths[-1]], weight)
-            elif paths[-1].endswith(oracle.START_B):
-                start = values[paths[3]].astype(float) @ values[paths[2]] * values[f"{layer}.mindpet_lora_scaling"]
-                close(start, oracle.largest(weight, len(values[paths[0]])))
-                assert known.loaded or (
-                    equal(values[paths[0]], values[paths[2]]) and equal(values[paths[1]], values[paths[3]])
-                )
-            elif not known.loaded:
-                close(values[paths[-1]], np.linalg.norm(weight + oracle.product(values, layer), axis=1))
+            self.check_start(known, self.weights()[base], paths)
+
+    def check_start(self, known, weight, paths):
+        """What has started from a weight is what it must be."""
+        values, layer = known.values, paths[-1].rpartition(".")[0]
+        if paths[-1].endswith(oracle.START_B):
+            start = values[paths[3]].astype(float) @ values[paths[2]] * values[f"{layer}.{oracle.SCALING}"]
+            close(start, oracle.largest(weight, len(values[paths[0]])))
+            assert known.loaded or (
+                equal(values[paths[0]], values[paths[2]]) and equal(values[paths[1]], values[paths[3]])
+            )
+        elif known.loaded:
+            return
+        elif paths[-1] in known.copies:
+            assert equal(values[paths[-1]], weight)
+        elif paths[-1].endswith(oracle.MAGNITUDE):
+            close(values[paths[-1]], np.linalg.norm(weight + oracle.product(values, layer), axis=1))
+        elif layer == "":  # words by chance
+            assert {row.tobytes() for row in values[paths[-1]]} <= {row.tobytes() for row in weight}
+        else:
+            place = known.places[layer]
+            close(values[paths[-1]], oracle.STARTS[place.method.name](weight, **place.arguments))
 
     def source(self, path):
         """Where a weight of a layer stands in the base."""
-        return oracle.TABLE if self.kind == "tied" and path == "classifier.weight" else path
+        return oracle.TABLE if self.is_tied and path == "classifier.weight" else path
 
     def config(self, method, trainable, dropout):
         if self.kind == "shared" and method == "one block":
             method = "one layer"  # the other block has the same one
-        config = METHODS[method](0.5 if dropout else 0.0)
+        config = CONFIGS[method](0.5 if dropout else 0.0)
         config.inference_mode = not trainable
         return config
 
+    def refusal(self, method):
+        """The error of a method that the network has no place for."""
+        return None if self.is_attentive or method not in ATTENTIVE else MindPetError
+
     def wrap(self, method, trainable, dropout, bare):
-        config = self.config(method, trainable, dropout)
+        config, error = self.config(method, trainable, dropout), self.refusal(method)
         if bare:
             self.model = PeftModel(self.network)
-            self.model.add_adapter("default", config)
-        else:
-            self.model = get_peft_model(self.network, config)
+            if not self.call(error, lambda: self.model.add_adapter("default", config)):
+                assert self.model.unload() is self.network
+                return self.leave()
+        elif self.call(error, lambda: self.__dict__.update(model=get_peft_model(self.network, config))):
             self.active = "default"
-        self.adopt("default", config, trainable)
+        else:
+            return
+        self.adopt("default", trainable)
 
     @precondition(lambda self: not self.wrapped)
-    @rule(method=st.sampled_from(list(METHODS)), trainable=st.booleans(), dropout=st.booleans(), bare=st.booleans())
+    @rule(method=st.sampled_from(list(CONFIGS)), trainable=st.booleans(), dropout=st.booleans(), bare=st.booleans())
     def get_peft_model(self, method, trainable, dropout, bare):
         self.wrap(method, trainable, dropout, bare)
 
     @precondition(lambda self: self.wrapped)
     @rule()
     def wrap_twice(self):
-        self.call(ConfigError, lambda: get_peft_model(self.network, METHODS["lora"](0.0)))
+        self.call(ConfigError, lambda: get_peft_model(self.network, CONFIGS["lora"](0.0)))
 
     @precondition(lambda self: self.wrapped)
     @rule(
         name=st.sampled_from(NAMES),
-        method=st.sampled_from(list(METHODS)),
+        method=st.sampled_from(list(CONFIGS)),
         trainable=st.booleans(),
         dropout=st.booleans(),
         activate=st.booleans(),
     )
     def add_adapter(self, name, method, trainable, dropout, activate):
         config = self.config(method, trainable, dropout)
-        error = self.locked or (AdapterError if name in self.known else None)
+        error = self.locked or (AdapterError if name in self.known else self.refusal(method))
         if self.call(error, lambda: self.model.add_adapter(name, config)):
-            self.adopt(name, config, trainable)
+            self.adopt(name, trainable)
             if activate:
                 self.all_is_as_it_must_be()
                 self.activate(name)
@@ -505,6 +524,13 @@ class Walk(RuleBasedStateMachine):
         context, self.context, self.dirty = self.context, None, False
         self.call(error, lambda: context.__exit__(inside and type(inside), inside, None))
 
+    @precondition(lambda self: self.context is not None)
+    @rule()
+    def disable_again(self):
+        with pytest.raises(KeyError), self.model.disable_adapter():
+            self.all_is_as_it_must_be()
+            raise KeyError
+
     @precondition(lambda self: self.wrapped)
     @rule(which=st.none() | st.lists(WHICH, max_size=2))
     def merge_adapter(self, which):
@@ -520,13 +546,17 @@ class Walk(RuleBasedStateMachine):
         chosen = [self.known[name] for name in names]
         folded = set().union(*(known.folded for known in chosen))
         live = set(self.current.copies.values()) if self.active in names else set()
-        tied = folded | (live if for_good else set())
+        tied = (folded | (live if for_good else set())) - {
+            oracle.TABLE
+            for _ in chosen[:1]
+            if all(known.reaches_ties for known in chosen if oracle.TABLE in known.folded)
+        }
         wrong = [
-            any(isinstance(known.config, AdapterConfig) for known in chosen),
+            any(not method.mergeable for known in chosen if known.places for method in known.methods),
             any(known.copies and known is not self.current for known in chosen),
             bool(folded & live),  # it would be folded into what is hidden
             any(known.folded and known.diverged for known in chosen),
-            self.kind == "tied" and not tied.isdisjoint({oracle.TABLE, "classifier.weight"}),
+            self.is_tied and not tied.isdisjoint({oracle.TABLE, "classifier.weight"}),
         ]
         return MergeError if any(wrong) else None
 
@@ -596,7 +626,7 @@ class Walk(RuleBasedStateMachine):
             for path in layers:
                 expected = oracle.weighted_sum(values, weights, path, combination)
                 close(oracle.product(got.values, path), expected)
-            self.known["fourth"] = Known(got.config, got.values, False, loaded=True)
+            self.known["fourth"] = Known(got.plan.config, got.values, False, loaded=True)
 
     @precondition(lambda self: self.wrapped)
     @rule(which=st.lists(st.none() | WHICH, min_size=3, max_size=3))
@@ -604,14 +634,14 @@ class Walk(RuleBasedStateMachine):
         names = ["__base__" if one is None else self.pick(one) for one in which]
         used = [self.known.get(name) for name in names if name != "__base__"]
         error = self.locked
-        if error is None and (None in used or any(known.copies for known in used)):
+        if error is None and (None in used or not all(known.mixes for known in used)):
             error = AdapterError
         if error is None and before_and_behind(used):
             error = ConfigError
         got = []
         if self.call(error, lambda: got.append(self.model(Tensor(self.ids), adapter_names=names).asnumpy())):
             if not (self.training and any(known.drops for known in used)):
-                rows = [self.outputs(self.known[name].values if name in self.known else {}) for name in names]
+                rows = [self.outputs(self.known.get(name)) for name in names]
                 close(got[0], np.stack([outputs[row] for row, outputs in enumerate(rows)]))
 
     @precondition(lambda self: self.wrapped)
@@ -621,34 +651,131 @@ class Walk(RuleBasedStateMachine):
         folder = self.folder / str(len(self.saved))
         error = None if name in self.known and not self.known[name].strayed else AdapterError
         if self.call(error, lambda: self.model.save_pretrained(folder, selected_adapters=[name])):
-            known = self.known[name]
-            self.saved[folder / ("" if name == "default" else name)] = (
-                known.config,
-                dict(known.values),
-                dict(self.base),
-            )
+            known = copy.copy(self.known[name])
+            known.values = dict(known.values)
+            self.saved[folder / ("" if name == "default" else name)] = known, dict(self.base)
 
     @precondition(lambda self: self.saved)
     @rule(which=st.integers(0, 9), name=st.sampled_from(NAMES), trainable=st.booleans(), force=st.booleans())
     def load(self, which, name, trainable, force):
         folder = list(self.saved)[which % len(self.saved)]
-        config, values, base = self.saved[folder]
+        saved, base = self.saved[folder]
         error = self.locked or (AdapterError if name in self.known else None)
-        whole = {oracle.TABLE if self.kind == "tied" else "classifier.weight", "classifier.bias"}
-        whole = whole if config.modules_to_save else set()
+        whole = {oracle.TABLE if self.is_tied else "classifier.weight", "classifier.bias"}
+        whole = whole if saved.config.modules_to_save else set()
         if any(not equal(base[path], self.base[path]) for path in base if path not in whole) and not force:
             error = error or CheckpointError
-        if not all(np.isfinite(value).all() for value in values.values()) and not force:
+        if not all(np.isfinite(value).all() for value in saved.values.values()) and not force:
             error = error or CheckpointError
         if self.wrapped:
             if self.call(error, lambda: self.model.load_adapter(folder, name, trainable, force=force)):
-                self.adopt(name, config, trainable, values)
+                self.adopt(name, trainable, saved)
             return
         got = []
         arguments = {"adapter_name": name, "is_trainable": trainable, "force": force}
         if self.call(error, lambda: got.append(PeftModel.from_pretrained(self.network, folder, **arguments))):
             self.model, self.active = got[0], name
-            self.adopt(name, config, trainable, values)
+            self.adopt(name, trainable, saved)
+
+    @precondition(lambda self: self.wrapped and not self.dirty)
+    @rule(which=WHICH)
+    def set_state_dict(self, which):
+        """Tensors of an adapter's file, other ones."""
+        name = self.pick(which)
+        known, half = self.known.get(name), {}
+        if self.call(
+            None if known else AdapterError, lambda: half.update(get_peft_model_state_dict(self.model, None, name))
+        ):
+            half = {key: value.asnumpy() * np.float32(0.5) for key, value in half.items()}
+        error = self.locked or (None if known else AdapterError)
+        if error is None and known.is_computed:
+            error = CheckpointError
+        if error is None and known.diverged:
+            error = CheckpointError
+        if self.call(error, lambda: set_peft_model_state_dict(self.model, half, name)):
+            written = known.in_files
+            got = self.model.adapters[name].values
+            for path, value in known.values.items():
+                expected = value * np.float32(0.5) if path in written else value
+                assert equal(got[path], expected), path
+            known.values, known.loaded = got, True
+            known.started = {paths: {path: got[path] for path in paths} for _, paths in known.groups()}
+
+    @precondition(lambda self: self.wrapped)
+    @rule(number=st.integers(1, 2), which=WHICH)
+    def drop_adapter_layers(self, number, which):
+        name = self.pick(which)
+        known, error = self.known.get(name), self.locked
+        if "fourth" in self.known or known is None:
+            error = AdapterError
+        below = self.numbered(known, number) if known else {}
+        if error is None and (not below or known.are_whole_parts(below)):
+            error = AdapterError
+        if self.call(error, lambda: drop_adapter_layers(self.model, number, "fourth", name)):
+            adapter = self.model.adapters["fourth"]
+            new = self.known["fourth"] = Known(adapter.plan.config, adapter.values, False, loaded=True)
+            assert set(new.places) == set(known.places) - set(below)
+            self.follow(new, list(self.base))
+            new.strayed = known.strayed
+            close(self.outputs(new), self.outputs(known, below))
+
+    def numbered(self, known, number):
+        """Places of an adapter in a layer with a number below one -> that number."""
+        if not all(isinstance(part, TargetConfig) for part in known.config.parts):
+            return {}
+        numbers = {path: int(path.split(".")[1]) for path in known.places if path.startswith("blocks.")}
+        if self.kind == "shared":
+            numbers.update({path: 1 for path in numbers if path == "blocks.0.fc"})
+        return {path: own for path, own in numbers.items() if own < number}
+
+    @precondition(lambda self: self.wrapped and not self.dirty)
+    @rule(levels=st.lists(st.integers(0, 1), max_size=2))
+    def leave_out(self, levels):
+        """What AdapterDrop does in a step of training."""
+        error = self.locked or (None if self.current else AdapterError)
+        if error is None:
+            below = self.numbered(self.current, 1)
+            others = [self.current.places[path].delta for path in below]
+            can = [delta.construct is Delta.construct and delta.before is Delta.before for delta in others]
+            error = None if can and all(can) and len(self.numbered(self.current, 2)) > len(below) else AdapterError
+        self.call(error, lambda: self.walk_up(levels))
+
+    def walk_up(self, levels):
+        with AdapterDrop(self.model) as drop:
+            for level in levels:
+                drop.leave_out(level)
+                got = self.call_network(Tensor(self.ids)).asnumpy()
+                if not (self.training and self.current.drops):
+                    close(got, self.outputs(self.current, self.numbered(self.current, level)))
+
+    @precondition(lambda self: self.wrapped and self.context is None and not self.dirty and self.left is None)
+    @precondition(lambda self: self.kind != "recompute")  # MindSpore cannot copy such a network, without mindpet too
+    @rule(stays=st.booleans())
+    def copy_all(self, stays):
+        """A deep copy of everything; one of both is left as it is."""
+        twin = copy.deepcopy(self.model)
+        self.left = twin if stays else self.model, self.expected(), self.current and self.current.drops
+        if not stays:
+            self.model, flags = twin, [flag for _, _, flag in self.order]
+            self.look_at(twin.network)
+            self.order = [(param, name, flag) for (param, name, _), flag in zip(self.order, flags)]
+            self.jitted, self.steps = jitted(self.network), []
+
+    @precondition(lambda self: self.left is not None)
+    @rule()
+    def look_back(self):
+        """What was left is as it was."""
+        (model, expected, drops), self.left = self.left, None
+        if not (model.training and drops):
+            close(model(Tensor(self.ids)).asnumpy(), expected)
+
+    @precondition(lambda self: self.holder is None)
+    @rule()
+    def hold(self):
+        """The network comes into another Cell, which gives its Parameters other names."""
+        self.holder = Holder(self.network)
+        self.holder.set_train(self.training)
+        self.order = [(param, f"inner.{name}", flag) for param, name, flag in self.order]
 
     @precondition(lambda self: not self.dirty)
     @rule(which=st.integers(0, 19), way=st.sampled_from(["load_param_into_net", "load_delta", "set_data"]))
@@ -682,9 +809,20 @@ class Walk(RuleBasedStateMachine):
         self.training = flag
 
     @precondition(lambda self: self.trains())
-    @rule()
-    def move(self):
+    @rule(way=st.sampled_from(["assign", "load_delta"]))
+    def move(self, way):
         """What training does, or `load_delta`: other values in the Parameters."""
+        if way == "load_delta":
+            live = {path: self.live()[path] for path in self.trains()}
+            content = [{"name": param.name, "data": Tensor(param.asnumpy() * 0.5)} for param in live.values()]
+            ms.save_checkpoint(content, str(self.folder / "delta.ckpt"))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what an adapter has besides
+                load_delta(self.model, str(self.folder / "delta.ckpt"), strict=False)
+            for path, param in live.items():
+                assert equal(param.asnumpy(), self.current.values[path] * np.float32(0.5)), path
+                self.current.values[path] = param.asnumpy().copy()
+            return
         for path in sorted(self.trains()):
             param = self.live()[path]
             # Not set_data: an optimizer that was made before goes on with the old memory (MindSpore, PyNative mode).
@@ -705,7 +843,7 @@ class Walk(RuleBasedStateMachine):
     def train(self, freeze):
         """A new training step."""
         if freeze and self.merged is None and self.current.is_lora:
-            freeze_delta(self.model, "lora", exclude=["classifier.*"] if self.current.config.modules_to_save else None)
+            freeze_delta(self.model, "lora", exclude=["*classifier.*"] if self.current.config.modules_to_save else None)
             kept = {path for path in self.trains() if oracle.COPY not in path}
             kept |= {
                 path
@@ -745,7 +883,10 @@ class Walk(RuleBasedStateMachine):
         if own and not self.locked and not owner.diverged:
             given = {id(param) for param in step.optimizer.parameters}
             trained = {part(path) for path, param in self.live().items() if id(param) in given}
-            assert {part(path) for path in changed} == trained
+            idle = {
+                part(path) for path in owner.values if path.endswith("key.mindpet_trained_bias")
+            }  # behind a softmax
+            assert {part(path) for path in changed} - idle == trained - idle
         owner.values = values
         if self.context is not None or self.active in (self.merged or ()):
             hidden = [path for path in self.live() if path not in self.trains()]
@@ -756,6 +897,43 @@ class GraphWalk(Walk):
     """A walk in graph mode."""
 
     mode = ms.GRAPH_MODE
+
+
+class Alone:
+    """A network with one adapter, for what the oracle has no formula of; one for each configuration."""
+
+    made = {}
+
+    @classmethod
+    def of(cls, kind, config):
+        """The one for a kind of network and a configuration."""
+        kind = "plain" if kind in ("lazy", "recompute") else kind  # the same Parameters
+        config = copy.deepcopy(config)
+        config.inference_mode = False
+        key = kind, config.to_json()
+        if key not in cls.made:
+            cls.made[key] = cls(kind, config)
+        return cls.made[key]
+
+    def __init__(self, kind, config):
+        self.network = make_network(kind)
+        self.params = dict(self.network.parameters_and_names())
+        self.model = get_peft_model(self.network, config).set_train(False)
+
+    def outputs(self, base, values, without, ids):
+        """With these values of the base and of the adapter, without the deltas in some places."""
+        mode, slot = ms.get_context("mode"), self.model.adapters["default"].slot
+        ms.set_context(mode=ms.PYNATIVE_MODE)
+        for path, param in self.params.items():
+            ops.assign(param, Tensor(base[path]))
+        for path, param in slot.params.items():
+            ops.assign(param, Tensor(values[path]))
+        for path in without:
+            slot.deltas[path].reset()
+        try:
+            return self.model(Tensor(ids)).asnumpy()
+        finally:
+            ms.set_context(mode=mode)
 
 
 def jitted(network):
@@ -776,12 +954,7 @@ def is_plain(known):
 
 def before_and_behind(used):
     """Whether deltas stand on both sides of the activation of `fc`."""
-    kinds = {
-        isinstance(known.config, AdapterConfig)
-        for known in used
-        if f"fc.{oracle.A}" in known.values or not known.is_lora
-    }
-    return len(kinds) > 1
+    return len({known.places["fc"].delta.before_activation for known in used if "fc" in known.places}) > 1
 
 
 def part(path):
@@ -803,7 +976,7 @@ def walks(machine, count, steps):
     test = machine.TestCase
     test.settings = settings(
         max_examples=int(os.environ.get("WALKS", count)),
-        stateful_step_count=steps,
+        stateful_step_count=int(os.environ.get("STEPS", steps)),
         derandomize=not own,
         print_blob=True,
         report_multiple_bugs=False,
@@ -812,6 +985,11 @@ def walks(machine, count, steps):
         suppress_health_check=list(HealthCheck),
     )
     return test
+
+
+def test_every_method_has_a_way_in():
+    """One without a configuration here gets that of its defaults."""
+    assert covered() == set(METHODS)
 
 
 TestWalk = walks(Walk, 250, 20)
