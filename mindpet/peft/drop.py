@@ -63,7 +63,9 @@ def _add_without(model, number, adapter_name, adapter):
                 raise AdapterError(f"drop_adapter_layers: without the layers below {number} no delta is left.")
             parts.append(part.with_targets(pairs, known) if before else part)
         plan = plan_targets(model.network, adapter.plan.config.with_parts(parts), model.batch_statistics)
-        model._placement.add(adapter_name, plan, False, _values(adapter, plan))
+        paths, values = _paths(adapter, plan), adapter.values
+        model._placement.add(adapter_name, plan, False, {path: values[before] for path, before in paths.items()})
+        model.adapters[adapter_name].follow_as(adapter, paths)
 
 
 def numbers_of(plan: Plan, number: int, owner: str) -> dict[str, int]:
@@ -97,16 +99,14 @@ def numbers_of(plan: Plan, number: int, owner: str) -> dict[str, int]:
     return found
 
 
-def _values(adapter, plan):
-    """The values of an adapter by their paths in the slot of a plan that has some of its targets."""
-    values, paths = {}, {}  # what deltas share has the path of the first of them
-    stored = adapter.values
+def _paths(adapter, plan):
+    """Path in the slot of a plan that has some of an adapter's targets -> path in that of the adapter."""
+    paths = {}  # what deltas share has the path of the first of them
     for target in plan.targets:
-        for name, own in adapter.slot.names[target.path].items():
-            path = paths.setdefault(own, f"{target.path}.{name}")
-            values[path] = stored[own]
-    values.update({name: stored[name] for name, base in adapter.slot.copies.items() if base in plan.trained})
-    return values
+        for name, before in adapter.slot.names[target.path].items():
+            paths.setdefault(before, f"{target.path}.{name}")
+    paths.update({path: path for path, base in adapter.slot.copies.items() if base in plan.trained})
+    return {path: before for before, path in paths.items()}
 
 
 class AdapterDrop(TrainCallback):

@@ -76,6 +76,12 @@ class Adapter:
             else:
                 self.stored[path] = value
 
+    def follow_as(self, other: "Adapter", paths: dict[str, str]) -> None:
+        """Follow the base as another adapter does, of which this one has values: path here -> path there."""
+        self.given = {path for path, there in paths.items() if there in other.given}
+        self.started = {path: other.started[paths[path]] for path in self.started}
+        self.strayed = other.strayed
+
     def follow(self, base: Parameter) -> None:
         """Take from a Parameter of the base, which has other values now, what was taken from it at the start.
 

@@ -105,6 +105,27 @@ def test_an_adapter_without_its_lowest_layers(method, mode, x, tmp_path):
     same(numbers(PeftModel.from_pretrained(model.unload(), tmp_path / "upper"), x), upper)
 
 
+def test_what_is_left_follows_the_base_as_the_whole_does(x, tmp_path):
+    network = Deep()
+    own = LoraConfig(r=2, target_modules=["out"], init_lora_weights="pissa", modules_to_save=["head"])
+    model = get_peft_model(network, own)
+    drop_adapter_layers(model, 1, "upper")
+    for param in network.get_parameters():
+        if "mindpet" not in param.name:
+            param.set_data(Tensor(2 * param.asnumpy()))
+    with model.disable_adapter():
+        base = numbers(model, x)
+    for name in ("default", "upper"):
+        model.set_adapter(name)
+        np.testing.assert_allclose(numbers(model, x), base, rtol=1e-4, atol=1e-5)
+    model.set_adapter("default")
+    move(model, 1)
+    network.blocks[2].out.weight.set_data(Tensor(np.ones((8, 6), np.float32)))
+    drop_adapter_layers(model, 1, "later")
+    with pytest.raises(AdapterError, match="'later'.*start from the base's weights"):
+        model.save_pretrained(tmp_path, selected_adapters=["later"])
+
+
 def test_what_cannot_be_dropped():
     model = get_peft_model(Deep(), CONFIGS["adapter"])
     with pytest.raises(ValueError, match="'number' must be a positive int, but got 0"):

@@ -160,6 +160,18 @@ def test_an_attention_computes_the_formula(mode, rng):
             same(got.asnumpy()[row, :, :3], table[:, slot].swapaxes(0, 1))
 
 
+def test_a_step_while_it_is_disabled_is_refused(mode, rng):
+    """The step's momentum would go on, and move a prefix that is out of the network."""
+    model, x = get_peft_model(llama(), CONFIGS["table"]), ids(rng)
+    step = nn.TrainOneStepCell(nn.WithLossCell(model, nn.MSELoss()), nn.Momentum(model.trainable_params(), 0.1, 0.9))
+    step.set_train()(x, Tensor(np.zeros((2, 6, 48), np.float32)))
+    before = numbers(model, x)
+    with pytest.raises(AdapterError, match="'default' were written to meanwhile"), model.disable_adapter():
+        assert not model.trainable_params()
+        step(x, Tensor(np.zeros((2, 6, 48), np.float32)))
+    same(numbers(model, x), before)
+
+
 def test_what_cannot_be():
     with pytest.raises(ConfigError, match="no Cell of Small has an attribute 'prefix_source'"):
         get_peft_model(Small(), CONFIGS["table"])

@@ -713,9 +713,9 @@ class Walk(RuleBasedStateMachine):
             error = AdapterError
         if self.call(error, lambda: drop_adapter_layers(self.model, number, "fourth", name)):
             adapter = self.model.adapters["fourth"]
-            new = self.known["fourth"] = Known(adapter.plan.config, adapter.values, False, loaded=True)
+            new = self.known["fourth"] = Known(adapter.plan.config, adapter.values, False, known.loaded)
             assert set(new.places) == set(known.places) - set(below)
-            self.follow(new, list(self.base))
+            new.started = {paths: known.started[paths] for _, paths in new.groups()}
             new.strayed = known.strayed
             close(self.outputs(new), self.outputs(known, below))
 
