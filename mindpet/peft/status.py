@@ -69,7 +69,7 @@ def get_layer_status(model: PeftModel) -> list[TunerLayerStatus]:
     check_model(model)
     layers = {}
     for adapter in model.adapters.values():
-        for layer in adapter.plan.targets:
+        for layer in adapter.plan.reached:
             layers.setdefault(layer.path, layer.cell)
     order = {path: place for place, (path, _) in enumerate(model.network.cells_and_names())}
     return [_layer_status(model, path, layers[path]) for path in sorted(layers, key=order.__getitem__)]
@@ -83,7 +83,9 @@ def _layer_status(model, path, cell):
         enabled=model.is_enabled,
         active_adapters=[name for name in model.active_adapters if name in here],
         merged_adapters=[name for name in model.merged_adapters if name in here],
-        requires_grad={name: _trains(model, name, adapter) for name, adapter in here.items()},
+        requires_grad={
+            name: _trains(model, name, _parameters(adapter.slot.deltas[path])) for name, adapter in here.items()
+        },
         available_adapters=sorted(here),
         devices={name: [ms.get_context("device_target")] for name in here},
     )
@@ -107,11 +109,18 @@ def get_model_status(model: PeftModel) -> TunerModelStatus:
         enabled=model.is_enabled,
         active_adapters=model.active_adapters,
         merged_adapters=model.merged_adapters,
-        requires_grad={name: _trains(model, name, adapter) for name, adapter in model.adapters.items()},
+        requires_grad={
+            name: _trains(model, name, adapter.slot.params.values()) for name, adapter in model.adapters.items()
+        },
         available_adapters=sorted(model.adapters),
         devices={name: [ms.get_context("device_target")] for name in model.adapters},
     )
 
 
-def _trains(model, name, adapter):
-    return name in model.active_adapters and any(param.requires_grad for param in adapter.slot.params.values())
+def _parameters(delta):
+    """Those of a delta, without what it sees of the base."""
+    return [param for name, param in delta.parameters_and_names() if not name.startswith("base_")]
+
+
+def _trains(model, name, params):
+    return name in model.active_adapters and any(param.requires_grad for param in params)

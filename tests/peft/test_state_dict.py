@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from mindspore import Tensor, nn
-from small import LAYERS, Small, Tiny, config, ids, move, numbers, same
+from small import LAYERS, Small, Tied, Tiny, config, ids, move, numbers, same
 
 from mindpet.errors import AdapterError, CheckpointError, ConfigError
 from mindpet.files.tensors import TensorFile
@@ -14,6 +14,7 @@ from mindpet.peft import (
     LoraConfig,
     PeftConfig,
     PeftModel,
+    TrainableTokensConfig,
     get_layer_status,
     get_model_status,
     get_peft_model,
@@ -104,3 +105,15 @@ def test_a_name_of_a_hub_is_told_apart(name):
     ):
         with pytest.raises(FileNotFoundError, match="read from local folders only"):
             call(name)
+
+
+def test_status_of_a_tied_layer_and_of_a_merged_delta(rng):
+    """The head that has the table of an embedding has its delta, too; a merged one does not train, its head does."""
+    tied = get_peft_model(Tied(), TrainableTokensConfig(target_modules=["embed"], token_indices=[1, 3]))
+    assert [layer.name for layer in get_layer_status(tied)] == ["embed", "head"]
+    assert get_model_status(tied).num_adapter_layers == 2
+    model = get_peft_model(Tiny(), LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"]))
+    assert get_layer_status(model)[0].requires_grad == {"default": True}
+    model.merge_adapter()
+    assert get_layer_status(model)[0].requires_grad == {"default": False}
+    assert get_model_status(model).requires_grad == {"default": True}

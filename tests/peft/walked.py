@@ -69,19 +69,21 @@ class Attention(nn.Cell):
         self.prefix_source = self.context_source = None
         self.key_value_layers = ("key", "value")
         self.key, self.value = nn.Dense(WIDTH, WIDTH), nn.Dense(WIDTH, WIDTH)
+        self.scores, self.softmax, self.attend = ops.BatchMatMul(transpose_b=True), ops.Softmax(), ops.BatchMatMul()
+        self.turn = ops.Transpose()
 
     def construct(self, x):
         query, key, value = self.split(x), self.split(self.key(x)), self.split(self.value(x))
         if self.prefix_source is not None:
             key, value = self.prefix_source(key, value)
-        context = ops.matmul(ops.softmax(ops.matmul(query, key.swapaxes(2, 3)), -1), value)
+        context = self.attend(self.softmax(self.scores(query, key)), value)
         if self.context_source is not None:
             context = self.context_source(x, query, context)
-        return context.swapaxes(1, 2).reshape(x.shape)
+        return self.turn(context, (0, 2, 1, 3)).reshape(x.shape)
 
     def split(self, x):
         """`(batch, seq, features) -> (batch, heads, seq, head_dim)`."""
-        return x.reshape(x.shape[0], x.shape[1], self.heads, self.head_dim).swapaxes(1, 2)
+        return self.turn(x.reshape(x.shape[0], x.shape[1], self.heads, self.head_dim), (0, 2, 1, 3))
 
 
 class AttentionBlock(nn.Cell):
@@ -108,8 +110,8 @@ class Network(nn.Cell):
         self.fc = nn.Dense(WIDTH, WIDTH, activation="sigmoid")
         layers = [nn.Dense(WIDTH, WIDTH), nn.Dense(WIDTH, WIDTH)]
         layers = layers[:1] * 2 if kind == "shared" else layers
-        makers = {"lazy": lambda layer: LazyBlock(WIDTH), "attention": lambda layer: AttentionBlock()}
-        self.blocks = nn.CellList([makers.get(kind.split(",")[0], Block)(layer) for layer in layers])
+        blocks = [LazyBlock(WIDTH) if kind == "lazy" else Block(layer) for layer in layers]
+        self.blocks = nn.CellList([blocks[0], AttentionBlock() if "attention" in kind else blocks[1]])
         self.classifier = nn.Dense(WIDTH, LABELS)
         if "tied" in kind:
             self.classifier.weight = self.embed.embedding_table
