@@ -53,6 +53,15 @@ KINDS = {
     "loha": LoHaConfig(r=2, target_modules=["query"]),
     "lokr": LoKrConfig(r=1, target_modules=["query"]),
 }
+# All kinds, and in graph mode, where each is some compiles of a second, those that are handled in different ways.
+IN_MODES = pytest.mark.parametrize(
+    "mode, kind",
+    [
+        *((ms.PYNATIVE_MODE, kind) for kind in KINDS),
+        *((ms.GRAPH_MODE, kind) for kind in ("lora", "head", "dora of pissa", "tokens", "vera")),
+    ],
+    indirect=["mode"],
+)
 
 
 def state(network):
@@ -166,7 +175,7 @@ def test_an_adapter_that_somebody_lets_train_shares_nothing_any_more(mode, rng):
 # The base is loaded after the adapter came
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@IN_MODES
 def test_a_fresh_adapter_follows_a_base_that_is_loaded_later(kind, mode, rng):
     network, plain, x = Tiny(), Tiny(), ids(rng)
     model = get_peft_model(network, KINDS[kind])
@@ -373,7 +382,7 @@ def test_a_delta_that_is_trained_while_it_is_out_is_an_error(context, mode, rng)
 # Values that are not numbers
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@IN_MODES
 def test_a_diverged_adapter_leaves_the_base_alone(kind, mode, rng):
     network, x = Tiny(), ids(rng)
     expected, base = numbers(network, x), state(network)
