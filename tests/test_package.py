@@ -14,6 +14,7 @@ import pytest
 from mindspore import nn
 
 import mindpet
+from mindpet.network import precision
 from mindpet.peft import patch
 
 ROOT = pathlib.Path(mindpet.__file__).parent
@@ -34,10 +35,12 @@ ORDER = [
     "utils.version_control",
     "utils.sharding",
     "network.values",
+    "network.construct",
     "network.libraries",
     "network.kinds",
     "network.match",
     "network.parameters",
+    "network.precision",
     "network",
     "delta._config",
     "delta._base",
@@ -91,6 +94,7 @@ ORDER = [
     "cli",
     "__main__",
 ]
+PATCHES = (patch.leave, patch.activated, precision.to_half, precision.as_before)
 METHOD_FILES = {path.stem for path in (ROOT / "delta").glob("*.py")} - {
     "__init__",
     "_base",
@@ -208,9 +212,9 @@ def names_in(code):
 def parsed_functions():
     """What MindSpore parses in graph mode: `construct` of all Cells, and what it calls."""
     cells = [thing for thing in defined() if inspect.isclass(thing) and issubclass(thing, nn.Cell)]
-    # The source of a patched `construct` calls `before`, `leave` and `activated`, and a user's `construct` properties.
+    # The source of a patched `construct` calls these, and `before`, and a user's `construct` properties.
     starts = ("construct", "before", "past_key_reparam", "past_value_reparam")
-    todo, functions = [(cell, name) for cell in cells for name in starts], {patch.leave, patch.activated}
+    todo, functions = [(cell, name) for cell in cells for name in starts], {*PATCHES}
     while todo:
         cell, name = todo.pop()
         function = function_of(inspect.getattr_static(cell, name, None))

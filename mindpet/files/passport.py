@@ -21,6 +21,8 @@ from mindpet.utils.parse import read_json
 WEIGHTS_NAME = "adapter_model.safetensors"
 PASSPORT_NAME = "mindpet_passport.json"
 SAMPLES = 64
+# Name of a type that frozen weights can be stored in -> the type.
+HALVES = {np.dtype(ms.dtype_to_nptype(dtype)).name: ms.dtype_to_nptype(dtype) for dtype in (ms.float16, ms.bfloat16)}
 
 
 def make_passport(
@@ -148,7 +150,7 @@ def check_base(folder: PathLike, passport: dict[str, Any], base: Mapping[str, Un
     expected = passport.get("base", {}).get("parameters", {})
     problems = []
     for name, print_there in expected.items():
-        here = fingerprint(base[name]) if name in base else None
+        here = _print_as(base[name], print_there) if name in base else None
         if here is None:
             problems.append(f"{name}: not in this base")
         elif here != print_there:
@@ -160,3 +162,14 @@ def check_base(folder: PathLike, passport: dict[str, Any], base: Mapping[str, Un
             f"{folder}: trained on another base, whose parameters differ (with force it is used all the same):\n  "
             + "\n  ".join(problems)
         )
+
+
+def _print_as(value, other):
+    """The fingerprint of a value; where another one was taken in half precision, that of the value in that type."""
+    dtype = HALVES.get(other.rpartition(" ")[0].rpartition(" ")[2])
+    is_wider = isinstance(value, Parameter) and value.dtype == ms.float32 or value.dtype == np.float32
+    if dtype is None or not is_wider:
+        return fingerprint(value)
+    value = value.asnumpy() if isinstance(value, Parameter) else value
+    with np.errstate(over="ignore"):
+        return fingerprint(value.astype(dtype))

@@ -12,6 +12,7 @@ from mindspore import nn
 from mindpet.delta.registry import METHODS, find_method
 from mindpet.errors import LinkPathError, ModelConfigFreezeInfoError, NoMatchError, ReadYamlFileError
 from mindpet.network.parameters import TRAINED, matches, model_parameters, running_statistics
+from mindpet.network.precision import check_half, plan_half, store_half
 from mindpet.network.recompute import renew_recompute
 from mindpet.utils.hints import PathLike
 from mindpet.utils.parse import LARGEST_YAML, parse_yaml
@@ -61,6 +62,7 @@ def freeze_delta(
     include: Optional[Sequence[str]] = None,
     exclude: Optional[Sequence[str]] = None,
     strict: bool = True,
+    frozen_dtype: Optional[ms.Type] = None,
 ) -> None:
     """Freeze all parameters but those of delta methods; then apply `include` and `exclude`, see `freeze_modules`.
 
@@ -71,20 +73,31 @@ def freeze_delta(
         exclude: fnmatch patterns of further names to train, say the head. Default: None.
         strict: whether a mode whose delta is not in the network, or a pattern that fits no name, is an error; else it
             is a warning. Default: True.
+        frozen_dtype: float16 or bfloat16, to store the frozen weights of layers in, and to have these layers compute
+            in; there is no float32 copy of them. Default: None, to leave both as they are.
 
     Raises:
         TypeError: an argument but `mode` has the wrong type.
         ValueError: `mode`, or one of several, is unknown.
-        NoMatchError: the delta is not in the network, or a pattern fits no name; the network is unchanged.
+        NoMatchError: the delta is not in the network, or a pattern fits no name; no frozen weight is one of a layer.
+        ConfigError: `frozen_dtype` cannot hold a number of a weight; an adapter of `mindpet.peft` is in the network.
+            After each of these errors the network is unchanged.
     """
-    _check_arguments("freeze_delta", model, include, exclude, strict)
+    _check_arguments("freeze_delta", model, include, exclude, strict, frozen_dtype)
     methods = [find_method(one) for one in (mode if isinstance(mode, (list, tuple)) and mode else [mode])]
     params, fixed = _parameters(model)
     trained = {name for name in params if name not in fixed and any(_fits(name, one.trainable) for one in methods)}
     flags = {name: name in trained for name in params}
     missing = [one for one in methods if not any(_fits(name, one.trainable) for name in trained)]
     problems = [_missing_delta(one, params) for one in missing]
-    _report("freeze_delta", problems + _unmatched(params, fixed, include, exclude), strict)
+    problems += _unmatched(params, fixed, include, exclude)
+    half = None
+    if frozen_dtype is not None and not (strict and problems):
+        trained = {id(params[name]) for name, train in _flags(params, fixed, flags, include, exclude).items() if train}
+        half = plan_half(model, set(map(id, params.values())) - trained, frozen_dtype)
+    _report("freeze_delta", problems, strict)
+    if half is not None:
+        store_half(half, "freeze_delta")
     _apply(model, params, fixed, flags, include, exclude)
 
 
@@ -112,13 +125,14 @@ def freeze_from_config(model: nn.Cell, config_path: PathLike, strict: bool = Tru
     freeze_modules(model, lists.get("include"), lists.get("exclude"), strict)
 
 
-def _check_arguments(owner, model, include, exclude, strict):
+def _check_arguments(owner, model, include, exclude, strict, frozen_dtype=None):
     check = Checker(owner)
     check.require(isinstance(model, nn.Cell), TypeError, "model", model, "a Cell")
     for name, patterns in (("include", include), ("exclude", exclude)):
         is_list = isinstance(patterns, (list, tuple)) and all(isinstance(pattern, str) for pattern in patterns)
         check.require(patterns is None or is_list, TypeError, name, patterns, "a list of str or None")
     check.boolean(strict=strict)
+    check_half(check, frozen_dtype)
     check.done()
 
 
@@ -134,13 +148,21 @@ def _fits(name, patterns):
     return matches(name, patterns) or matches(name.replace(TRAINED, ""), patterns)
 
 
-def _apply(model, params, fixed, flags, include, exclude):
-    """Set requires_grad: `flags` first, then the lists where only one of them has a say."""
+def _flags(params, fixed, flags, include, exclude):
+    """name -> whether it trains: as `flags` says, then the lists where only one of them has a say."""
+    trains = {}
     for name, param in params.items():
         frozen, trained = _fits(name, include or ()), _fits(name, exclude or ())
         train = flags.get(name, param.requires_grad) if frozen == trained else trained
-        if not train or param.dtype in (*FLOAT_TYPES, ms.float64):
-            param.requires_grad = train and name not in fixed
+        can = not train or param.dtype in (*FLOAT_TYPES, ms.float64)
+        trains[name] = train and name not in fixed if can else param.requires_grad
+    return trains
+
+
+def _apply(model, params, fixed, flags, include, exclude):
+    """Set requires_grad."""
+    for name, train in _flags(params, fixed, flags, include, exclude).items():
+        params[name].requires_grad = train
     renew_recompute(model)
 
 

@@ -353,6 +353,13 @@ def why_not(cell: nn.Cell) -> Optional[str]:
     return None
 
 
+def compute_attribute(cell: nn.Cell) -> Optional[str]:
+    """The attribute of a Cell that says which type it computes in; None for one that computes in that of its weight."""
+    _, record = _registered(cell)
+    name = record.compute_dtype if record and isinstance(record.compute_dtype, str) else "compute_dtype"
+    return name if hasattr(cell, name) else None
+
+
 def _registered(cell):
     """The nearest class of a Cell that is registered, and its LayerKind."""
     for cls in type(cell).__mro__:

@@ -6,11 +6,13 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, Optional, Union
 
+import mindspore as ms
 from mindspore import Parameter, nn
 
 from mindpet.delta._config import PeftConfig
 from mindpet.errors import AdapterError
 from mindpet.files.names import NameMap
+from mindpet.network.precision import check_half
 from mindpet.network.values import know_graphs
 from mindpet.peft.batch import MixedBatches
 from mindpet.peft.checks import check_bare, check_name, check_names
@@ -21,6 +23,7 @@ from mindpet.peft.placement import Placement
 from mindpet.peft.plan import plan_targets
 from mindpet.peft.saving import SavesAdapters
 from mindpet.peft.turns import Turns, alone
+from mindpet.utils.validate import Checker
 
 
 class PeftModel(KnowsAdapters, MergesAdapters, SavesAdapters, nn.Cell):
@@ -47,9 +50,12 @@ class PeftModel(KnowsAdapters, MergesAdapters, SavesAdapters, nn.Cell):
         name_map: to the names of the PyTorch model, for files. Default: None, see `NameMap`.
         batch_statistics: whether BatchNorms normalise with their batch while training, as without adapters; then their
             running statistics belong to the adapter, and are saved with it. Default: False.
+        frozen_dtype: float16 or bfloat16, to store the weights of the network's layers in, but those that the first
+            adapter trains, and to have these layers compute in. It is done when the first adapter is added, and for
+            good: there is no float32 copy. Default: None, to leave both as they are.
 
     Raises:
-        TypeError, NoMatchError, ConfigError: see `plan_targets`.
+        TypeError, NoMatchError, ConfigError: see `plan_targets`, and `mindpet.graph.freeze_delta` for `frozen_dtype`.
         AdapterError: the name cannot be one; the network has adapters already.
     """
 
@@ -61,15 +67,19 @@ class PeftModel(KnowsAdapters, MergesAdapters, SavesAdapters, nn.Cell):
         autocast_adapter_dtype: bool = True,
         name_map: Optional[NameMap] = None,
         batch_statistics: bool = False,
+        frozen_dtype: Optional[ms.Type] = None,
     ):
         check_bare(model)
+        check = Checker(type(self).__name__)
+        check_half(check, frozen_dtype)
+        check.done()
         super().__init__(auto_prefix=False)
         self.network = model
         self.name_map = name_map or NameMap()
         self.autocast_adapter_dtype, self.batch_statistics = autocast_adapter_dtype, batch_statistics
         self.merge_report = []
         self._turns, self._bases = Turns(), {}  # name -> passport of an adapter that was loaded
-        self._placement = Placement(model)
+        self._placement = Placement(model, frozen_dtype)
         self._mixed = MixedBatches(self._placement)
         if type(self).construct is PeftModel.construct:
             bind_construct(self, model)
@@ -239,15 +249,16 @@ def get_peft_model(
     autocast_adapter_dtype: bool = True,
     name_map: Optional[NameMap] = None,
     batch_statistics: bool = False,
+    frozen_dtype: Optional[ms.Type] = None,
 ) -> PeftModel:
     """A network with a fresh adapter.
 
     Args:
         mixed: kept for Hugging Face PEFT; every PeftModel takes adapters of several methods. Default: False.
-        model, peft_config, adapter_name, autocast_adapter_dtype, name_map, batch_statistics: see `PeftModel`, with the
-            errors.
+        model, peft_config, adapter_name, autocast_adapter_dtype, name_map, batch_statistics, frozen_dtype: see
+            `PeftModel`, with the errors.
     """
-    return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype, name_map, batch_statistics)
+    return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype, name_map, batch_statistics, frozen_dtype)
 
 
 def inject_adapter_in_model(peft_config: PeftConfig, model: nn.Cell, adapter_name: str = "default") -> nn.Cell:

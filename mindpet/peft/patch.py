@@ -1,24 +1,16 @@
 """What is changed in the Cells of a network while an adapter is in it. Each change is on the object, and is undone."""
 
-import ast
-import functools
-import inspect
 import types
-from typing import Any, Callable
+from typing import Any
 
 from mindspore import Parameter, nn
 
 from mindpet.delta._base import Delta
 from mindpet.layers.linear import from_rows, to_rows
+from mindpet.network.construct import construct_like
 from mindpet.network.kinds import LayerKind
 from mindpet.network.parameters import TRAINED
 
-# How a parameter is passed on that is not passed by its place.
-PASSED = {
-    inspect.Parameter.VAR_POSITIONAL: "*{0}",
-    inspect.Parameter.KEYWORD_ONLY: "{0}={0}",
-    inspect.Parameter.VAR_KEYWORD: "**{0}",
-}
 # What a layer with a delta returns, see `construct_like`.
 LAYER = "leave(self, {first}, self.mindpet_base_construct(self.mindpet_delta.before({first}){rest}))"
 
@@ -83,7 +75,7 @@ class ConstructPatch:
         self.cell, self.kind, self.delta = cell, kind, delta
         # Whether the layer's own activation is left to us.
         self.activates = delta.before_activation and bool(getattr(cell, "activation_flag", False))
-        self.construct = construct_like(cell.construct, LAYER)
+        self.construct = construct_like(cell.construct, LAYER, __name__)
 
     def apply(self) -> None:
         """Patch the layer."""
@@ -93,7 +85,8 @@ class ConstructPatch:
             "mindpet_activates": self.activates,
             "mindpet_flattens": self.kind.flattens,
         }
-        self.cell.__dict__.update(self.attributes)
+        self.before = {name: vars(self.cell)[name] for name in self.attributes if name in vars(self.cell)}
+        vars(self.cell).update(self.attributes)
         self.cell._cells["mindpet_delta"] = self.delta
         self.delta.set_train(self.cell.training)
         if self.activates:
@@ -104,7 +97,8 @@ class ConstructPatch:
         if self.activates:
             self.cell.activation_flag = True
         for name in self.attributes:
-            del self.cell.__dict__[name]
+            del vars(self.cell)[name]
+        vars(self.cell).update(self.before)
         del self.cell._cells["mindpet_delta"]
 
 
@@ -122,52 +116,7 @@ def activated(self, out):
     return from_rows(self.activation(to_rows(out)), out) if self.mindpet_flattens else self.activation(out)
 
 
-def construct_like(method: Callable, body: str) -> Callable:
-    """A `construct` with the parameters of another one.
-
-    MindSpore (2.7 to 2.10) never frees a Cell whose `construct` has been compiled and takes `*args` or `**keywords`.
-
-    Args:
-        method: the other one, bound to its Cell.
-        body: what is returned, with `{first}` for the first argument, `{rest}` for `, ` and the further ones, if there
-            are any, and `{arguments}` for all of them.
-
-    Returns:
-        A function to be bound to a Cell. It has `*args` and `**keywords` where the other one has, or where a default
-        cannot be written down.
-    """
-    given = list(inspect.signature(method).parameters.values())
-    if not all(one.default is one.empty or _is_literal(one.default) for one in given):
-        given = list(inspect.signature(lambda *inputs, **keywords: None).parameters.values())
-    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    signature = inspect.Signature([itself, *(one.replace(annotation=one.empty) for one in given)])
-    passed = [PASSED.get(one.kind, "{0}").format(one.name) for one in given]
-    first, rest = passed[0] if passed else "", passed[1:]
-    if first.startswith("*"):  # the first of `*inputs`
-        first, rest = f"{first[1:]}[0]", [f"{first}[1:]", *rest]
-    rest = "".join(f", {one}" for one in rest)
-    return _compiled(str(signature), body.format(first=first, rest=rest, arguments=", ".join(passed)))
-
-
 def bind_construct(cell: nn.Cell, network: nn.Cell) -> None:
     """Have a Cell call its `network`, with the parameters that this one has."""
-    construct = construct_like(network.construct, "self.network({arguments})")
+    construct = construct_like(network.construct, "self.network({arguments})", __name__)
     vars(cell)["construct"] = types.MethodType(construct, cell)
-
-
-def _is_literal(value):
-    try:
-        return ast.literal_eval(repr(value)) == value
-    except (ValueError, SyntaxError):
-        return False
-
-
-@functools.cache
-def _compiled(signature, returned):
-    source, line = f"def construct{signature}:\n    return {returned}\n", inspect.currentframe().f_lineno
-    exec(compile(source, __file__, "exec"), globals(), names := {})
-    construct = names["construct"]
-    # Behind the end of this file, so that MindSpore parses `source`; in its messages it shows the line above.
-    construct.__code__ = construct.__code__.replace(co_firstlineno=10**6)
-    construct.source = (source.splitlines(keepends=True), line - 1)
-    return construct

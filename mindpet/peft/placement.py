@@ -16,12 +16,14 @@ import weakref
 from collections.abc import Iterator, Sequence
 from typing import Optional
 
+import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 from mindpet.delta._config import PeftConfig
 from mindpet.errors import AdapterError, ConfigError, MergeError
 from mindpet.files.merge import MergedLayer
+from mindpet.network.precision import plan_half, store_half
 from mindpet.network.recompute import renew_recompute
 from mindpet.network.values import assign, digest, forget_graphs, is_watched, know_graphs, unwatch, value_of, watch
 from mindpet.peft.merge import FoldedDelta, in_float32, merge_layers, shared_weights, untie
@@ -105,6 +107,10 @@ class Adapter:
 class Placement:
     """The adapters of a network, and what of them is in it. `PeftModel` is the interface.
 
+    Args:
+        network: the base network.
+        frozen_dtype: see `PeftModel`. Default: None.
+
     Attributes:
         adapters (dict): name -> Adapter.
         active (str): name of the active adapter, or None.
@@ -114,8 +120,8 @@ class Placement:
         merged_names (list of str): of the adapters that are merged.
     """
 
-    def __init__(self, network: nn.Cell):
-        self.network = network
+    def __init__(self, network: nn.Cell, frozen_dtype: Optional[ms.Type] = None):
+        self.network, self.frozen_dtype = network, frozen_dtype
         self.adapters, self.active, self.slot = {}, None, None
         self.disabled, self.merged, self.merged_names = False, None, []
         self._base = []  # pairs of a Parameter of the base and its `requires_grad` without adapters
@@ -200,6 +206,21 @@ class Placement:
             config: see `Adapter`. Default: None, for that of the plan.
         """
         values = values or {}
+        slot, stored = self._make(plan, values, as_layer)
+        if self.frozen_dtype is not None and not self.adapters:  # what could be refused has been
+            trained = set(map(id, plan.trained.values()))
+            frozen = {id(param) for param in self.network.get_parameters()} - trained
+            store_half(plan_half(self.network, frozen, self.frozen_dtype), "frozen_dtype")
+            plan.renew_kinds()
+            slot, stored = self._make(plan, values, as_layer)
+        free = [other.slot for other in self.adapters.values() if not (trainable or other.trainable)]
+        slot = next((other for other in free if other.signature == slot.signature), slot)
+        if not self.adapters:
+            self._open()
+        self.adapters[name] = Adapter(config or plan.config, plan, slot, stored, trainable, set(values))
+
+    def _make(self, plan, values, as_layer):
+        """A slot, and the values of an adapter for it."""
         slot = AdapterSlot(self.network, plan)
         slot.set_types(values, as_layer)
         stored = {path: value_of(param) for path, param in slot.params.items()}
@@ -207,11 +228,7 @@ class Placement:
             stored.update({path: new.astype(stored[path].dtype) for path, new in start.compute(stored).items()})
         with np.errstate(over="ignore"):  # numbers that become infinite were let through by force
             stored.update({path: new.astype(stored[path].dtype) for path, new in values.items()})
-        free = [other.slot for other in self.adapters.values() if not (trainable or other.trainable)]
-        slot = next((other for other in free if other.signature == slot.signature), slot)
-        if not self.adapters:
-            self._open()
-        self.adapters[name] = Adapter(config or plan.config, plan, slot, stored, trainable, set(values))
+        return slot, stored
 
     def activate(self, name: str) -> None:
         """Have an adapter in the network, and no other."""

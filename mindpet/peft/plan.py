@@ -105,6 +105,12 @@ class Plan:
         """The targets, and the further layers that are tied to them."""
         return [reached for target in self.targets for reached in (target, *target.tied)]
 
+    def renew_kinds(self) -> None:
+        """Have the kinds of the targets that their Cells have now, which compute in another type than before."""
+        for target in self.reached:
+            if not target.is_slot:
+                target.kind = place_kind(target.cell, (target.kind.name,))
+
     def __str__(self) -> str:
         rows = [(target.path, type(target.cell).__name__, target.config.peft_name) for target in self.reached]
         whole = [*self.copied, *self.modules_to_save]

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Optional
 
+import mindspore as ms
 import numpy as np
 from mindspore import nn
 
@@ -87,6 +88,7 @@ class SavesAdapters:
         force: bool = False,
         name_map: Optional[NameMap] = None,
         batch_statistics: bool = False,
+        frozen_dtype: Optional[ms.Type] = None,
     ) -> nn.Cell:
         """A network with an adapter from a folder that mindpet or Hugging Face PEFT wrote. Types are kept.
 
@@ -102,6 +104,7 @@ class SavesAdapters:
             name_map: to the names of the PyTorch model. Default: None, see `NameMap`.
             batch_statistics: see `PeftModel`; of an adapter whose file has running statistics it is True.
                 Default: False.
+            frozen_dtype: see `PeftModel`. Default: None.
 
         Returns:
             PeftModel.
@@ -116,6 +119,7 @@ class SavesAdapters:
             autocast_adapter_dtype=autocast_adapter_dtype,
             name_map=name_map,
             batch_statistics=batch_statistics,
+            frozen_dtype=frozen_dtype,
         )
         try:
             peft_model.load_adapter(model_id, adapter_name, is_trainable, config, force=force)

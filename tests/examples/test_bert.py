@@ -61,6 +61,19 @@ def test_published_parameter_shares_of_bert_base(method, percent, tolerance):
     assert 100 * summary(model).trainable / base == pytest.approx(percent, abs=tolerance)
 
 
+def test_lora_on_bert_base_in_half_precision_takes_an_eighth_of_full_fine_tuning():
+    """Weights, gradients and two moments: 2 bytes a frozen number for 16, and float32 for what trains."""
+    base = BertClassifier(BertConfig(), 2)
+    full = summary(base)
+    tuned = summary(
+        get_peft_model(
+            base, LoraConfig(target_modules=["query", "value"], task_type="SEQ_CLS"), frozen_dtype=ms.float16
+        )
+    )
+    sums = [cost.weight_bytes + cost.gradient_bytes + cost.optimizer_bytes for cost in (full, tuned)]
+    assert sums[0] == 16 * full.total and sums[1] / sums[0] == pytest.approx(0.128, abs=0.001)
+
+
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_padding_does_not_change_the_logits(pooling, mode, rng):
     model = BertClassifier(BertConfig.from_folder(GOLDEN), 3, pooling)
