@@ -110,11 +110,12 @@ class Delta(nn.Cell):
 
     def keep_weight(self, cell: nn.Cell) -> None:
         """Keep the layer's weight beside the delta's parameters, for a delta that computes with it."""
-        self.base_weight = self.kind.weight_of(cell)
+        self.base_weight = self.kind.kept_weight(cell)
+        self.computes_weight = isinstance(self.base_weight, nn.Cell)
 
     def kept_weight(self):
         """The layer's weight, see `keep_weight`; it does not train."""
-        return self.base_weight
+        return self.base_weight() if self.computes_weight else self.base_weight
 
     def base_places(self, cell: nn.Cell) -> dict[str, tuple[nn.Cell, str]]:
         """Where parameters of the base stand that it computes with, and that the adapter may have copies of.

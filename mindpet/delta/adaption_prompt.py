@@ -165,8 +165,11 @@ class AdaptionPrompt(nn.Cell):
         self.features = key_kind.in_features(key)
         # Where keys and values begin in what the layers put out; None if it is nothing else.
         self.starts = (heads * head_dim, heads * head_dim + self.width) if len(layers) == 1 else None
-        self.base_key_weight, self.base_key_bias = key_kind.weight_of(key), own_bias(key, key_kind)
-        self.base_value_weight, self.base_value_bias = value_kind.weight_of(value), own_bias(value, value_kind)
+        self.base_key_weight, self.base_key_bias = key_kind.kept_weight(key), own_bias(key, key_kind)
+        self.base_value_weight, self.base_value_bias = value_kind.kept_weight(value), own_bias(value, value_kind)
+        self.computes_key, self.computes_value = (
+            isinstance(weight, nn.Cell) for weight in (self.base_key_weight, self.base_value_weight)
+        )
         shape = (1, adapter_len, self.features)
         self.mindpet_delta_adaption_prompt = delta_parameter(Normal(1.0), shape, param_init_type, PROMPT)
         self.mindpet_delta_adaption_prompt_gate = delta_parameter("zeros", (1,), param_init_type, GATE)
@@ -184,14 +187,22 @@ class AdaptionPrompt(nn.Cell):
         for param, name in before:
             param.name = name
 
+    def key_weight(self):
+        """The weight of the keys' layer."""
+        return self.base_key_weight() if self.computes_key else self.base_key_weight
+
+    def value_weight(self):
+        """The weight of the values' layer."""
+        return self.base_value_weight() if self.computes_value else self.base_value_weight
+
     def construct(self, hidden, query, context):
         batch, seq = query.shape[0], query.shape[2]
         prompt = self.tile(cast(self.mindpet_delta_adaption_prompt, self.compute_dtype), (batch, 1, 1))
         rows = ops.reshape(prompt, (batch * self.adapter_len, self.features))
-        key = self.key_matmul(rows, cast(self.base_key_weight, self.compute_dtype))
+        key = self.key_matmul(rows, cast(self.key_weight(), self.compute_dtype))
         if self.base_key_bias is not None:
             key = self.key_bias_add(key, cast(self.base_key_bias, self.compute_dtype))
-        value = self.value_matmul(rows, cast(self.base_value_weight, self.compute_dtype))
+        value = self.value_matmul(rows, cast(self.value_weight(), self.compute_dtype))
         if self.base_value_bias is not None:
             value = self.value_bias_add(value, cast(self.base_value_bias, self.compute_dtype))
         if self.starts is not None:

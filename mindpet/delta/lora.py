@@ -201,7 +201,8 @@ class LoraDelta(Delta):
         self.mindpet_delta_lora_b = delta_parameter(init_b, shape_b, dtype, "mindpet_delta_lora_B")
         if use_dora:
             self.mindpet_delta_lora_magnitude = delta_parameter("ones", self.magnitude_shape(shape_b), dtype, MAGNITUDE)
-            self.base_weight, self.base_bias = weight, self.kind.bias_of(cell) if self.kind.adds_bias else None
+            self.keep_weight(cell)
+            self.base_bias = self.kind.bias_of(cell) if self.kind.adds_bias else None
         if lora_bias:
             self.mindpet_delta_lora_bias = delta_parameter("zeros", shape_b[:1], dtype, BIAS)
             self.lora_bias_mul = ops.Mul()
@@ -262,8 +263,9 @@ class LoraDelta(Delta):
 
     def set_magnitude(self) -> None:
         """Set DoRA's magnitude so that its gain is one."""
-        if self.base_weight.has_init:  # in semi-auto parallel mode, until it is compiled or loaded
-            warnings.warn(f"DoRA: {self.base_weight.name} has no values yet; load the base first.", stacklevel=2)
+        weight = self.kept_weight()
+        if weight.has_init:  # in semi-auto parallel mode, until it is compiled or loaded
+            warnings.warn(f"DoRA: {weight.name} has no values yet; load the base first.", stacklevel=2)
             return
         magnitude = self.mindpet_delta_lora_magnitude
         assign(magnitude, cast(self.norm(), magnitude.dtype))
@@ -276,7 +278,7 @@ class LoraDelta(Delta):
 
     def norm(self):
         """`||W + s B A||` in the magnitude's shape, float32."""
-        weight, lora_a, lora_b = self.base_weight, self.mindpet_delta_lora_a, self.mindpet_delta_lora_b
+        weight, lora_a, lora_b = self.kept_weight(), self.mindpet_delta_lora_a, self.mindpet_delta_lora_b
         weight, lora_a, lora_b = (self.as_matrix(cast(param, ms.float32)) for param in (weight, lora_a, lora_b))
         update = ops.matmul(self.mindpet_lora_scaling * lora_b, lora_a)
         if self.starts_from_weight:

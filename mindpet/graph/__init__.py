@@ -6,9 +6,11 @@ from mindpet.graph.freeze_utils import freeze_delta, freeze_from_config, freeze_
 from mindpet.graph.guard import DeltaGuard, summary
 from mindpet.graph.load import load_delta
 from mindpet.graph.lora_plus import lora_plus_groups
+from mindpet.graph.quantize import QuantizationConfig, quantize
 
 __all__ = [
     "DeltaGuard",
+    "QuantizationConfig",
     "TrainableParamsCheckPoint",
     "freeze_delta",
     "freeze_from_config",
@@ -16,6 +18,7 @@ __all__ = [
     "gather_delta",
     "load_delta",
     "lora_plus_groups",
+    "quantize",
     "slice_delta",
     "summary",
 ]

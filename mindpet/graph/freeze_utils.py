@@ -11,7 +11,7 @@ from mindspore import nn
 
 from mindpet.delta.registry import METHODS, find_method
 from mindpet.errors import LinkPathError, ModelConfigFreezeInfoError, NoMatchError, ReadYamlFileError
-from mindpet.network.parameters import TRAINED, matches, model_parameters, running_statistics
+from mindpet.network.parameters import TRAINED, matches, model_parameters, quantized_parameters, running_statistics
 from mindpet.network.precision import check_half, plan_half, store_half
 from mindpet.network.recompute import renew_recompute
 from mindpet.utils.hints import PathLike
@@ -32,7 +32,7 @@ def freeze_modules(
 
     Names are paths in the network, see `mindpet.network.parameters.model_parameters`. A name that fits both is left as
     it was, and so is one that fits neither. An integer parameter is never set to train; the running statistics of
-    BatchNorms are never trainable.
+    BatchNorms, and quantised weights, are never trainable.
 
     Args:
         model: the network.
@@ -43,7 +43,7 @@ def freeze_modules(
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: neither list is given.
-        NoMatchError: a pattern fits no name, or one of `exclude` only running statistics; the network is unchanged.
+        NoMatchError: a pattern fits no name, or one of `exclude` only what never trains; the network is unchanged.
     """
     _check_arguments("freeze_modules", model, include, exclude, strict)
     if not include and not exclude:
@@ -137,10 +137,13 @@ def _check_arguments(owner, model, include, exclude, strict, frozen_dtype=None):
 
 
 def _parameters(model):
-    """The parameters by name, and names of what never trains: running statistics, and what an adapter has a copy of."""
+    """The parameters by name, and names of what never trains.
+
+    That is running statistics, quantised weights, and what an adapter has a copy of.
+    """
     params = model_parameters(model)
     copied = {name.replace(TRAINED, "") for name in params if TRAINED in name}
-    return params, copied.union(running_statistics(model))
+    return params, copied.union(running_statistics(model), quantized_parameters(model))
 
 
 def _fits(name, patterns):
@@ -176,7 +179,7 @@ def _unmatched(params, fixed, include, exclude):
                 near = f"; nearest: {_nearest(pattern, params)}" if len(problems) < MOST_HINTS else ""
                 problems.append(f"pattern {quote(pattern)} of '{which}' matches no parameter{near}")
             elif which == "exclude" and fitting <= fixed:
-                rule = f"matches only running statistics, which no optimizer may have: {sorted(fitting)}"
+                rule = f"matches only running statistics, or quantised weights, which no optimizer may have: {sorted(fitting)}"
                 problems.append(f"pattern {quote(pattern)} of '{which}' {rule}")
     return problems
 

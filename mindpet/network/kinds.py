@@ -12,6 +12,7 @@ from mindspore import Parameter, Tensor, mint, nn
 
 from mindpet.errors import ConfigError
 from mindpet.layers.linear import Dense
+from mindpet.layers.quantized import KeptCodes, QuantizedDense
 from mindpet.network.libraries import LIBRARIES
 from mindpet.utils.hints import Shape
 from mindpet.utils.validate import FLOAT_TYPES, Checker, is_int
@@ -84,12 +85,52 @@ class LayerKind:
         """The inverse of `to_matrix`."""
         return matrix.T if self.transposed else matrix.reshape(shape)
 
+    def kept_weight(self, cell: nn.Cell) -> Union[Parameter, nn.Cell]:
+        """What a delta keeps to compute with the weight: the Parameter, or a Cell that returns the weight."""
+        return self.weight_of(cell)
+
     def of(self, cell: nn.Cell) -> "LayerKind":
         """The kind of this very Cell: what the class leaves to the object has its value."""
         values = {field.name: _value(getattr(self, field.name), cell) for field in fields(self) if field.type is Any}
         if values["compute_dtype"] is None:
             values["compute_dtype"] = getattr(cell, "compute_dtype", self.weight_of(cell).dtype)
         return replace(self, **values)
+
+
+class QuantizedWeight:
+    """The weight of a quantised layer, where a Parameter is read and not computed with.
+
+    Args:
+        cell: the layer.
+
+    Attributes:
+        shape, dtype: of the weight.
+        has_init: whether its codes have no values yet.
+        parts: the Parameters that it comes from.
+    """
+
+    def __init__(self, cell: QuantizedDense):
+        self.cell, self.shape, self.dtype, self.ndim = cell, cell.shape, cell.compute_dtype, 2
+        self.parts = [getattr(cell, name) for name in cell.form.shapes(cell.shape)]
+        self.has_init, self.name = any(param.has_init for param in self.parts), self.parts[0].name
+
+    def asnumpy(self) -> np.ndarray:
+        """The weight `(out, in)`, float32."""
+        return self.cell.dequantized()
+
+    def init_data(self) -> None:
+        """Do nothing: the codes are made when they are read."""
+
+
+@dataclass(frozen=True)
+class QuantizedKind(LayerKind):
+    """A layer whose weight is quantised; once it is dequantised, any linear layer."""
+
+    def weight_of(self, cell: nn.Cell) -> Union[Parameter, QuantizedWeight]:
+        return QuantizedWeight(cell) if cell.is_quantized else super().weight_of(cell)
+
+    def kept_weight(self, cell: nn.Cell) -> Union[Parameter, nn.Cell]:
+        return KeptCodes(cell) if cell.is_quantized else super().weight_of(cell)
 
 
 @dataclass(frozen=True)
@@ -240,6 +281,7 @@ SLOTS = {kind.name: kind for kind in (AttentionKind, OutputKind, ContextKind, In
 KINDS = {
     nn.Dense: LayerKind(),
     Dense: LayerKind(),
+    QuantizedDense: QuantizedKind(),
     mint.nn.Linear: LayerKind(),
     nn.Embedding: LayerKind("embedding", "embedding_table"),
     mint.nn.Embedding: LayerKind("embedding"),

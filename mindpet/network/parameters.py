@@ -66,6 +66,13 @@ def running_statistics(network: nn.Cell) -> dict[str, Parameter]:
     return {key: param for key, param in model_parameters(network).items() if id(param) in ids}
 
 
+def quantized_parameters(network: nn.Cell) -> dict[str, Parameter]:
+    """`model_parameters` that are codes of quantised weights, and their scales: they never train."""
+    layers = [cell for cell, _, _ in _cells(network, "", "", set()) if getattr(cell, "is_quantized", False)]
+    ids = {id(cell._params[name]) for cell in layers for name in cell.form.shapes(cell.shape)}
+    return {key: param for key, param in model_parameters(network).items() if id(param) in ids}
+
+
 def outer_prefix(network: nn.Cell) -> str:
     """What the names of a network's parameters begin with before their paths: '' unless it is inside of another one."""
     return _outer_prefix(_places(_cells(network, "", "", set())))

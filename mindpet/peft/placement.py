@@ -89,8 +89,8 @@ class Adapter:
 
         What has been trained since stays, and so does what came from a file.
         """
-        concerned = [start for start in self.starts if start.base is base]
-        now = digest(value_of(base)) if concerned else None
+        concerned = [start for start in self.starts if start.comes_from(base)]
+        now = digest(value_of(concerned[0].base)) if concerned else None
         for start in concerned:
             before, self.bases[start.paths[0]] = self.bases[start.paths[0]], now
             if before == now:
@@ -124,6 +124,7 @@ class Placement:
         self.network, self.frozen_dtype = network, frozen_dtype
         self.adapters, self.active, self.slot = {}, None, None
         self.disabled, self.merged, self.merged_names = False, None, []
+        self._dequantized = []  # quantised layers that have merged weights in place of codes
         self._base = []  # pairs of a Parameter of the base and its `requires_grad` without adapters
 
     def _open(self):
@@ -182,7 +183,7 @@ class Placement:
             renew_recompute(self.network)
         vars(self.network).pop(MARK, None)
         self.adapters, self.active, self._base = {}, None, []
-        self.merged, self.merged_names = None, []
+        self.merged, self.merged_names, self._dequantized = None, [], []
 
     # Adapters
 
@@ -361,7 +362,7 @@ class Placement:
             if digest(value) != merged:
                 self._set_merged(param, one, one.apply(value, self._deltas(self.merged_names, one.path)))
         if self.slot is not None and self.slot.hidden:
-            if any(start.base is param for start in self.adapters[self.active].starts):
+            if any(start.comes_from(param) for start in self.adapters[self.active].starts):
                 self.slot.hide(copies=self.disabled)
 
     # Merging
@@ -393,7 +394,8 @@ class Placement:
                         places = [(one.path, one.cell, key if one is target else one.kind.weight) for one in reached]
                         owners[name] = [place for place in places if place in owners.get(name, places)]
         owners.update({base: active.plan.places[base] for base in copies.values()})
-        with self.bare():
+        quantized = {id(one.cell): one.cell for one in layers.values() if getattr(one.cell, "is_quantized", False)}
+        with self.bare(), _dequantized(quantized.values()):
             tied = {} if untie_weights else shared_weights(self.network, owners)
             self._check_mergeable(chosen, tied)
             deltas = {path: self._deltas(names, path) for path in layers}
@@ -402,6 +404,9 @@ class Placement:
                 flags = {id(param): flag for param, flag in self._base}
                 self._base += [(new, flags[id(old)]) for new, old in untie(self.network, owners)]
                 forget_graphs()
+        self._dequantized = list(quantized.values())
+        if self._dequantized:
+            forget_graphs()
         trained = {copy: active.value(copy) for copy in copies}
         self.merged, self.merged_names = {}, list(names)
         for one in folds:
@@ -430,6 +435,11 @@ class Placement:
         merged, self.merged, self.merged_names = self.merged, None, []
         for param, value, _, _ in merged.values():
             assign(param, Tensor(value))
+        for cell in self._dequantized:
+            cell.requantize()
+        if self._dequantized:
+            forget_graphs()
+        self._dequantized = []
         if self.active is None:
             return
         try:
@@ -477,6 +487,19 @@ class Placement:
         ]
         if problems:
             raise MergeError("merge: " + "; ".join(problems) + ".")
+
+
+@contextlib.contextmanager
+def _dequantized(cells):
+    """Have quantised layers hold their weights themselves, and after an error their codes again."""
+    for cell in cells:
+        cell.dequantize()
+    try:
+        yield
+    except BaseException:
+        for cell in cells:
+            cell.requantize()
+        raise
 
 
 def _call_if_alive(reference, param):

@@ -21,7 +21,7 @@ from mindpet.network.match import (
     listed,
     no_match,
 )
-from mindpet.network.parameters import STATISTICS, matches
+from mindpet.network.parameters import STATISTICS, matches, quantized_parameters
 from mindpet.peft.strategies import find_cuts
 from mindpet.utils.validate import is_int
 
@@ -311,6 +311,10 @@ def _find_modules_to_save(network, plan, unmatched):
             problems.append(
                 f"'modules_to_save': {layer.path} is to be trained as a whole, but carries {both} of the targets"
             )
+    whole = [*plan.copied, *plan.modules_to_save]
+    coded = [layer.path for layer in whole if quantized_parameters(layer.cell)]
+    if coded:
+        problems.append(f"{coded} are to be trained as a whole, but have quantised weights")
     if problems:
         raise (NoMatchError if missing else ConfigError)(f"{type(config).__name__}: " + "; ".join(problems) + ".")
 

@@ -1,7 +1,7 @@
 """What of an adapter starts from the values of the base, and follows when other ones are loaded into it."""
 
 from dataclasses import dataclass
-from typing import Callable
+from typing import Any, Callable
 
 import numpy as np
 from mindspore import Parameter
@@ -18,18 +18,22 @@ class Start:
     """Values of an adapter that come from one Parameter of the base.
 
     Attributes:
-        base: the Parameter.
+        base: the Parameter, or a QuantizedWeight.
         paths: of the values.
         inputs: paths of further values of the adapter that they are computed with.
         compute: from the values of `paths` and `inputs` to those of `paths`, by path.
         is_lasting: whether some are not in the adapter's file, and computed from the base again. Default: False.
     """
 
-    base: Parameter
+    base: Any
     paths: tuple[str, ...]
     inputs: tuple[str, ...]
     compute: Callable[[Arrays], Arrays]
     is_lasting: bool = False
+
+    def comes_from(self, param: Parameter) -> bool:
+        """Whether a Parameter is the base, or a part of a base that is quantised."""
+        return any(part is param for part in getattr(self.base, "parts", (self.base,)))
 
 
 def starts(plan: Plan, slot: AdapterSlot) -> list[Start]:

@@ -65,6 +65,7 @@ def find_cuts(cell: nn.Cell, kind: Any) -> Any:
         if not any(part.startswith(DELTAS) for part in path.split("."))
         for primitive in inner._primitives.values()
         if get_strategy(primitive) is not None
+        and not getattr(primitive, "self_define_shard", False)  # it follows another one
     ]
     if kind.name not in SLOTS:
         if not sharded:
