@@ -27,8 +27,19 @@ from tqdm import tqdm
 
 from mindpet.delta import AdaLoraOptimizer, OrthogonalLoss, RDropLoss, rdrop_repeat
 from mindpet.errors import MindPetError
-from mindpet.graph import DeltaGuard, TrainableParamsCheckPoint, freeze_delta, freeze_modules, load_delta, summary
+from mindpet.graph import (
+    DeltaGuard,
+    QuantizationConfig,
+    TrainableParamsCheckPoint,
+    freeze_delta,
+    freeze_modules,
+    load_delta,
+    quantize,
+    summary,
+)
+from mindpet.network.parameters import quantized_parameters
 from mindpet.peft import AdaLoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
+from mindpet.utils.quantization import BITS
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -48,6 +59,12 @@ def parse_arguments(argv):
         "--peft",
         action="store_true",
         help="put the delta in by mindpet.peft, as for methods without layers in models/bert.py; saved as PEFT does",
+    )
+    parser.add_argument(
+        "--quantize", choices=BITS, help="quantise the linear layers of the base but the head; goes with --peft"
+    )
+    parser.add_argument(
+        "--frozen-dtype", choices=("float16",), help="store what is frozen in half precision; goes with --peft"
     )
     parser.add_argument("--rdrop", action="store_true", help="train with R-Drop: two dropout passes a sample")
     parser.add_argument(
@@ -76,6 +93,8 @@ def parse_arguments(argv):
             parser.error(f"--{name.replace('_', '-')} must be at least 1, but got {getattr(arguments, name)}")
     if arguments.peft and (arguments.compare is not None or arguments.method not in PEFT_METHODS):
         parser.error(f"--peft goes with --method {'|'.join(PEFT_METHODS)}, and not with --compare")
+    if (arguments.quantize or arguments.frozen_dtype) and not arguments.peft:
+        parser.error("--quantize and --frozen-dtype go with --peft")
     return arguments
 
 
@@ -240,8 +259,11 @@ def run(method, arguments, folder, weights, num_labels, train, validation, test)
         model = BertClassifier(BertConfig.from_folder(folder, method=method), num_labels, arguments.pooling)
         load_weights(model.bert, weights)
         freeze(model, method)
+        if arguments.quantize and method == "full":
+            quantize(model, QuantizationConfig(arguments.quantize))
         return model
 
+    frozen_dtype = getattr(ms, arguments.frozen_dtype) if arguments.frozen_dtype else None
     ms.set_seed(arguments.seed)
     model = build(method if METHODS[method].by_hand else "full")
     start = {param.name: param for param in model.get_parameters()}
@@ -257,9 +279,10 @@ def run(method, arguments, folder, weights, num_labels, train, validation, test)
             config.token_indices = sorted(
                 set.intersection(*(set(ids[mask > 0].tolist()) for ids, mask, _ in zip(*train)))
             )
-        model = get_peft_model(build("full"), config)
+        model = get_peft_model(build("full"), config, frozen_dtype=frozen_dtype)
         if METHODS[method].by_hand:  # from the values of the network made by hand, so that the two can be compared
-            ms.load_param_into_net(model, start)
+            coded = quantized_parameters(model)
+            ms.load_param_into_net(model, {name: param for name, param in start.items() if name not in coded})
     rates = (arguments.learning_rate or METHODS[method].learning_rate) * warm_up_and_decay(steps)
     optimizer = AdamW(model.trainable_params(), rates.tolist())
     loss_network = LossNetwork(model, arguments.rdrop)
@@ -281,7 +304,7 @@ def run(method, arguments, folder, weights, num_labels, train, validation, test)
     if by_peft:
         model.save_pretrained(os.path.join(directory, "adapter"), step=steps)
         file = os.path.join(directory, "adapter", "adapter_model.safetensors")
-        fresh = PeftModel.from_pretrained(build("full"), os.path.join(directory, "adapter"))
+        fresh = PeftModel.from_pretrained(build("full"), os.path.join(directory, "adapter"), frozen_dtype=frozen_dtype)
     else:
         fresh = build(method)
         load_delta(fresh, file)
@@ -301,7 +324,8 @@ def run(method, arguments, folder, weights, num_labels, train, validation, test)
         progress.losses,
     )
     print(
-        f"{method}: test accuracy {result.test_accuracy:.4f} on {len(test.labels)} texts; "
+        f"{method}: test accuracy {result.test_accuracy:.4f} on {len(test.labels)} texts, {result.step_ms:.0f} ms a "
+        f"step; weights, gradients and optimizer {result.memory_bytes / 1e6:.1f} MB; "
         f"{result.checkpoint_bytes:,} bytes in {file}; loaded into a fresh model, its predictions are the same"
     )
     return result

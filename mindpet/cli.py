@@ -1,4 +1,4 @@
-"""The command line: `mindpet plan | inspect | merge | convert`."""
+"""The command line: `mindpet plan | inspect | merge | convert | quantize`."""
 
 import argparse
 import contextlib
@@ -14,8 +14,12 @@ from mindpet.errors import BuildError, MindPetError, ShardError
 from mindpet.files.convert import convert, inspect, load_config
 from mindpet.files.merge import merge
 from mindpet.files.names import NameMap
+from mindpet.files.quantize import quantize_files
+from mindpet.network.match import ALL_LINEAR
+from mindpet.network.quantize import QuantizationConfig
 from mindpet.parallel import dry_run
 from mindpet.parallel.launcher import load_function
+from mindpet.utils.quantization import BITS
 from mindpet.utils.quote import printable
 
 
@@ -58,6 +62,25 @@ def run_convert(arguments: argparse.Namespace) -> None:
     config, names = _config_and_names(arguments)
     convert(arguments.source, arguments.target, config, names, arguments.prefix_path, arguments.force)
     print(f"wrote {arguments.target}")
+
+
+def run_quantize(arguments: argparse.Namespace) -> None:
+    """Quantise the linear weights in the files of a base, tensor by tensor."""
+    config = QuantizationConfig(
+        arguments.bits,
+        arguments.group_size,
+        not arguments.single,
+        arguments.target or ALL_LINEAR,
+        arguments.exclude,
+    )
+    report = quantize_files(arguments.base, arguments.out, config)
+    for row in report if arguments.verbose else ():
+        print(row)
+    before, after = (sum(getattr(row, name) for row in report) for name in ("bytes_before", "bytes_after"))
+    worst = max(report, key=lambda row: row.relative_error)
+    print(
+        f"{len(report)} weights quantised into {arguments.out}, {before:,} to {after:,} bytes; largest error: {worst}"
+    )
 
 
 def _config_and_names(arguments):
@@ -118,6 +141,22 @@ def make_parser() -> argparse.ArgumentParser:
         help="where the network has its prefix or its prompt (default: prefix_encoder, or prompt)",
     )
     _add_config_and_names(command)
+
+    command = add("quantize", run_quantize)
+    command.add_argument("base", metavar="BASE", help="a .safetensors file, or a folder of .safetensors files")
+    command.add_argument("out", metavar="OUT", help="what is written: a folder or a file, as the base is")
+    command.add_argument("--bits", choices=BITS, default="nf4", help="default: %(default)s")
+    command.add_argument(
+        "--group-size",
+        type=int,
+        default=64,
+        metavar="N",
+        help="numbers of 4 bits with one scale (default: %(default)s)",
+    )
+    command.add_argument("--single", action="store_true", help="leave the scales of 4 bits in float32")
+    command.add_argument("--target", nargs="+", metavar="NAME", help="layers (default: all linear ones but the head)")
+    command.add_argument("--exclude", nargs="+", metavar="NAME", help="layers to leave out")
+    command.add_argument("--verbose", action="store_true", help="print the error of every weight")
     return parser
 
 

@@ -18,11 +18,12 @@ from mindpet.delta._config import PeftConfig
 from mindpet.delta.registry import method_of
 from mindpet.errors import CheckpointError, MergeError
 from mindpet.files.adapter import check_finite, take_base_layers
+from mindpet.files.coded import PARTS, CodedFile, open_tensors
 from mindpet.files.convert import in_modules_to_save, read_adapter, read_delta, write_delta
 from mindpet.files.keys import base_name, parse_keys, tied_keys
 from mindpet.files.names import PREFIX, NameMap
 from mindpet.files.passport import check_base, fingerprint
-from mindpet.files.tensors import TYPES, TensorFile, write_tensors
+from mindpet.files.tensors import TYPES, write_tensors
 from mindpet.network.kinds import LayerKind
 from mindpet.network.match import ALL_LINEAR, names_module
 from mindpet.utils.files import together
@@ -70,7 +71,7 @@ def describe(path: str, stored: np.ndarray, before: np.ndarray, after: np.ndarra
 
 
 class Base:
-    """The files of a base model, and their tensors by name.
+    """The files of a base model, and their tensors by name; quantised weights are read as weights.
 
     Args:
         path: a .ckpt or .safetensors file, or a folder of .safetensors files.
@@ -87,7 +88,7 @@ class Base:
             files = [self.path]
             if not self.path.is_file():
                 raise FileNotFoundError(f"{path}: no such file or folder.")
-        self.shards = {file: _Checkpoint(file) if file.suffix == ".ckpt" else TensorFile(file) for file in files}
+        self.shards = {file: _Checkpoint(file) if file.suffix == ".ckpt" else open_tensors(file) for file in files}
         counts = collections.Counter(name for shard in self.shards.values() for name in shard.shapes)
         double = [name for name, count in counts.items() if count > 1]
         if double:
@@ -138,6 +139,8 @@ class _Checkpoint:
 
     def __init__(self, path):
         self.metadata, self.values = None, read_delta(path)
+        if any(value.dtype.kind in "iu" and f"{name}_scale" in self.values for name, value in self.values.items()):
+            raise CheckpointError(f"{path}: quantised weights are read from .safetensors files alone.")
         self.shapes = {name: value.shape for name, value in self.values.items()}
         self.dtypes = {name: value.dtype for name, value in self.values.items()}
 
@@ -311,9 +314,12 @@ class _BaseValues(collections.abc.Mapping):
         self._prints = passport.get("base", {}).get("parameters", {})
 
     def __getitem__(self, name):
-        stored = self._places.find(self._names.to_torch(name))
+        stored = self._find(name)
         if stored is None:
             raise KeyError(name)
+        if isinstance(stored, tuple):
+            file, key = stored
+            return file.raw(key)
         value, expected = self._files.read(stored), self._prints[name]
         dtype = expected.rpartition(" ")[0].rpartition(" ")[2]
         if value.dtype.name in FLOATS:
@@ -323,8 +329,22 @@ class _BaseValues(collections.abc.Mapping):
             return value.T  # a linear layer may have its weight the other way up in the network
         return value
 
+    def _find(self, name):
+        """The name in the base, or None; of what the base has as codes, and had when it was trained, file and name."""
+        was_coded = self._prints[name].rpartition(" ")[0].endswith("int8")
+        for end in PARTS.values():
+            if not name.endswith(end):
+                continue
+            stored = self._places.find(self._names.to_torch(name[: len(name) - len(end)]))
+            file = self._files.where.get(stored)
+            if isinstance(file, CodedFile) and stored in file.codes and (end or was_coded):
+                return file, f"{stored}{end}"
+            if stored is not None and not end:
+                return stored
+        return None
+
     def __contains__(self, name):
-        return self._places.find(self._names.to_torch(name)) is not None
+        return self._find(name) is not None
 
     def __iter__(self):
         return iter(self._prints)

@@ -100,11 +100,22 @@ class TensorFile:
 
     def read(self, name: str) -> np.ndarray:
         """A tensor."""
-        begin, stop = self._places[name]
+        return self._read(name, 0, self._places[name][1] - self._places[name][0], self.shapes[name])
+
+    def read_rows(self, name: str, begin: int, end: int) -> np.ndarray:
+        """The rows of a tensor from one number to the one before another."""
+        shape = (end - begin, *self.shapes[name][1:])
+        row = math.prod(shape[1:]) * self.dtypes[name].itemsize
+        return self._read(name, begin * row, end * row, shape)
+
+    def _read(self, name, begin, end, shape):
+        """The bytes of a tensor from one to another, as an array."""
+        data = bytearray(end - begin)
         with open(self.path, "rb") as file:
-            file.seek(self._data + begin)
-            data = bytearray(file.read(stop - begin))
-        return np.frombuffer(data, self.dtypes[name]).reshape(self.shapes[name])
+            file.seek(self._data + self._places[name][0] + begin)
+            if file.readinto(data) != len(data):
+                raise CheckpointError(f"{self.path}: has become shorter while it was read.")
+        return np.frombuffer(data, self.dtypes[name]).reshape(shape)
 
     def read_all(self) -> Arrays:
         """All tensors by name."""
@@ -176,7 +187,7 @@ def write_tensors(
     with atomic(path) as staged, open(staged, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in shapes:
-            file.write(read(name).tobytes())
+            file.write(np.ascontiguousarray(read(name)).reshape(-1).view(np.uint8))  # without a copy
 
 
 def save_tensors(path: PathLike, tensors: Arrays, metadata: Optional[dict[str, str]] = None) -> None:

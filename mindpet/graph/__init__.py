@@ -6,7 +6,7 @@ from mindpet.graph.freeze_utils import freeze_delta, freeze_from_config, freeze_
 from mindpet.graph.guard import DeltaGuard, summary
 from mindpet.graph.load import load_delta
 from mindpet.graph.lora_plus import lora_plus_groups
-from mindpet.graph.quantize import QuantizationConfig, quantize
+from mindpet.network.quantize import QuantizationConfig, quantize
 
 __all__ = [
     "DeltaGuard",

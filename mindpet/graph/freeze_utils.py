@@ -179,8 +179,8 @@ def _unmatched(params, fixed, include, exclude):
                 near = f"; nearest: {_nearest(pattern, params)}" if len(problems) < MOST_HINTS else ""
                 problems.append(f"pattern {quote(pattern)} of '{which}' matches no parameter{near}")
             elif which == "exclude" and fitting <= fixed:
-                rule = f"matches only running statistics, or quantised weights, which no optimizer may have: {sorted(fitting)}"
-                problems.append(f"pattern {quote(pattern)} of '{which}' {rule}")
+                rule = "matches only running statistics, or quantised weights, which no optimizer may have"
+                problems.append(f"pattern {quote(pattern)} of '{which}' {rule}: {sorted(fitting)}")
     return problems
 
 

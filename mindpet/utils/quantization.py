@@ -8,12 +8,12 @@ another (4 bits):
 * **int4**: the same with s = max |W| / 7 of a group, and q from -7 to 7.
 * **nf4**: W = t s, with s = max |W| of a group and t the nearest of 16 numbers, of which each is as likely where W is
   normally distributed. Source: Dettmers et al. 2023, "QLoRA", arXiv:2305.14314, section 3 and appendix E.
-* **double quantisation**: the scales of groups are int8 themselves, s = q step + mean, with a step and a mean of a block
-  of whole rows of at most 256 scales (one row, if it has more). Source: as nf4, with a mean for each block and integers
-  for 8-bit floating point.
+* **double quantisation**: the scales of groups are int8 themselves, s = q step + mean, with a step and a mean for a
+  block of whole rows that have at most 256 scales (one row, if it has more). Source: as nf4, which has one mean for all
+  blocks, and floating point of 8 bits.
 
-Two numbers of 4 bits are in a byte, the first one in its lower half. The types and shapes of the arrays tell the format:
-codes of nf4 are uint8, the others int8, and of int8 the scales are `(out,)`.
+Two numbers of 4 bits are in a byte, the first one in its lower half. The types and shapes of the arrays tell the
+format: codes of nf4 are uint8, the others int8, and of int8 the scales are `(out,)`.
 """
 
 import contextlib

@@ -7,7 +7,6 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
-from mindpet.delta.registry import METHODS
 from mindpet.errors import ConfigError
 from mindpet.layers.quantized import QuantizedDense, check_format
 from mindpet.network.kinds import layer_kind
@@ -113,15 +112,11 @@ def quantize(network: nn.Cell, config: Optional[QuantizationConfig] = None) -> l
     check.require(isinstance(network, nn.Cell), TypeError, "network", network, "a Cell")
     check.require(isinstance(config, QuantizationConfig), TypeError, "config", config, "a QuantizationConfig")
     check.done()
-    layers = find_targets(network, config, _is_float_linear, deltas=_carrying())
+    layers = find_targets(network, config, _is_float_linear)
     _check(network, layers, config.form)
     report = [_quantize(layer, config) for layer in layers]
     forget_graphs()
     return report
-
-
-def _carrying():
-    return tuple(cell for method in METHODS.values() for cell in method.cells)
 
 
 def _is_float_linear(cell):
