@@ -150,8 +150,9 @@ class QuantizedProduct(nn.Cell):
         return self.forward_matmul(rows, self.dequantize(weight, scale, ranges))
 
     def bprop(self, rows, weight, scale, ranges, out, dout):
-        # Without the dependence the compiler finds that W has been computed before, and keeps it.
-        codes = depend(weight, dout)
+        # Without the dependence the compiler finds that W has been computed before, and keeps it; without the reshape it
+        # copies the codes (MindSpore 2.7 to 2.10, TensorMove).
+        codes = depend(ops.reshape(weight, (weight.shape[0], -1)), dout)
         change = self.backward_matmul(dout, self.dequantize(codes, scale, ranges))
         return change, ops.zeros_like(weight), ops.zeros_like(scale), ops.zeros_like(ranges)
 

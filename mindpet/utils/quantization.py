@@ -210,9 +210,9 @@ def _quantize_scales(scales):
     """int8 of the scales, and `(step, mean)` of each block."""
     outs, groups = scales.shape
     blocks = scales.reshape(outs // rows_of_block(outs, groups), -1)
-    mean = blocks.mean(1, keepdims=True)
+    mean = blocks.mean(1, dtype=np.float64, keepdims=True)  # a sum can be beyond float32
     step = np.abs(blocks - mean).max(1, keepdims=True) / 127
-    codes = np.rint(np.divide(blocks - mean, step, out=np.zeros_like(blocks), where=step > 0))
+    codes = np.rint(np.divide(blocks - mean, step, out=np.zeros(blocks.shape), where=step > 0))
     return codes.astype(np.int8).reshape(scales.shape), np.concatenate([step, mean], 1).astype(np.float32)
 
 
