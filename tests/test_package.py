@@ -42,6 +42,7 @@ ORDER = [
     "network.kinds",
     "network.match",
     "network.parameters",
+    "network.recompute",
     "network.precision",
     "network.quantize",
     "network",
@@ -218,7 +219,7 @@ def parsed_functions():
     """What MindSpore parses in graph mode: `construct` of all Cells, and what it calls."""
     cells = [thing for thing in defined() if inspect.isclass(thing) and issubclass(thing, nn.Cell)]
     # The source of a patched `construct` calls these, and `before`, and a user's `construct` properties.
-    starts = ("construct", "before", "past_key_reparam", "past_value_reparam")
+    starts = ("construct", "bprop", "before", "past_key_reparam", "past_value_reparam")
     todo, functions = [(cell, name) for cell in cells for name in starts], {*PATCHES}
     while todo:
         cell, name = todo.pop()

@@ -13,6 +13,7 @@ from mindspore.parallel._utils import _get_stage_device_num
 from mindpet.layers.activation import ACTIVATIONS, get_activation
 from mindpet.layers.linear import cast, from_rows, to_rows
 from mindpet.utils.hints import ActivationLike, Arrays, InitLike, Operators, Shape, Strategy
+from mindpet.utils.layouts import is_layout
 from mindpet.utils.quantization import BITS, SCALE, WEIGHT, Format, dequantize_matrix, lowest, pair_table
 from mindpet.utils.sharding import PARALLEL_MODES, apply_strategies, check_strategy
 from mindpet.utils.validate import Checker
@@ -150,8 +151,8 @@ class QuantizedProduct(nn.Cell):
         return self.forward_matmul(rows, self.dequantize(weight, scale, ranges))
 
     def bprop(self, rows, weight, scale, ranges, out, dout):
-        # Without the dependence the compiler finds that W has been computed before, and keeps it; without the reshape it
-        # copies the codes (MindSpore 2.7 to 2.10, TensorMove).
+        # Without the dependence the compiler finds that W has been computed before, and keeps it; without the reshape
+        # it copies the codes (MindSpore 2.7 to 2.10, TensorMove).
         codes = depend(ops.reshape(weight, (weight.shape[0], -1)), dout)
         change = self.backward_matmul(dout, self.dequantize(codes, scale, ranges))
         return change, ops.zeros_like(weight), ops.zeros_like(scale), ops.zeros_like(ranges)
@@ -295,7 +296,10 @@ class QuantizedDense(nn.Cell):
         """
         slots = {name: value for name, value in locals().items() if name != "self"}
         check = Checker(f"{type(self).__name__}.shard")
-        if check_strategy(Checker(""), "", strategy_matmul, "ni,oi"):
+        rule = "a tuple of tuples of int: codes are not cut by a Layout"
+        is_tuples = not is_layout(strategy_matmul or ())
+        check.require(is_tuples, TypeError, "strategy_matmul", strategy_matmul, rule)
+        if is_tuples and check_strategy(Checker(""), "", strategy_matmul, "ni,oi"):
             (rows, inputs), (outputs, _) = strategy_matmul
             shapes = self.form.shapes(self.shape)
             fits = all(size[0] % outputs == 0 for size, _ in shapes.values())

@@ -11,7 +11,9 @@ from mindpet.errors import ConfigError
 from mindpet.layers.quantized import QuantizedDense, check_format
 from mindpet.network.kinds import layer_kind
 from mindpet.network.match import ALL_LINEAR, Layer, find_targets
+from mindpet.network.recompute import renew_recompute
 from mindpet.network.values import forget_graphs, value_of
+from mindpet.utils.layouts import get_strategy, is_layout
 from mindpet.utils.quantization import Format, quantize_rows
 from mindpet.utils.validate import Checker
 
@@ -116,6 +118,7 @@ def quantize(network: nn.Cell, config: Optional[QuantizationConfig] = None) -> l
     _check(network, layers, config.form)
     report = [_quantize(layer, config) for layer in layers]
     forget_graphs()
+    renew_recompute(network)
     return report
 
 
@@ -147,7 +150,7 @@ def _check(network, layers, form):
             problems.append(f"{layer.path} returns its bias beside its output")
         elif not weight.has_init and not _is_finite(value_of(weight)):
             problems.append(f"{layer.path} has NaN or infinite numbers")
-        elif any(getattr(one, "in_layout", None) is not None for one in layer.cell._primitives.values()):
+        elif any(is_layout(get_strategy(one) or ()) for one in layer.cell._primitives.values()):
             problems.append(f"{layer.path} has strategies that are a Layout: give tuples of ints")
     if problems:
         raise ConfigError("quantize: " + "; ".join(problems) + ".")

@@ -45,7 +45,9 @@ def run(tmp_path, *arguments):
     )
 
 
-@pytest.mark.parametrize("arguments", [[], ["--rdrop"], ["--pooling", "cls", "--method", "adapter"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["--rdrop"], ["--pooling", "cls", "--method", "adapter"], ["--peft", "--quantize", "int8"]]
+)
 def test_it_learns_and_the_saved_delta_predicts_the_same(arguments, data, tmp_path, capsys):
     folder = shutil.copytree(GOLDEN, tmp_path / "model")
     if "--rdrop" not in arguments:  # dropout on a CPU differs from run to run

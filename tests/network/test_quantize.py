@@ -316,8 +316,8 @@ def test_what_cannot_be_quantised(rng):
     network = Odd()
     before = contents(network)
     text = (
-        "quantize: narrow has 6 input features, which is no multiple of group_size, 4; half computes in another type by "
-        "to_float.*; broken has NaN or infinite numbers"
+        "quantize: narrow has 6 input features, which is no multiple of group_size, 4; half computes in another type "
+        "by to_float.*; broken has NaN or infinite numbers"
     )
     with pytest.raises(ConfigError, match=text):
         quantize(network, CONFIGS[2])
