@@ -32,24 +32,29 @@ def dequantizer(form: Format, dtype: ms.Type) -> Callable:
         dtype: of W.
     """
     table = Tensor(pair_table(form.bits).astype(ms.dtype_to_nptype(dtype))) if form.is_packed else None
-    offset = lowest(form.bits) if form.is_packed else 0
-    is_double, size = form.is_double, form.group_size
-
-    def scales(scale, ranges):
-        if not is_double:
-            return scale
-        blocks = cast(ops.reshape(scale, (ranges.shape[0], -1)), ms.float32)
-        return ops.reshape(add(mul(blocks, ranges[:, :1]), ranges[:, 1:]), scale.shape)
+    offset, size = lowest(form.bits), form.group_size
 
     def of_rows(weight, scale, ranges):
         return mul(cast(weight, dtype), ops.expand_dims(cast(scale, dtype), 1))
 
+    def unsigned(weight):
+        return cast(ops.reshape(weight, (-1,)), ms.int32)
+
+    def signed(weight):
+        return add(unsigned(weight), offset)
+
+    def plain(scale, ranges):
+        return scale
+
+    def double(scale, ranges):
+        blocks = cast(ops.reshape(scale, (ranges.shape[0], -1)), ms.float32)
+        return ops.reshape(add(mul(blocks, ranges[:, :1]), ranges[:, 1:]), scale.shape)
+
+    # Chosen here, for MindSpore 2.7 does not compile a branch in these functions.
+    places, scales = signed if offset else unsigned, double if form.is_double else plain
+
     def of_groups(weight, scale, ranges):
-        places = cast(ops.reshape(weight, (-1,)), ms.int32)
-        if offset > 0:
-            places = add(places, offset)
-        pairs = gather(table, places, 0)
-        groups = ops.reshape(pairs, (weight.shape[0], -1, size))
+        groups = ops.reshape(gather(table, places(weight), 0), (weight.shape[0], -1, size))
         numbers = mul(groups, ops.expand_dims(cast(scales(scale, ranges), dtype), 2))
         return ops.reshape(numbers, (weight.shape[0], -1))
 
