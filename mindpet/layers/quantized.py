@@ -19,7 +19,8 @@ from mindpet.utils.sharding import PARALLEL_MODES, apply_strategies, check_strat
 from mindpet.utils.validate import Checker
 
 TYPES = {np.dtype(np.int8): ms.int8, np.dtype(np.uint8): ms.uint8, np.dtype(np.float32): ms.float32}
-gather, mul, add, depend = ops.Gather(), ops.Mul(), ops.Add(), ops.Depend()
+# Operators: the functions for some of them do not compile in a `bprop`.
+gather, mul, add, depend, tile = ops.Gather(), ops.Mul(), ops.Add(), ops.Depend(), ops.Tile()
 
 
 def dequantizer(form: Format, dtype: ms.Type) -> Callable:
@@ -34,8 +35,11 @@ def dequantizer(form: Format, dtype: ms.Type) -> Callable:
     table = Tensor(pair_table(form.bits).astype(ms.dtype_to_nptype(dtype))) if form.is_packed else None
     offset, size = lowest(form.bits), form.group_size
 
-    def of_rows(weight, scale, ranges):
-        return mul(cast(weight, dtype), ops.expand_dims(cast(scale, dtype), 1))
+    def broadcast(column, like):
+        return column
+
+    def tiled(column, like):
+        return tile(column, (1, like.shape[1]))
 
     def unsigned(weight):
         return cast(ops.reshape(weight, (-1,)), ms.int32)
@@ -48,17 +52,33 @@ def dequantizer(form: Format, dtype: ms.Type) -> Callable:
 
     def double(scale, ranges):
         blocks = cast(ops.reshape(scale, (ranges.shape[0], -1)), ms.float32)
-        return ops.reshape(add(mul(blocks, ranges[:, :1]), ranges[:, 1:]), scale.shape)
+        return add(mul(blocks, spread(ranges[:, :1], blocks)), spread(ranges[:, 1:], blocks))
 
-    # Chosen here, for MindSpore 2.7 does not compile a branch in these functions.
+    def of_rows(weight, scale, ranges):
+        rows = cast(weight, dtype)
+        return mul(rows, spread(cast(ops.reshape(scale, (-1, 1)), dtype), rows))
+
+    # Chosen here, for MindSpore 2.7 does not compile a branch in these functions. On a CPU the kernel of an operator
+    # that broadcasts keeps 16 bytes for each number that comes out (MindSpore 2.7 to 2.10).
     places, scales = signed if offset else unsigned, double if form.is_double else plain
+    spread = tiled if ms.get_context("device_target") == "CPU" else broadcast
 
     def of_groups(weight, scale, ranges):
-        groups = ops.reshape(gather(table, places(weight), 0), (weight.shape[0], -1, size))
-        numbers = mul(groups, ops.expand_dims(cast(scales(scale, ranges), dtype), 2))
+        groups = ops.reshape(gather(table, places(weight), 0), (-1, size))
+        numbers = mul(groups, spread(cast(ops.reshape(scales(scale, ranges), (-1, 1)), dtype), groups))
         return ops.reshape(numbers, (weight.shape[0], -1))
 
     return of_groups if form.is_packed else of_rows
+
+
+def after(codes, value):
+    """Codes that are there once a value is, so that W is decoded when it is needed and not before.
+
+    Without the dependence all weights of a network are decoded at the start, and the compiler finds that the backward
+    pass computes what the forward pass has computed, and keeps it. Without the reshape it copies the codes (MindSpore
+    2.7 to 2.10, TensorMove).
+    """
+    return depend(ops.reshape(codes, (codes.shape[0], -1)), value)
 
 
 def one_operator(dequantize: Callable, form: Format, dtype: ms.Type) -> ops.Primitive:
@@ -153,13 +173,12 @@ class QuantizedProduct(nn.Cell):
     def construct(self, rows, weight, scale, ranges):
         if self.kernel is not None:
             return self.kernel(rows, weight, scale)
+        weight, scale, ranges = after(weight, rows), after(scale, rows), after(ranges, rows)
         return self.forward_matmul(rows, self.dequantize(weight, scale, ranges))
 
     def bprop(self, rows, weight, scale, ranges, out, dout):
-        # Without the dependence the compiler finds that W has been computed before, and keeps it; without the reshape
-        # it copies the codes (MindSpore 2.7 to 2.10, TensorMove).
-        codes = depend(ops.reshape(weight, (weight.shape[0], -1)), dout)
-        change = self.backward_matmul(dout, self.dequantize(codes, scale, ranges))
+        codes, scales, blocks = after(weight, dout), after(scale, dout), after(ranges, dout)
+        change = self.backward_matmul(dout, self.dequantize(codes, scales, blocks))
         return change, ops.zeros_like(weight), ops.zeros_like(scale), ops.zeros_like(ranges)
 
 

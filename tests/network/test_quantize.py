@@ -83,7 +83,10 @@ def test_the_step_has_no_gradient_of_a_weight_and_keeps_none(rng, tmp_path):
     shapes = [[shape for _, shape in product] for product in products]
     assert shapes == [[(4, 12), (6, 12), (4, 6)], [(4, 6), (6, 12), (4, 12)]]
     assert [node.operator for node in nodes].count("Gather") == 2  # the table, forward and backward
-    assert set(readers(nodes, "layer.weight")) == {"Reshape"}  # and nothing copies them
+    # Codes are there when they are needed, by a Depend, and nothing copies them; what broadcasts keeps memory on a CPU.
+    assert set(readers(nodes, "layer.weight")) <= {"Reshape"}
+    large = [node.tensors for node in nodes if node.operator in ("Mul", "Add") and node.largest[2] >= 4 * 6 * 12]
+    assert large and all(len(set(tensors)) == 1 for tensors in large)
 
 
 def test_ascends_kernel_is_in_the_forward_pass(rng, tmp_path):
