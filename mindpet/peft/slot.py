@@ -11,6 +11,7 @@ from typing import Any
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn
 
+from mindpet.errors import ConfigError
 from mindpet.network.match import list_layers
 from mindpet.network.parameters import TRAINED, matches, outer_prefix
 from mindpet.network.values import assign, digest, value_of
@@ -79,7 +80,10 @@ class AdapterSlot:
         delta = target.delta.create(target.cell, target.kind, **target.arguments, **shared)
         for name, (cell, attribute) in delta.base_places(target.cell).items():
             setattr(delta, name, copies.get((id(cell), attribute), getattr(delta, name)))
-        carry_strategy(target.cell, target.kind, delta)
+        try:
+            carry_strategy(target.cell, target.kind, delta)
+        except ConfigError as error:
+            raise ConfigError(f"{target.path or 'the network'}: {error}") from error
         if target.is_slot:
             self.patches.append(AttributePatch(target.cell, target.kind.slot, delta))
         else:
