@@ -364,7 +364,7 @@ def test_a_callback_follows_the_parallel_context(tmp_path):
 def test_pipeline_stages(tmp_path, rng):
     sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "lora_rank": 2}
     cuts = {"num_attention_heads": 2, "data_parallel": 2, "model_parallel": 2, "pipeline_stages": 2}
-    build = functools.partial(plan_llama.build, seq_length=4, micro_batches=2, **sizes, **cuts)
+    build = functools.partial(plan_llama.make, seq_length=4, micro_batches=2, **sizes, **cuts)
     shapes = {}
     for rank in (0, 4):
         strategy = {"save_file": str(tmp_path / f"strategy/rank_{rank}.ckpt")}
