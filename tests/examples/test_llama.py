@@ -149,10 +149,7 @@ def test_lora_communicates_no_gradient_of_the_base():
 
 
 def test_pipeline_stages():
-    first, last = (
-        dry_run(tiny(pipeline_stages=2, model_parallel=2, micro_batches=2), 8, rank=rank)
-        for rank in (0, 4)
-    )
+    first, last = (dry_run(tiny(pipeline_stages=2, model_parallel=2, micro_batches=2), 8, rank=rank) for rank in (0, 4))
     layers = [
         {int(p.name.split(".")[2]) for p in r.parameters if p.name.startswith("model.layers")} for r in (first, last)
     ]
