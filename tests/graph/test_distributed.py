@@ -12,13 +12,16 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, nn
+from mindspore.parallel.auto_parallel import AutoParallel
 from mindspore.train import CheckpointConfig, RunContext
 from parallel import plan_llama
+from sharded import Network
 from sharded_delta import DELTA, LAYOUT, case, make
 
 from mindpet.errors import CheckpointError
 from mindpet.graph import TrainableParamsCheckPoint, freeze_delta, gather_delta, load_delta, slice_delta
-from mindpet.parallel import dry_run, launcher
+from mindpet.parallel import dry_run, dry_run_many, launcher
+from mindpet.peft import LoraConfig, get_peft_model
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAYOUTS = {
@@ -332,9 +335,38 @@ def test_eight_ranks_save_by_the_callback(format, way, tmp_path):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         for done in pool.map(run, range(8)):
             assert done.returncode == 0, done.stderr[-3000:]
+            assert "DeltaGuard: trainable parameters 384 of 928" in done.stdout
     name = "cell.mindpet_delta_lora_b"
     assert read(tmp_path / f"run/rank_5/DELTA_CKP-1_1.{format}")[name].shape == (8, 8)  # a quarter of 32 rows
     assert bits(gather_delta(tmp_path / "run")) == bits(delta())
+
+
+def pissa(file, everything):
+    """A layer whose inputs are cut, with a delta of which the start is saved, too, though it does not train."""
+    network = Network(nn.Dense(16, 32), n=2)
+    network.cell.matmul.shard(((2, 4), (1, 4)))
+    get_peft_model(network, LoraConfig(r=8, target_modules=["cell"], init_lora_weights="pissa"))
+    parallel = AutoParallel(network)
+    parallel.save_param_strategy_file(str(file))
+    if everything:
+        parallel.disable_strategy_file_only_for_trainable_params()
+    return parallel, Tensor(np.ones((16, 16), np.float32)), nn.Adam(network.trainable_params())
+
+
+def test_a_delta_with_a_start_that_does_not_train(tmp_path, rng):
+    names = {everything: tmp_path / f"{everything}.ckpt" for everything in (True, False)}
+    dry_run_many([functools.partial(pissa, file, everything) for everything, file in names.items()], 8)
+    shapes = {"delta_lora_a": (8, 16), "delta_lora_b": (32, 8), "lora_start_a": (8, 16), "lora_start_b": (32, 8)}
+    whole = {
+        f"cell.mindpet_{name}": Tensor(rng.normal(size=shape).astype(np.float32)) for name, shape in shapes.items()
+    }
+    files = slice_delta(whole, names[True], tmp_path / "slices")
+    assert read(files[5])["cell.mindpet_lora_start_a"].shape == (8, 4)
+    assert bits(gather_delta(tmp_path / "slices", names[True])) == bits(whole)
+    with pytest.raises(
+        CheckpointError, match=r"start_a: rank_0, rank_4 / .* \(the strategy file lacks it, for it did not"
+    ):
+        gather_delta(tmp_path / "slices", names[False])
 
 
 def test_a_callback_follows_the_parallel_context(tmp_path):
@@ -353,6 +385,7 @@ def test_a_callback_follows_the_parallel_context(tmp_path):
         folder, file, own = begin()
         assert (folder, file) == ("rank_5", "strategy/rank_5.ckpt") and not own.integrated_save
         assert (tmp_path / "rank_5").is_dir()
+        assert ms.get_auto_parallel_context("strategy_ckpt_config")["only_trainable_params"] is False
         ms.set_auto_parallel_context(strategy_ckpt_config={"save_file": str(tmp_path / "mine.ckpt")})
         assert begin()[:2] == ("rank_5", "mine.ckpt")
     finally:
