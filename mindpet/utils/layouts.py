@@ -38,9 +38,6 @@ class DeviceCut:
     names: tuple[str, ...]
     over: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
-        return f"cut over {' and '.join(self.over)}" if self.over else "whole"
-
 
 Cut = Union[int, DeviceCut]
 Cuts = tuple[tuple[Cut, ...], ...]
