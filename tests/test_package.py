@@ -37,6 +37,7 @@ ORDER = [
     "network.libraries",
     "network.kinds",
     "network.match",
+    "network.recompute",
     "network.parameters",
     "network",
     "delta._config",
