@@ -1022,7 +1022,9 @@ def walks(machine, count, steps):
 
 
 def test_every_method_has_a_way_in():
-    """One without a configuration here gets that of its defaults."""
+    """One without a configuration of its own in `walked` gets that of its defaults."""
+    for make in CONFIGS.values():
+        get_peft_model(make_network("attention"), make(0.0))
     assert covered() == set(METHODS)
 
 
