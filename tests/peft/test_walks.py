@@ -1028,5 +1028,5 @@ def test_every_method_has_a_way_in():
     assert covered() == set(METHODS)
 
 
-TestWalk = walks(Walk, 200, 20)
-TestGraphWalk = walks(GraphWalk, 24, 6)
+TestWalk = walks(Walk, 160, 20)
+TestGraphWalk = walks(GraphWalk, 20, 6)
