@@ -6,6 +6,8 @@ from mindpet.graph.freeze_utils import freeze_delta, freeze_from_config, freeze_
 from mindpet.graph.guard import DeltaGuard, summary
 from mindpet.graph.load import load_delta
 from mindpet.graph.lora_plus import lora_plus_groups
+from mindpet.graph.reshard import reshard_state
+from mindpet.graph.resume import resume
 
 __all__ = [
     "DeltaGuard",
@@ -16,6 +18,8 @@ __all__ = [
     "gather_delta",
     "load_delta",
     "lora_plus_groups",
+    "reshard_state",
+    "resume",
     "slice_delta",
     "summary",
 ]

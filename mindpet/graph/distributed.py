@@ -6,10 +6,11 @@ import pathlib
 import re
 import shutil
 import tempfile
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import mindspore as ms
 from mindspore import Parameter, Tensor
+from mindspore.communication import GlobalComm, get_group_size, get_rank
 
 from mindpet.errors import CheckpointError
 from mindpet.files.checkpoints import read_checkpoint
@@ -25,6 +26,18 @@ UNKNOWN = (  # of a parameter: where its slices belong
     " (the strategy file lacks it, for it did not train when the network was compiled; see docs/parallel.md)"
 )
 STRATEGY_FOLDER = "strategy"  # beside the folders of the ranks
+
+
+def this_rank() -> int:
+    """The rank of this process."""
+    return get_rank() if GlobalComm.INITED else ms.get_auto_parallel_context("global_rank")
+
+
+def place_among_ranks() -> tuple[int, int]:
+    """The rank of this process and the number of ranks; in stand-alone mode it is one of its own."""
+    if ms.get_auto_parallel_context("parallel_mode") == ms.ParallelMode.STAND_ALONE:
+        return 0, 1
+    return this_rank(), get_group_size() if GlobalComm.INITED else ms.get_auto_parallel_context("device_num")
 
 
 def gather_delta(
@@ -52,7 +65,7 @@ def gather_delta(
     with tempfile.TemporaryDirectory(prefix="mindpet-gather-") as work:
         strategy = _one_strategy(strategy, work)
         layouts = _layouts(strategy)
-        files = _rank_files(folder, _count_ranks(layouts), name)
+        files = _rank_files(folder, count_ranks(layouts), name)
         _check_replicas(folder, files, layouts)
         for rank, file in enumerate(files):
             target = pathlib.Path(work, "slices", f"rank_{rank}", f"delta{file.suffix}")
@@ -99,7 +112,7 @@ def slice_delta(
         ms.save_checkpoint([{"name": key, "data": value} for key, value in whole.items()], f"{source}/delta.ckpt")
         _transform(f"{work}/whole", f"{work}/slices", None, strategy, "ckpt", [delta if isinstance(delta, str) else ""])
         files = []
-        for rank in range(_count_ranks(layouts)):
+        for rank in range(count_ranks(layouts)):
             target = folder / f"rank_{rank}" / "delta.ckpt"
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(f"{work}/slices/rank_{rank}/delta{rank}.ckpt", target)
@@ -148,7 +161,14 @@ def _layouts(strategy):
     return layouts
 
 
-def _count_ranks(layouts):
+def layouts_of(strategy: PathLike) -> dict[str, Any]:
+    """Parameter -> MindSpore's layout, of a strategy file or a folder of those of the pipeline stages."""
+    with tempfile.TemporaryDirectory(prefix="mindpet-strategy-") as work:
+        return _layouts(_one_strategy(pathlib.Path(strategy), work))
+
+
+def count_ranks(layouts: dict[str, Any]) -> int:
+    """The number of ranks that layouts are for."""
     stages = {match.group(1) for match in (re.match(r"(\d+)-", name) for name in layouts) if match}
     return math.prod(next(iter(layouts.values())).dev_matrix[0].dim) * max(len(stages), 1)
 

@@ -19,7 +19,16 @@ from sharded import Network
 from sharded_delta import DELTA, LAYOUT, case, make
 
 from mindpet.errors import CheckpointError
-from mindpet.graph import TrainableParamsCheckPoint, freeze_delta, gather_delta, load_delta, slice_delta
+from mindpet.graph import (
+    TrainableParamsCheckPoint,
+    freeze_delta,
+    gather_delta,
+    load_delta,
+    reshard_state,
+    slice_delta,
+)
+from mindpet.graph.state_files import RunFolder, choose
+from mindpet.graph.state_files import read as read_state
 from mindpet.parallel import dry_run, dry_run_many, launcher
 from mindpet.peft import LoraConfig, get_peft_model
 
@@ -107,6 +116,41 @@ def test_a_whole_file_can_be_cut(plans, tmp_path):
     strategy = plans["four ranks"][2]
     slice_delta(tmp_path / "whole.ckpt", strategy, tmp_path / "slices")
     assert bits(gather_delta(tmp_path / "slices", strategy)) == bits(delta())
+
+
+@pytest.mark.parametrize("way", [("data and column", "four ranks"), ("four ranks", "data and column")], ids=str)
+def test_a_state_goes_from_one_cluster_size_to_another(way, plans, tmp_path):
+    (ranks, _, old), (new_ranks, report, new) = (plans[name] for name in way)
+    values = {
+        f"{of}{name}": value * k
+        for k, of in ((1, ""), (2, "moment1."), (3, "moment2."))
+        for name, value in DELTA.items()
+    }
+    slice_delta({name: Tensor(value) for name, value in values.items()}, old, tmp_path / "slices")
+    names = {("training." if "moment" in name else "") + name: name for name in values}
+    for rank in range(ranks):
+        tensors = {
+            key: read(tmp_path / f"slices/rank_{rank}/delta.ckpt")[name].asnumpy() for key, name in names.items()
+        }
+        tensors.update({"training.global_step": np.array([5]), "random.numpy": np.array([rank])})
+        folder = RunFolder(tmp_path / "old", rank, ranks, 1)
+        folder.run = 0
+        folder.write(5, tensors, {"names": names})
+    assert reshard_state(tmp_path / "old", old, new, tmp_path / "new") == 5
+    step = choose(tmp_path / "new")
+    assert step.ranks() == new_ranks
+    for rank in range(new_ranks):
+        tensors, record = read_state(step, rank, new_ranks)
+        for key, name in names.items():
+            np.testing.assert_array_equal(tensors[key], cut(values[name], report.parameter(name), rank))
+        assert tensors["training.global_step"] == 5 and tensors["random.numpy"] == rank % ranks
+    with pytest.raises(FileExistsError, match="has states already"):
+        reshard_state(tmp_path / "old", old, new, tmp_path / "new")
+    with pytest.raises(CheckpointError, match=f"has a step of {ranks} that is complete, for {new_ranks} ranks"):
+        reshard_state(tmp_path / "old", new, old, tmp_path / "other")
+    (tmp_path / f"old/resume/run_0/step_5/rank_1_of_{ranks}.json").unlink()
+    with pytest.raises(CheckpointError, match="has no step"), pytest.warns(UserWarning, match="lacks rank_1_of"):
+        reshard_state(tmp_path / "old", old, new, tmp_path / "other")
 
 
 @pytest.fixture
