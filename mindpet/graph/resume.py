@@ -18,7 +18,7 @@ from mindpet.graph.callback import TrainCallback, model_of
 from mindpet.graph.distributed import place_among_ranks
 from mindpet.graph.state_files import choose, read, steps
 from mindpet.graph.state_writer import RESUMED
-from mindpet.graph.training_state import Training, problems, repeatable_dropout, set_random, write_state
+from mindpet.graph.training_state import Training, is_state, problems, repeatable_dropout, set_random, write_state
 from mindpet.utils.hints import PathLike
 from mindpet.utils.sharding import PARALLEL_MODES
 from mindpet.utils.validate import Checker, is_int
@@ -125,6 +125,8 @@ def _restore(model, dataset, directory, chosen, epoch, options):
             f"resume: {chosen.path} is of {there} ranks, but here are {ranks}; reshard_state cuts it for them."
         )
     tensors, record = read(chosen, rank % there, there)
+    if not is_state(tensors, record):
+        raise CheckpointError(f"resume: {chosen.path}: not a state that TrainableParamsCheckPoint has saved.")
     if sharded:  # parameters get their slices when the network is compiled
         model.build(dataset, epoch=epoch, sink_mode=options.get("dataset_sink_mode", False))
     # MindSpore 2.7 to 2.10 give these to callbacks only; a training must not begin before they are checked.

@@ -107,7 +107,7 @@ def read(step: Step, rank: int, ranks: int) -> tuple[Arrays, dict[str, Any]]:
     """
     file = step.file(rank, ranks)
     record = read_json(file.with_suffix(".json"), CheckpointError)
-    if _digest(file) != record["digest"]:
+    if not isinstance(record, dict) or _digest(file) != record.get("digest"):
         raise CheckpointError(f"{file}: damaged: not the content that its commit marker was written for.")
     return TensorFile(file).read_all(), record
 

@@ -142,6 +142,12 @@ def read_state(training: Training, start: Start, step: int) -> tuple[Arrays, dic
     return tensors, record
 
 
+def is_state(tensors: Arrays, record: Any) -> bool:
+    """Whether that is what `read_state` gave."""
+    keys = {"facts", "base", "random", "loss scale", "runs", "prefix"}
+    return record.keys() >= keys and all(RANDOM + name in tensors for name in ("mindspore", "numpy", "python"))
+
+
 def problems(training: Training, tensors: Arrays, record: dict[str, Any], is_elastic: bool) -> list[str]:
     """What speaks against going on with a state.
 
@@ -170,7 +176,8 @@ def problems(training: Training, tensors: Arrays, record: dict[str, Any], is_ela
         if there != (shape, dtype):
             told.append(f"{name}: {there[0]} {there[1]} there, {shape} {dtype} here")
     told += [f"base: {name}: not in that one" for name in base if name not in record["base"]]
-    return told + [f"base: {problem}" for problem in base_problems(record["base"], base)]
+    still = {name: there for name, there in record["base"].items() if BASE + name not in tensors or name not in base}
+    return told + [f"base: {problem}" for problem in base_problems(still, base)]
 
 
 def write_state(training: Training, tensors: Arrays, record: dict[str, Any]) -> None:
@@ -183,7 +190,7 @@ def write_state(training: Training, tensors: Arrays, record: dict[str, Any]) -> 
     for cell in training.keepers():
         cell.keep_values({name: tensors[ADAPTER + name] for name in cell.kept_values()})
     if training.loss_scale:
-        vars(training.loss_scale).update(record["loss scale"])
+        vars(training.loss_scale).update({name: record["loss scale"][name] for name in _numbers(training.loss_scale)})
 
 
 def _differences(name, there, here):

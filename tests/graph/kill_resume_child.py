@@ -102,11 +102,12 @@ while killed < kills:
         done, bits = told
         assert bits == expected, f"{life}: other bits; it went on after step {done}"
         places[int(done)] += 1
-        steps = {path.name for path in life.glob("resume/run_*/[!.]*")}
-        deltas = {path.name for path in life.glob("*.ckpt")}
-        last = f"step_{EPOCHS * BATCHES}", f"DELTA_CKP-{EPOCHS}_{BATCHES}.ckpt"
-        # One that goes is left if the kill came just before that, and no further step was saved.
-        assert last[0] in steps and last[1] in deltas and len(steps) <= 2 and len(deltas) <= 2, (steps, deltas)
+        # One that goes is left if the kill came just before that, and no further step was saved; so is what there was
+        # of a run that was killed before its first step was complete.
+        steps = {path.parent.name for path in life.glob("resume/run_*/[!.]*/*.json")}
+        (last,) = life.glob(f"*-{EPOCHS}_{BATCHES}.ckpt")
+        deltas = list(life.glob(f"{last.name.partition('-')[0]}-*.ckpt"))
+        assert f"step_{EPOCHS * BATCHES}" in steps and len(steps) <= 2 and len(deltas) <= 2, (steps, deltas)
         shutil.rmtree(life)
         ends += 1
 print(f"{killed} kills, {ends} ends with equal bits, the last lives from steps {dict(sorted(places.items()))}")

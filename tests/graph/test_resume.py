@@ -13,6 +13,7 @@ from toy import DELTA_SHAPES, LABELS, WIDTH, Toy
 from mindpet.delta import AdaLoraOptimizer, LoRADense, OrthogonalLoss
 from mindpet.errors import CheckpointError
 from mindpet.graph import TrainableParamsCheckPoint, freeze_delta, lora_plus_groups, resume
+from mindpet.graph.state_files import RunFolder
 from mindpet.peft import AdaLoraConfig, LoraConfig, get_peft_model
 
 ROWS, BATCH, EPOCHS = 12, 4, 3
@@ -293,7 +294,7 @@ def test_again_and_again_in_one_folder_and_beyond_the_end(tmp_path):
 
 
 def test_the_same_model_is_resumed_without_a_new_process(mode, tmp_path):
-    script = Script()
+    script = Script(Moving)
     whole = bits(script.train(tmp_path))
     model, _ = script.start()
     for step in (2, 5):
@@ -422,6 +423,12 @@ def test_a_damaged_step_is_one_error(tmp_path):
     file.write_bytes(data)
     with pytest.raises(CheckpointError, match="step_9.*: damaged: not the content that its commit marker was written"):
         script.train(tmp_path, epochs=4, train=resume)
+
+
+def test_what_is_no_state_is_one_error(tmp_path):
+    RunFolder(tmp_path, 0, 1, 1).write(1, {"value": np.zeros(3, np.float32)}, {})
+    with pytest.raises(CheckpointError, match="step_1: not a state that TrainableParamsCheckPoint has saved"):
+        Script().train(tmp_path, train=resume)
 
 
 def wide():
