@@ -1,5 +1,6 @@
 """Real data-parallel training, on two CPU processes that msrun starts."""
 
+import json
 import os
 import pathlib
 import re
@@ -79,6 +80,29 @@ def test_two_processes_train_like_one_with_the_joint_batch(two, tmp_path):
     assert set(saved) == DELTA
     for name, value in saved.items():
         np.testing.assert_array_equal(value, ranks[0][name])
+
+
+def test_the_guard_sees_that_ranks_differ(tmp_path):
+    done = msrun(tmp_path, ROOT / "tests/graph/rank_differences_child.py", tmp_path / "said")
+    assert done.returncode == 0, done.stdout + done.stderr
+    ranks = [json.loads((tmp_path / f"said.{rank}").read_text()) for rank in (0, 1)]
+    # Another seed gives other weights of both layers, another bias of the head, and another A.
+    differ = "DeltaGuard: the ranks of data parallel differ: rank_0 / rank_1 have other "
+    for mode in ("graph", "pynative"):
+        for rank, said in enumerate(ranks):
+            (seed,), (delta,), (frozen,), warned = (
+                said.pop(f"{mode} {case}") for case in ("seed", "delta", "frozen", "warned")
+            )
+            assert seed.startswith(f"{differ}values of 4 parameters, the first of them 'fc.weight' (another seed")
+            assert delta.startswith(f"{differ}values of 1 parameters, the first of them 'fc.mindpet_delta_lora_a'")
+            assert "trainable ones, from number 3 on, which here is 'fc.mindpet_delta_lora_a'" in frozen
+            assert ("nothing is trainable; the ranks" in frozen) == (rank == 1)
+            assert warned[0] == delta  # and it trains on, though rank 1 then trains more
+            assert any("trainable parameters changed" in message for message in warned) == (rank == 1)
+    for said in ranks:  # what is broadcast is the same at the first look, which is after the first step
+        (broadcast,) = said.pop("graph broadcast")
+        assert broadcast.startswith(f"{differ}values of 1 parameters, the first of them 'fc.bias'")
+        assert said == {"pynative layerwise": []}
 
 
 def test_a_job_whose_worker_was_killed_is_resumed_on_as_many_ranks_and_on_fewer(two, tmp_path):
