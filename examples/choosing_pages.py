@@ -1,0 +1,219 @@
+"""The results of `choosing.py`: a file of runs, and what the docs have of it."""
+
+import json
+import math
+import pathlib
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = ROOT / "docs/choosing.jsonl"
+PICTURE = ROOT / "docs/images/choosing.png"
+RATES = [float(f"{base}e{power}") for power in range(-5, 1) for base in (1, 3)]
+FIRST, SECOND = "code", "classes"
+
+
+class Results:
+    """The records of all runs: a file with one in a line."""
+
+    def __init__(self, path):
+        self.path = pathlib.Path(path)
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        self.records = [json.loads(line) for line in lines]
+
+    def add(self, record):
+        """Keep a record, in the file too."""
+        self.records.append(record)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def of(self, task, method, **wanted):
+        """The records of a method on a task, with the wanted seed or rate."""
+        wanted = {"task": task, "method": method, **wanted}
+        return [record for record in self.records if all(record[key] == value for key, value in wanted.items())]
+
+    def losses(self, task, method):
+        """Learning rate -> loss of the first seed on the validation part, infinite where the run diverged."""
+        losses = {record["rate"]: record["validation"]["loss"] for record in self.of(task, method, seed=1)}
+        return {rate: loss if math.isfinite(loss) else math.inf for rate, loss in losses.items()}
+
+    def best_rate(self, task, method):
+        """The learning rate whose loss on the validation part is smallest; None if none was tried."""
+        losses = self.losses(task, method)
+        return min(losses, key=losses.get) if losses else None
+
+    def best(self, task, method):
+        """The records with that learning rate."""
+        return self.of(task, method, rate=self.best_rate(task, method))
+
+    def next_rate(self, task, method, start):
+        """The learning rate of RATES to try next on a task, or None if there were enough.
+
+        On the first task it begins with the nearest to `start`, goes up first, and ends when both neighbours of the
+        best were tried. On the second it is checked: that of the first task, and the nearest to `start`.
+        """
+        losses, nearest = self.losses(task, method), nearest_rate(start)
+        if task == SECOND:
+            first = self.best_rate(FIRST, method)
+            tries = [nearest] if first is None else [first, nearest]
+        elif losses:
+            place = RATES.index(self.best_rate(task, method))
+            tries = reversed(RATES[max(place - 1, 0) : place + 2])
+        else:
+            tries = [nearest]
+        return next((rate for rate in tries if rate not in losses), None)
+
+    def methods(self):
+        """The methods, from the best one on the first task on."""
+        names = dict.fromkeys(record["method"] for record in self.records)
+        return sorted(names, key=lambda name: self.mean(FIRST, name, "loss")[0])
+
+    def mean(self, task, method, what):
+        """The mean over the seeds on the test part, and its standard error."""
+        values = [record["test"][what] for record in self.best(task, method)]
+        return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+def nearest_rate(rate):
+    """The one of RATES that is nearest, as a factor."""
+    return min(RATES, key=lambda other: abs(math.log(other / rate)))
+
+
+def bits(mean_and_error):
+    """Nats as bits."""
+    return tuple(value / math.log(2) for value in mean_and_error)
+
+
+def pair(mean_and_error, digits=3):
+    """A mean with its standard error, as the tables have it."""
+    mean, error = mean_and_error
+    return f"{mean:.{digits}f} ± {error:.{digits}f}"
+
+
+def step_ms(results, task, method):
+    """Processor time of a step: the least of the runs, whose medians it is."""
+    return min(record["step_ms"] for record in results.of(task, method))
+
+
+def table(heads, rows):
+    """A table of Markdown, whose first column is text and the others are numbers."""
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return (
+        "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        .replace("| --- |", "|---|")
+        .replace(" ---: |", "---:|")
+    )
+
+
+def results_table(results):
+    """Quality and cost of every method on both tasks."""
+    heads = [
+        "method",
+        "trained, code",
+        "bits a byte",
+        "ms a step",
+        "trained, classes",
+        "accuracy",
+        "cross entropy",
+        "ms a step",
+    ]
+    rows = []
+    for name in results.methods():
+        first, second = results.of(FIRST, name)[0], results.of(SECOND, name)[0]
+        rows.append(
+            [
+                name,
+                f"{first['trained']:,}",
+                pair(bits(results.mean(FIRST, name, "loss"))),
+                f"{step_ms(results, FIRST, name):.0f}",
+                f"{second['trained']:,}",
+                pair(results.mean(SECOND, name, "accuracy")),
+                pair(results.mean(SECOND, name, "loss")),
+                f"{step_ms(results, SECOND, name):.0f}",
+            ]
+        )
+    return table(heads, rows)
+
+
+def rates_table(results):
+    """What was tried on the validation parts: learning rate and loss."""
+    rows = []
+    for name in results.methods():
+        row = [name]
+        for task in (FIRST, SECOND):
+            losses, best = results.losses(task, name), results.best_rate(task, name)
+            tries = (f"{rate:g}: {loss:.3f}" for rate, loss in sorted(losses.items()))
+            row += [f"**{best:g}**", ", ".join(tries)]
+        rows.append(row)
+    return table(["method", "code", "tried", "classes", "tried"], rows)
+
+
+def readme_table(results):
+    """The task of the demo."""
+    rows = []
+    for name in results.methods():
+        record = results.of(SECOND, name)[0]
+        rows.append(
+            [
+                name,
+                f"{record['trained']:,}",
+                pair(results.mean(SECOND, name, "accuracy")),
+                pair(bits(results.mean(FIRST, name, "loss"))),
+                f"{step_ms(results, SECOND, name):.0f}",
+                f"{record['bytes'] / 1e6:.1f}",
+            ]
+        )
+    heads = ["method", "trained", "accuracy", "bits a byte", "ms a step", "weight + gradient + optimizer MB"]
+    return table(heads, rows)
+
+
+TABLES = {"docs/choosing.md": {"results": results_table, "rates": rates_table}, "README.md": {"summary": readme_table}}
+
+
+def pages(results):
+    """Path -> the page as it stands, with its tables made anew."""
+    texts = {}
+    for path, tables in TABLES.items():
+        texts[path] = (ROOT / path).read_text(encoding="utf-8")
+        for name, make in tables.items():
+            before, start, rest = texts[path].partition(f"<!-- choosing.py: {name} -->\n")
+            _, end, after = rest.partition("\n<!-- end -->")
+            if not (start and end):
+                raise ValueError(f"{path} must have a place for the table {name!r}")
+            texts[path] = f"{before}{start}\n{make(results)}\n{end}{after}"
+    return texts
+
+
+def draw(results, path):
+    """Quality against trained parameters, a panel for each task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(15, 8))
+    for axes, task, label in zip(panels, (FIRST, SECOND), ("bits a byte, code", "cross entropy, classes")):
+        names = results.methods()
+        trained = [results.of(task, name)[0]["trained"] for name in names]
+        means = [results.mean(task, name, "loss") for name in names]
+        means, errors = np.array([bits(mean) for mean in means] if task == FIRST else means).T
+        axes.errorbar(trained, means, errors, fmt="o", capsize=2, markersize=4)
+        axes.set(xscale="log", xlabel="trained parameters", ylabel=f"{label}: lower is better", xmargin=0.15)
+        axes.grid(alpha=0.3)
+        height = np.ptp(axes.get_ylim()) / 42  # of a name
+        taken = []
+        for name, x, y in sorted(zip(names, trained, means), key=lambda point: point[2]):
+            place = y
+            while any(abs(place - other) < height and abs(math.log10(x / at)) < 0.7 for at, other in taken):
+                place += height / 4
+            taken.append((x, place))
+            axes.annotate(name, (x, y), (x * 1.08, place), fontsize=8, va="center")
+    figure.savefig(path, dpi=100, bbox_inches="tight")
+
+
+def write(results):
+    """Write the tables into the pages, and the picture."""
+    for path, text in pages(results).items():
+        (ROOT / path).write_text(text, encoding="utf-8")
+    draw(results, PICTURE)
