@@ -16,7 +16,7 @@ import time
 import mindspore as ms
 import numpy as np
 from adamw import AdamW
-from choosing_pages import FIRST, RESULTS, SECOND, Results, write
+from choosing_pages import FIRST, HEAD_RATE, RESULTS, SECOND, Results, write
 from finetune_text import LossNetwork, by_rate, encode, find_model, make_tokenizer, predict, warm_up_and_decay
 from methods import BERT, GPT2, METHODS, methods_for
 from mindspore import Parameter, Tensor, nn
@@ -213,7 +213,7 @@ class Trainer:
         self.model, config = self.build()
         factors = warm_up_and_decay(task.steps)
         self.rate = Rate(factors)
-        head_rate = self.rate if name == "head" else Rate(factors, METHODS["head"].learning_rate)
+        head_rate = self.rate if name == "head" else Rate(factors, HEAD_RATE)
         groups = by_rate(self.model.trainable_params(), self.rate, head_rate)
         self.loss = task.loss(self.model)
         loss, optimizer = self.loss, AdamW(groups)
@@ -256,7 +256,7 @@ class Trainer:
             started = time.process_time()
             losses.append(float(self.step(*map(Tensor, batch)).asnumpy()))
             seconds.append(time.process_time() - started)
-        groups = np.array_split(losses, 12)
+        groups = np.array_split(losses, min(12, len(losses)))
         return {
             "task": self.task.name,
             "method": self.name,
@@ -273,7 +273,7 @@ class Trainer:
 
 def compare(task, names, seeds, results):
     """Make the runs of a task that the results lack: the first seed with several rates, the others with the best."""
-    for name in names:
+    for name in sorted(names, key=lambda name: name != "head"):  # with which the others are compared
         start = methods_for(task.places)[name].learning_rate
         trainer = None
         while True:

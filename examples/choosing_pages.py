@@ -11,6 +11,7 @@ RESULTS = ROOT / "docs/choosing.jsonl"
 PICTURE = ROOT / "docs/images/choosing.png"
 RATES = [float(f"{base}e{power}") for power in range(-5, 1) for base in (1, 3)]
 FIRST, SECOND = "code", "classes"
+HEAD_RATE = 0.1  # of the fresh head, which every method of the second task trains
 
 
 class Results:
@@ -51,17 +52,19 @@ class Results:
         """The learning rate of RATES to try next on a task, or None if there were enough.
 
         On the first task it begins with the nearest to `start`, goes up first, and ends when both neighbours of the
-        best were tried. On the second it is checked: that of the first task, and the nearest to `start`.
+        best were tried. On the second it is what the first has chosen; the next smaller one is tried, too, as long as
+        the smallest is the best and yet no better than the head alone.
         """
-        losses, nearest = self.losses(task, method), nearest_rate(start)
-        if task == SECOND:
-            first = self.best_rate(FIRST, method)
-            tries = [nearest] if first is None else [first, nearest]
-        elif losses:
-            place = RATES.index(self.best_rate(task, method))
-            tries = reversed(RATES[max(place - 1, 0) : place + 2])
+        losses, best = self.losses(task, method), self.best_rate(task, method)
+        if task == FIRST:
+            place = RATES.index(best or nearest_rate(start))
+            tries = reversed(RATES[max(place - 1, 0) : place + 2]) if losses else [RATES[place]]
+        elif not losses:
+            tries = [HEAD_RATE if method == "head" else self.best_rate(FIRST, method)]
+        elif best == min(losses) and losses[best] > min(self.losses(task, "head").values(), default=math.inf):
+            tries = RATES[max(RATES.index(best) - 1, 0) :][:1]
         else:
-            tries = [nearest]
+            tries = []
         return next((rate for rate in tries if rate not in losses), None)
 
     def methods(self):

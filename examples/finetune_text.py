@@ -351,7 +351,7 @@ def report(results, output):
             np.arange(window, len(result.losses) + 1), smooth, ("-", "--", ":")[number // 10 % 3], label=result.method
         )
     axes.set(xlabel="step", ylabel="training loss (mean of 10 steps)", title="Fine-tuning by method")
-    axes.legend(ncols=-(-len(results) // 12), fontsize=8)
+    axes.legend(ncol=-(-len(results) // 12), fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(pathlib.Path(output) / "loss_curves.png", dpi=120, bbox_inches="tight")
     print(f"saved {output}/compare.md and {output}/loss_curves.png")

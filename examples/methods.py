@@ -102,7 +102,7 @@ def methods_for(places: Places) -> dict[str, Method]:
         "p_tuning": Method(PromptEncoderConfig(encoder_hidden_size=64, **tokens), 5e-3),
         "mam": Method(mam_config(bottleneck_size=64, target_modules=places.feed_forward, **prefix), 2e-3),
         "full": Method(None, 2e-4, by_hand=True),
-        "head": Method(None, 1e-1, by_hand=True),
+        "head": Method(None, 2e-2, by_hand=True),
     }
     for method in methods.values():
         if method.config is not None:
