@@ -68,9 +68,17 @@ class Results:
         return next((rate for rate in tries if rate not in losses), None)
 
     def methods(self):
-        """The methods, from the best one on the first task on."""
+        """The methods that were run, from the best one on the first task on."""
         names = dict.fromkeys(record["method"] for record in self.records)
-        return sorted(names, key=lambda name: self.mean(FIRST, name, "loss")[0])
+        return sorted((name for name in names if self.is_done(FIRST, name)), key=self.rank)
+
+    def rank(self, method):
+        """The loss of a method on the first task."""
+        return self.mean(FIRST, method, "loss")[0]
+
+    def is_done(self, task, method):
+        """Whether there are runs enough for a standard error."""
+        return len(self.best(task, method)) >= 3
 
     def mean(self, task, method, what):
         """The mean over the seeds on the test part, and its standard error."""
@@ -109,33 +117,24 @@ def table(heads, rows):
     )
 
 
+def cells(results, task, method, *scores):
+    """What trains, scores with their standard errors, and the time of a step; dashes where runs lack."""
+    if not results.is_done(task, method):
+        return ["–"] * (len(scores) + 2)
+    values = [results.mean(task, method, "accuracy" if score == "accuracy" else "loss") for score in scores]
+    values = [bits(value) if score == "bits" else value for score, value in zip(scores, values)]
+    trained = results.of(task, method)[0]["trained"]
+    return [f"{trained:,}", *map(pair, values), f"{step_ms(results, task, method):.0f}"]
+
+
 def results_table(results):
     """Quality and cost of every method on both tasks."""
-    heads = [
-        "method",
-        "trained, code",
-        "bits a byte",
-        "ms a step",
-        "trained, classes",
-        "accuracy",
-        "cross entropy",
-        "ms a step",
+    heads = ["method", "code: trained", "bits a byte", "ms a step"]
+    heads += ["classes: trained", "accuracy", "cross entropy", "ms a step"]
+    rows = [
+        [name, *cells(results, FIRST, name, "bits"), *cells(results, SECOND, name, "accuracy", "loss")]
+        for name in results.methods()
     ]
-    rows = []
-    for name in results.methods():
-        first, second = results.of(FIRST, name)[0], results.of(SECOND, name)[0]
-        rows.append(
-            [
-                name,
-                f"{first['trained']:,}",
-                pair(bits(results.mean(FIRST, name, "loss"))),
-                f"{step_ms(results, FIRST, name):.0f}",
-                f"{second['trained']:,}",
-                pair(results.mean(SECOND, name, "accuracy")),
-                pair(results.mean(SECOND, name, "loss")),
-                f"{step_ms(results, SECOND, name):.0f}",
-            ]
-        )
     return table(heads, rows)
 
 
@@ -145,29 +144,20 @@ def rates_table(results):
     for name in results.methods():
         row = [name]
         for task in (FIRST, SECOND):
-            losses, best = results.losses(task, name), results.best_rate(task, name)
-            tries = (f"{rate:g}: {loss:.3f}" for rate, loss in sorted(losses.items()))
-            row += [f"**{best:g}**", ", ".join(tries)]
+            best = results.best_rate(task, name)
+            tries = (f"{rate:g}: {loss:.3f}" for rate, loss in sorted(results.losses(task, name).items()))
+            row += ["–" if best is None else f"{best:g}", ", ".join(tries)]
         rows.append(row)
-    return table(["method", "code", "tried", "classes", "tried"], rows)
+    return table(["method", "code", "tried: loss", "classes", "tried: loss"], rows)
 
 
 def readme_table(results):
-    """The task of the demo."""
-    rows = []
-    for name in results.methods():
-        record = results.of(SECOND, name)[0]
-        rows.append(
-            [
-                name,
-                f"{record['trained']:,}",
-                pair(results.mean(SECOND, name, "accuracy")),
-                pair(bits(results.mean(FIRST, name, "loss"))),
-                f"{step_ms(results, SECOND, name):.0f}",
-                f"{record['bytes'] / 1e6:.1f}",
-            ]
-        )
-    heads = ["method", "trained", "accuracy", "bits a byte", "ms a step", "weight + gradient + optimizer MB"]
+    """The first columns of the results."""
+    heads = ["method", "code: trained", "bits a byte", "classes: trained", "accuracy"]
+    rows = [
+        [name, *cells(results, FIRST, name, "bits")[:-1], *cells(results, SECOND, name, "accuracy")[:-1]]
+        for name in results.methods()
+    ]
     return table(heads, rows)
 
 
@@ -197,7 +187,9 @@ def draw(results, path):
 
     figure, panels = plt.subplots(1, 2, figsize=(15, 8))
     for axes, task, label in zip(panels, (FIRST, SECOND), ("bits a byte, code", "cross entropy, classes")):
-        names = results.methods()
+        names = [name for name in results.methods() if results.is_done(task, name)]
+        if not names:
+            continue
         trained = [results.of(task, name)[0]["trained"] for name in names]
         means = [results.mean(task, name, "loss") for name in names]
         means, errors = np.array([bits(mean) for mean in means] if task == FIRST else means).T
@@ -212,6 +204,7 @@ def draw(results, path):
                 place += height / 4
             taken.append((x, place))
             axes.annotate(name, (x, y), (x * 1.08, place), fontsize=8, va="center")
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100, bbox_inches="tight")
 
 
