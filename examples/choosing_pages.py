@@ -67,20 +67,16 @@ class Results:
             tries = []
         return next((rate for rate in tries if rate not in losses), None)
 
-    def methods(self):
-        """The methods that were run, from the best one on the first task on."""
+    def methods(self, task):
+        """The methods with all runs of a task, from the smallest loss on."""
         names = dict.fromkeys(record["method"] for record in self.records)
-        return sorted((name for name in names if self.is_done(FIRST, name)), key=self.rank)
-
-    def rank(self, method):
-        """The loss of a method on the first task."""
-        return self.mean(FIRST, method, "loss")[0]
+        return sorted((name for name in names if self.is_done(task, name)), key=lambda name: self.mean(task, name)[0])
 
     def is_done(self, task, method):
         """Whether there are runs enough for a standard error."""
         return len(self.best(task, method)) >= 3
 
-    def mean(self, task, method, what):
+    def mean(self, task, method, what="loss"):
         """The mean over the seeds on the test part, and its standard error."""
         values = [record["test"][what] for record in self.best(task, method)]
         return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
@@ -117,51 +113,59 @@ def table(heads, rows):
     )
 
 
-def cells(results, task, method, *scores):
-    """What trains, scores with their standard errors, and the time of a step; dashes where runs lack."""
-    if not results.is_done(task, method):
-        return ["–"] * (len(scores) + 2)
-    values = [results.mean(task, method, "accuracy" if score == "accuracy" else "loss") for score in scores]
-    values = [bits(value) if score == "bits" else value for score, value in zip(scores, values)]
-    trained = results.of(task, method)[0]["trained"]
-    return [f"{trained:,}", *map(pair, values), f"{step_ms(results, task, method):.0f}"]
+def row(results, task, method, *scores):
+    """What trains, scores with their standard errors, the time of a step, and the bytes while it trains."""
+    record = results.of(task, method)[0]
+    megabytes = f"{record['bytes'] / 1e6:.1f}"
+    return [method, f"{record['trained']:,}", *map(pair, scores), f"{step_ms(results, task, method):.0f}", megabytes]
 
 
-def results_table(results):
-    """Quality and cost of every method on both tasks."""
-    heads = ["method", "code: trained", "bits a byte", "ms a step"]
-    heads += ["classes: trained", "accuracy", "cross entropy", "ms a step"]
+COST = ["ms a step", "weight + gradient + optimizer MB"]
+
+
+def code_table(results):
+    """Quality and cost on the first task."""
+    rows = [row(results, FIRST, name, bits(results.mean(FIRST, name))) for name in results.methods(FIRST)]
+    return table(["method", "trained", "bits a byte", *COST], rows)
+
+
+def classes_table(results):
+    """Quality and cost on the second task."""
     rows = [
-        [name, *cells(results, FIRST, name, "bits"), *cells(results, SECOND, name, "accuracy", "loss")]
-        for name in results.methods()
+        row(results, SECOND, name, results.mean(SECOND, name, "accuracy"), results.mean(SECOND, name))
+        for name in results.methods(SECOND)
     ]
-    return table(heads, rows)
+    return table(["method", "trained", "accuracy", "cross entropy", *COST], rows)
 
 
 def rates_table(results):
-    """What was tried on the validation parts: learning rate and loss."""
+    """The learning rates, and the losses on the validation part that chose them."""
     rows = []
-    for name in results.methods():
-        row = [name]
-        for task in (FIRST, SECOND):
-            best = results.best_rate(task, name)
-            tries = (f"{rate:g}: {loss:.3f}" for rate, loss in sorted(results.losses(task, name).items()))
-            row += ["–" if best is None else f"{best:g}", ", ".join(tries)]
-        rows.append(row)
-    return table(["method", "code", "tried: loss", "classes", "tried: loss"], rows)
+    for name in results.methods(FIRST):
+        tries = sorted(results.losses(FIRST, name).items())
+        rate = f"{results.best_rate(FIRST, name):g}"
+        rows.append([name, rate, ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in tries)])
+    return table(["method", "learning rate", "tried: cross entropy"], rows)
 
 
-def readme_table(results):
-    """The first columns of the results."""
-    heads = ["method", "code: trained", "bits a byte", "classes: trained", "accuracy"]
-    rows = [
-        [name, *cells(results, FIRST, name, "bits")[:-1], *cells(results, SECOND, name, "accuracy")[:-1]]
-        for name in results.methods()
-    ]
-    return table(heads, rows)
+def checks_table(results):
+    """What the rates of the first task, and smaller ones, gave on the second."""
+    rows = []
+    for name in results.methods(SECOND):
+        tries = sorted(results.losses(SECOND, name).items(), reverse=True)
+        rows.append([name, ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in tries)])
+    return table(["method", "tried: cross entropy"], rows)
 
 
-TABLES = {"docs/choosing.md": {"results": results_table, "rates": rates_table}, "README.md": {"summary": readme_table}}
+TABLES = {
+    "docs/choosing.md": {
+        "code": code_table,
+        "classes": classes_table,
+        "rates": rates_table,
+        "checks": checks_table,
+    },
+    "README.md": {"code": code_table},
+}
 
 
 def pages(results):
@@ -187,11 +191,9 @@ def draw(results, path):
 
     figure, panels = plt.subplots(1, 2, figsize=(15, 8))
     for axes, task, label in zip(panels, (FIRST, SECOND), ("bits a byte, code", "cross entropy, classes")):
-        names = [name for name in results.methods() if results.is_done(task, name)]
-        if not names:
-            continue
+        names = results.methods(task)
         trained = [results.of(task, name)[0]["trained"] for name in names]
-        means = [results.mean(task, name, "loss") for name in names]
+        means = [results.mean(task, name) for name in names]
         means, errors = np.array([bits(mean) for mean in means] if task == FIRST else means).T
         axes.errorbar(trained, means, errors, fmt="o", capsize=2, markersize=4)
         axes.set(xscale="log", xlabel="trained parameters", ylabel=f"{label}: lower is better", xmargin=0.15)

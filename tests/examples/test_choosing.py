@@ -20,14 +20,15 @@ def test_the_docs_have_the_tables_of_the_results():
         assert (ROOT / path).read_text(encoding="utf-8") == text, f"{path}: run examples/choosing.py --write"
 
 
-@pytest.mark.parametrize("task", [FIRST, SECOND])
-def test_every_method_has_its_runs_and_its_default_is_what_they_chose(task):
+def test_every_method_has_its_runs_and_the_default_that_they_chose():
     results = Results(RESULTS)
-    assert set(results.methods()) == set(METHODS)
-    for name, method in METHODS.items():
-        assert {record["seed"] for record in results.best(task, name)} >= SEEDS, name
-        assert results.next_rate(task, name, method.learning_rate) is None, name
-        assert method.learning_rate == results.best_rate(SECOND, name), name
+    assert set(results.methods(FIRST)) == set(METHODS)
+    for task in (FIRST, SECOND):
+        for name in results.methods(task):
+            assert {record["seed"] for record in results.best(task, name)} == SEEDS, name
+            assert results.next_rate(task, name, METHODS[name].learning_rate) is None, name
+            if not METHODS[name].by_hand:  # the others were tried on more texts, see docs/examples.md
+                assert METHODS[name].learning_rate == results.best_rate(task, name), name
 
 
 def test_the_picture_is_drawn(tmp_path):
@@ -86,7 +87,7 @@ def test_means_with_their_standard_errors(tmp_path):
     for seed, test in ((1, 1.0), (2, 2.0), (3, 6.0)):
         results.add(record(FIRST, 0.1, 0.0, seed, test))
     results.add(record(FIRST, 0.3, 9.0, 1, 100.0))  # not the best rate
-    assert results.mean(FIRST, "lora", "loss") == pytest.approx((3.0, math.sqrt(7 / 3)))
+    assert results.mean(FIRST, "lora") == pytest.approx((3.0, math.sqrt(7 / 3)))
     assert pair((1.23456, 0.00123)) == "1.235 ± 0.001"
     assert [nearest_rate(rate) for rate in (2e-3, 5e-3, 8e-3, 1e-1, 7.0)] == [3e-3, 3e-3, 1e-2, 1e-1, 3.0]
 
