@@ -78,7 +78,7 @@ def methods_for(places: Places) -> dict[str, Method]:
     methods = {
         "lora": Method(LoraConfig(r=8, lora_alpha=16, **attention), 2e-3, by_hand=True),
         "adalora": Method(AdaLoraConfig(init_r=12, target_r=8, lora_alpha=24, total_step=100, **attention), 2e-3),
-        "ia3": Method(IA3Config(target_modules=places.ia3, feedforward_modules=places.outputs), 2e-2),
+        "ia3": Method(IA3Config(target_modules=places.ia3, feedforward_modules=places.outputs), 1e-1),
         "vera": Method(VeraConfig(r=256, **attention), 2e-2),
         "hira": Method(HiraConfig(r=8, **attention), 2e-2),
         "miss": Method(MissConfig(r=16, **attention), 1e-3),
