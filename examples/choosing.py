@@ -273,6 +273,7 @@ class Trainer:
 
 def compare(task, names, seeds, results):
     """Make the runs of a task that the results lack: the first seed with several rates, the others with the best."""
+    print(task.name, task.about)
     for name in sorted(names, key=lambda name: name != "head"):  # with which the others are compared
         start = methods_for(task.places)[name].learning_rate
         trainer = None

@@ -189,7 +189,7 @@ def draw(results, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(15, 8))
+    figure, panels = plt.subplots(1, 2, figsize=(15, 10))
     for axes, task, label in zip(panels, (FIRST, SECOND), ("bits a byte, code", "cross entropy, classes")):
         names = results.methods(task)
         trained = [results.of(task, name)[0]["trained"] for name in names]
@@ -198,14 +198,15 @@ def draw(results, path):
         axes.errorbar(trained, means, errors, fmt="o", capsize=2, markersize=4)
         axes.set(xscale="log", xlabel="trained parameters", ylabel=f"{label}: lower is better", xmargin=0.15)
         axes.grid(alpha=0.3)
-        height = np.ptp(axes.get_ylim()) / 42  # of a name
+        height = np.ptp(axes.get_ylim()) / 58  # of a name
         taken = []
         for name, x, y in sorted(zip(names, trained, means), key=lambda point: point[2]):
             place = y
-            while any(abs(place - other) < height and abs(math.log10(x / at)) < 0.7 for at, other in taken):
+            while any(abs(place - other) < height and abs(math.log10(x / at)) < 0.6 for at, other in taken):
                 place += height / 4
             taken.append((x, place))
-            axes.annotate(name, (x, y), (x * 1.08, place), fontsize=8, va="center")
+            line = {"arrowstyle": "-", "linewidth": 0.4, "color": "grey", "shrinkA": 0}
+            axes.annotate(name, (x, y), (x * 1.2, place), fontsize=8, va="center", arrowprops=line)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100, bbox_inches="tight")
 
