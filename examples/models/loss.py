@@ -36,6 +36,8 @@ class SomeWords(nn.Cell):
         return ops.depend(hidden, terms), terms
 
     def bprop(self, hidden, words, labels, out, dout):
+        # Else a compiled graph would keep what the forward pass had of these.
+        hidden, labels = ops.depend(hidden, dout[1]), ops.depend(labels, dout[1])
         shares = ops.exp(self.logits(hidden, words) - out[1][:, :1])
         change = shares * dout[1][:, :1] + self.asked(labels) * dout[1][:, 1:]
         change = ops.cast(change, hidden.dtype)

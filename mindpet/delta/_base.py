@@ -108,8 +108,7 @@ class Delta(nn.Cell):
 
     def to_compute(self, value):
         """A tensor in the compute type."""
-        # MindSpore leaves out a Cast to the same type by itself, but only after it has made its gradient.
-        return value if value.dtype == self.compute_dtype else cast(value, self.compute_dtype)
+        return cast(value, self.compute_dtype)
 
     def keep_weight(self, cell: nn.Cell) -> None:
         """Keep the layer's weight beside the delta's parameters, for a delta that computes with it."""

@@ -3,7 +3,7 @@
 import mindspore as ms
 import numpy as np
 import pytest
-from compiled import largest_result
+from compiled import kept_bytes, largest_result
 from mindspore import Parameter, Tensor, nn
 from models.llama import CrossEntropy, LlamaConfig, LlamaForCausalLM
 from models.loss import ChunkedCrossEntropy, ChunkedLoss
@@ -109,6 +109,8 @@ def test_no_tensor_of_the_compiled_step_has_all_logits(rng):
     step = Step()
     step(hidden)
     assert largest_result(step) == tokens * 16 * 4
+    kept = kept_bytes(step).values()
+    assert max(kept) < tokens * 16 * 4, sorted(kept)
 
 
 @pytest.mark.parametrize("target", ["lm_head", "model.embed_tokens"])

@@ -1,5 +1,7 @@
 """A step over parts of a batch."""
 
+import functools
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -35,7 +37,7 @@ def steps(make, rng, count=3):
 def test_it_is_the_step_of_the_whole_batch(mode, rng):
     losses, values = steps(nn.TrainOneStepCell, rng)
     for parts in (1, 3):
-        got, others = steps(lambda network, optimizer: AccumulatedStep(network, optimizer, parts), rng)
+        got, others = steps(functools.partial(AccumulatedStep, parts=parts), rng)
         np.testing.assert_allclose(got, losses, atol=1e-6)
         for one, other in zip(values, others):
             np.testing.assert_allclose(one, other, atol=1e-6)
@@ -43,4 +45,4 @@ def test_it_is_the_step_of_the_whole_batch(mode, rng):
 
 def test_a_batch_that_cannot_be_cut_is_refused(rng):
     with pytest.raises(ValueError, match="must be a multiple of the parts"):
-        steps(lambda network, optimizer: AccumulatedStep(network, optimizer, 5), rng)
+        steps(functools.partial(AccumulatedStep, parts=5), rng)
