@@ -39,13 +39,13 @@ def differences(copies: dict[str, str], digests: list[bytes]) -> list[str]:
     tables = _gather(padded.ravel()).reshape(len(heads), *padded.shape)
     differs = (tables != tables[0]).any(axis=0)
     row = int(np.argmax(differs.any(axis=1)))
-    name = [*copies, *["no more"] * len(padded)][row]
+    name = [*copies, *["none"] * len(padded)][row]  # this rank may have fewer
     if differs[row, :WORDS].any():
         what = f"other parameters, shapes, dtypes or trainable ones, from number {row + 1} on, which here is {name!r}"
     else:
         count = np.count_nonzero(differs.any(axis=1))
-        what = f"other values of {count} parameters, the first of them {name!r}"
-    groups = {}
+        what = f"other values of {count} of {len(copies)} parameters, the first of them {name!r}"
+    groups = {}  # ranks that hold the same
     for rank, head in enumerate(heads):
         groups.setdefault(head.tobytes(), []).append(f"rank_{rank}")
     ranks = " / ".join(", ".join(group) for group in groups.values())

@@ -93,15 +93,15 @@ def test_the_guard_sees_that_ranks_differ(tmp_path):
             (seed,), (delta,), (frozen,), warned = (
                 said.pop(f"{mode} {case}") for case in ("seed", "delta", "frozen", "warned")
             )
-            assert seed.startswith(f"{differ}values of 4 parameters, the first of them 'fc.weight' (another seed")
-            assert delta.startswith(f"{differ}values of 1 parameters, the first of them 'fc.mindpet_delta_lora_a'")
+            assert seed.startswith(f"{differ}values of 4 of 6 parameters, the first of them 'fc.weight' (another seed")
+            assert delta.startswith(f"{differ}values of 1 of 6 parameters, the first of them 'fc.mindpet_delta_lora_a'")
             assert "trainable ones, from number 3 on, which here is 'fc.mindpet_delta_lora_a'" in frozen
             assert ("nothing is trainable; the ranks" in frozen) == (rank == 1)
             assert warned[0] == delta  # and it trains on, though rank 1 then trains more
             assert any("trainable parameters changed" in message for message in warned) == (rank == 1)
     for said in ranks:  # what is broadcast is the same at the first look, which is after the first step
         (broadcast,) = said.pop("graph broadcast")
-        assert broadcast.startswith(f"{differ}values of 1 parameters, the first of them 'fc.bias'")
+        assert broadcast.startswith(f"{differ}values of 1 of 6 parameters, the first of them 'fc.bias'")
         assert said == {"pynative layerwise": []}
 
 
