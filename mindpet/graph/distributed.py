@@ -184,7 +184,8 @@ def _ranks_of_stage(layouts):
     return math.prod(next(iter(layouts.values())).dev_matrix[0].dim)
 
 
-def _without_stage(name):
+def without_stage(name: str) -> str:
+    """The name of a parameter without the number of the pipeline stage that MindSpore writes before it."""
     return re.sub(r"^\d+-", "", name)
 
 
@@ -283,7 +284,7 @@ def _by_name(layouts):
     """Name of a parameter -> name with the number of a stage in front, or alone -> layout."""
     stages = {}
     for key, layout in layouts.items():
-        stages.setdefault(_without_stage(key), {})[key] = layout
+        stages.setdefault(without_stage(key), {})[key] = layout
     return stages
 
 
@@ -348,7 +349,7 @@ def _read_whole(delta):
 
 def _check_cuts(whole, layouts, strategy):
     """Whether the layouts of a strategy have every parameter, and cut its shape into equal parts."""
-    layouts = {_without_stage(name): layout for name, layout in layouts.items()}
+    layouts = {without_stage(name): layout for name, layout in layouts.items()}
     problems = [f"{name}: not in the strategy" for name in whole if name not in layouts]
     for name, value in whole.items():
         if name in layouts:

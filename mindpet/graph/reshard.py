@@ -9,7 +9,7 @@ import numpy as np
 from mindspore import Tensor
 
 from mindpet.errors import CheckpointError
-from mindpet.graph.distributed import count_ranks, gather_delta, layouts_of, slice_delta
+from mindpet.graph.distributed import count_ranks, gather_delta, layouts_of, slice_delta, without_stage
 from mindpet.graph.state_files import RunFolder, choose, read, steps
 from mindpet.graph.training_state import RANDOM
 from mindpet.utils.hints import Arrays, PathLike
@@ -26,7 +26,7 @@ def reshard_state(
 
     Args:
         directory: of the checkpoints of the run.
-        strategy: MindSpore's strategy file of the run, or for several pipeline stages a folder with the file of each.
+        strategy: MindSpore's strategy file of the run.
         new_strategy: that of the ranks that go on; `dry_run(..., strategy_ckpt_config={"save_file": ...})` writes one.
         target: folder that gets the state, for `resume`; its `resume` must be missing.
         step: which one. Default: None, for the last complete one.
@@ -39,7 +39,8 @@ def reshard_state(
         FileNotFoundError: a strategy does not exist.
         FileExistsError: `target` has states already.
         CheckpointError: no step is complete, or none of as many ranks as the strategy; ranks that hold the same slice
-            have other values for it; a parameter cannot be cut. Nothing is written.
+            have other values for it; a parameter cannot be cut; there are pipeline stages, whose ranks hold different
+            parameters. Nothing is written.
     """
     check = Checker("reshard_state")
     paths = {"directory": directory, "strategy": strategy, "new_strategy": new_strategy, "target": target}
@@ -54,6 +55,9 @@ def reshard_state(
         raise FileExistsError(f"reshard_state: {target} has states already.")
     chosen = choose(directory, step)
     old, new = layouts_of(strategy), layouts_of(new_strategy)
+    for path, layouts in ((strategy, old), (new_strategy, new)):
+        if any(name != without_stage(name) for name in layouts):
+            raise CheckpointError(f"reshard_state: {path} is of pipeline stages; resume these on the same ranks.")
     ranks, new_ranks = count_ranks(old), count_ranks(new)
     if chosen is None or chosen.ranks() != ranks:
         there = "no step" if chosen is None else f"a step of {chosen.ranks()}"

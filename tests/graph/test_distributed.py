@@ -24,6 +24,7 @@ from mindpet.graph import (
     freeze_delta,
     gather_delta,
     load_delta,
+    reshard,
     reshard_state,
     slice_delta,
 )
@@ -119,7 +120,7 @@ def test_a_whole_file_can_be_cut(plans, tmp_path):
 
 
 @pytest.mark.parametrize("way", [("data and column", "four ranks"), ("four ranks", "data and column")], ids=str)
-def test_a_state_goes_from_one_cluster_size_to_another(way, plans, tmp_path):
+def test_a_state_goes_from_one_cluster_size_to_another(way, plans, tmp_path, monkeypatch):
     (ranks, _, old), (new_ranks, report, new) = (plans[name] for name in way)
     values = {
         f"{of}{name}": value * k
@@ -148,6 +149,10 @@ def test_a_state_goes_from_one_cluster_size_to_another(way, plans, tmp_path):
         reshard_state(tmp_path / "old", old, new, tmp_path / "new")
     with pytest.raises(CheckpointError, match=f"has a step of {ranks} that is complete, for {new_ranks} ranks"):
         reshard_state(tmp_path / "old", new, old, tmp_path / "other")
+    monkeypatch.setattr(reshard, "layouts_of", lambda strategy: {f"0-{name}": None for name in names})
+    with pytest.raises(CheckpointError, match="is of pipeline stages"):
+        reshard_state(tmp_path / "old", old, new, tmp_path / "other")
+    monkeypatch.undo()
     (tmp_path / f"old/resume/run_0/step_5/rank_1_of_{ranks}.json").unlink()
     with pytest.raises(CheckpointError, match="has no step"), pytest.warns(UserWarning, match="lacks rank_1_of"):
         reshard_state(tmp_path / "old", old, new, tmp_path / "other")
