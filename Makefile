@@ -24,8 +24,8 @@ interop: $(VENV)/ready-interop
 	HF_HUB_OFFLINE=1 $(PYTEST) -m interop $(ARGS)
 
 # What it costs: docs/performance.md.
-bench: $(VENV)/ready
-	PYTHONPATH=examples $(RUN) -m benchmarks $(ARGS)
+bench: $(VENV)/ready-interop
+	HF_HUB_OFFLINE=1 PYTHONPATH=examples $(RUN) -m benchmarks $(ARGS)
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

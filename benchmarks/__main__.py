@@ -4,7 +4,7 @@ import argparse
 import importlib
 import sys
 
-NAMES = ("step_time", "compile_time", "files")
+NAMES = ("step_time", "compile_time", "files", "against_torch")
 
 
 def main(arguments=None):

@@ -63,11 +63,8 @@ def peak_memory() -> int:
 
 def report(name: str, rows: list[dict[str, Any]]) -> None:
     """Print a table of rows with the same keys, and write it, with what it was made on, to output/benchmarks."""
-    table = [list(rows[0]), *([_shown(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for cells in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip())
-    print(flush=True)
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([_shown(value) for value in row.values()] for row in rows)]
+    print("\n".join(f"| {' | '.join(cells)} |" for cells in lines), end="\n\n", flush=True)
     machine = {"mindspore": ms.__version__, "python": platform.python_version(), "cpus": os.cpu_count()}
     OUTPUT.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"machine": machine, "rows": rows}, indent=1)

@@ -75,6 +75,12 @@ def parse_arguments(argv):
     parser.add_argument("--epochs", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--learning-rate", type=float, help="default: depends on the method")
+    parser.add_argument(
+        "--head-learning-rate",
+        type=float,
+        default=METHODS["head"].learning_rate,
+        help="of the classification head beside a method (default: %(default)s)",
+    )
     parser.add_argument("--seq-length", type=int, default=32, help="tokens a text (default: %(default)s)")
     parser.add_argument("--max-per-label", type=int, default=100, help="docstrings a label (default: %(default)s)")
     parser.add_argument(
@@ -186,6 +192,14 @@ def warm_up_and_decay(steps, warm_up=0.1):
     return np.interp(np.arange(steps), [0, warm_up * steps, steps], [1 / steps, 1, 0])
 
 
+def by_rate(params, rate, head_rate):
+    """Groups for an optimizer: the head, which starts from nothing, has a learning rate of its own."""
+    groups = {True: [], False: []}
+    for param in params:
+        groups[param.name.startswith("classifier.")].append(param)
+    return [{"params": groups[head], "lr": lr} for head, lr in ((False, rate), (True, head_rate)) if groups[head]]
+
+
 def predict(model, data, batch_size):
     """Logits of all examples, in batches of one size, so that one graph serves all."""
     model.set_train(False)
@@ -283,8 +297,10 @@ def run(method, arguments, folder, weights, num_labels, train, validation, test)
         if METHODS[method].by_hand:  # from the values of the network made by hand, so that the two can be compared
             coded = quantized_parameters(model)
             ms.load_param_into_net(model, {name: param for name, param in start.items() if name not in coded})
-    rates = (arguments.learning_rate or METHODS[method].learning_rate) * warm_up_and_decay(steps)
-    optimizer = AdamW(model.trainable_params(), rates.tolist())
+    factors = warm_up_and_decay(steps)
+    rates = (arguments.learning_rate or METHODS[method].learning_rate) * factors
+    head_rates = rates if method == "head" else arguments.head_learning_rate * factors
+    optimizer = AdamW(by_rate(model.trainable_params(), rates.tolist(), head_rates.tolist()))
     loss_network = LossNetwork(model, arguments.rdrop)
     if by_peft and isinstance(config, AdaLoraConfig):
         optimizer = AdaLoraOptimizer(optimizer, model, config)
@@ -352,12 +368,14 @@ def report(results, output):
     print(table)
     (pathlib.Path(output) / "compare.md").write_text(table, encoding="utf-8")
     figure, axes = plt.subplots(figsize=(9, 5.5))
-    for result in results:
+    for number, result in enumerate(results):
         window = min(10, len(result.losses))
         smooth = np.convolve(result.losses, np.ones(window) / window, "valid")
-        axes.plot(np.arange(window, len(result.losses) + 1), smooth, label=result.method)
+        axes.plot(
+            np.arange(window, len(result.losses) + 1), smooth, ("-", "--", ":")[number // 10 % 3], label=result.method
+        )
     axes.set(xlabel="step", ylabel="training loss (mean of 10 steps)", title="Fine-tuning by method")
-    axes.legend()
+    axes.legend(ncol=-(-len(results) // 12), fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(pathlib.Path(output) / "loss_curves.png", dpi=120, bbox_inches="tight")
     print(f"saved {output}/compare.md and {output}/loss_curves.png")

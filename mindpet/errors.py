@@ -56,7 +56,7 @@ class MergeError(MindPetError, ValueError):
 
 
 class NotLearningError(MindPetError, RuntimeError):
-    """A parameter that should train has not moved, or one that should be frozen has."""
+    """A parameter that should train has not moved, one that should be frozen has, or ranks have different copies."""
 
 
 class NotPositiveIntError(MindPetError, TypeError, ValueError):

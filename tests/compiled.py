@@ -56,3 +56,16 @@ def kept_bytes(cell):
 
 def _size(tensor):
     return BYTES[tensor.data_type] * math.prod(tensor.dims)
+
+
+def largest_result(cell):
+    """Bytes of the largest result of an operator."""
+    shapes = [
+        tensor
+        for kind, node in nodes_of(cell)
+        if kind not in SILENT
+        for attribute in node.attribute
+        if attribute.name == "shape"
+        for tensor in attribute.tensors
+    ]
+    return max(_size(tensor) for tensor in shapes)

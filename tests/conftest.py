@@ -19,6 +19,7 @@ ms.set_context(pynative_synchronize=True)
 def pytest_addoption(parser):
     parser.addoption("--fail-on-skip", action="store_true", help="a skipped test fails the run")
     parser.addoption("--fuzz-rounds", type=int, default=40, help="damaged files for each kind of file (default: 40)")
+    parser.addoption("--kills", type=int, default=50, help="of trainings that are resumed (default: 50)")
     parser.addoption("--fuzz-start", type=int, default=0, help="number of the first round, which is its seed")
 
 

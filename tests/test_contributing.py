@@ -79,7 +79,7 @@ def test_the_example_passes_its_own_tests_and_those_of_every_method(project):
     chosen = ["-k", "gain or Gain or knows_every or architecture_has or type_hints"]
     done = subprocess.run([*command, *chosen], cwd=project, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 50, done.stdout
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 40, done.stdout
 
 
 def test_the_example_has_the_style_of_the_project(project):

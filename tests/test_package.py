@@ -41,6 +41,7 @@ ORDER = [
     "network.libraries",
     "network.kinds",
     "network.match",
+    "network.recompute",
     "network.parameters",
     "network.recompute",
     "network.precision",

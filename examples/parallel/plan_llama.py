@@ -13,6 +13,7 @@ import time
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
+from mindspore.parallel.auto_parallel import AutoParallel
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # for `models`
 from models.llama import CausalLoss, LlamaConfig  # noqa: E402
@@ -24,7 +25,7 @@ MODEL_PARALLEL = 8
 HALF = {"param_dtype": ms.float16, "compute_dtype": ms.float16}
 
 
-def build(
+def make(
     data_parallel=1, model_parallel=MODEL_PARALLEL, lora_rank=8, batch=None, seq_length=2048, micro_batches=1, **config
 ):
     """A loss network, frozen but for LoRA if there is any, and token ids: one sample a slice of the batch."""
@@ -36,9 +37,18 @@ def build(
     return (nn.PipelineCell(network, micro_batches) if config.pipeline_stages > 1 else network), (ids, ids)
 
 
+def build(**config):
+    """The same in AutoParallel, which has the settings of the run; every rank gets the whole batch."""
+    network, inputs = make(**config)
+    parallel = AutoParallel(network, parallel_mode="semi_auto")
+    parallel.dataset_strategy("full_batch")
+    parallel.pipeline(config.get("pipeline_stages", 1))
+    return parallel, inputs
+
+
 def case(ranks, lora_rank=8):
     """A `build` of the 7B shape in half precision for a number of ranks."""
-    return functools.partial(build, ranks // MODEL_PARALLEL, lora_rank=lora_rank, **HALF)
+    return functools.partial(build, data_parallel=ranks // MODEL_PARALLEL, lora_rank=lora_rank, **HALF)
 
 
 def main(argv=None):

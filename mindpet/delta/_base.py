@@ -43,6 +43,7 @@ class Delta(nn.Cell):
         tied_deltas (dict): kind of a layer -> the Delta that a further layer of that kind gets, if it has the weight of
             this delta's layer as its own; `setup` gets this delta's parameters by name as `shared`. All places of the
             weight must be such layers. Default: {}, for a delta of its own layer alone.
+        fixed_names (tuple): names of parameters that do not train, though the method's others do. Default: ().
         can_reset (bool): whether `reset` can make it the identity. Default: True.
         usual_path (str): where a network usually has the Cell of a method whose tensors `to_file` gives; for files
             without a network. Default: ''.
@@ -56,6 +57,7 @@ class Delta(nn.Cell):
     usual_path = ""
     file_names = None
     shared_names = {}
+    fixed_names = ()
     tied_deltas = {}
     fold = None
 

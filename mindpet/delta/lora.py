@@ -52,6 +52,8 @@ class LoraConfig(TargetConfig):
         alpha_pattern: layer name or regular expression -> another alpha. Default: {}.
         use_dora: magnitude and direction apart, Liu et al. 2024, arXiv:2402.09353. Default: False.
         lora_bias: a bias of B. Default: False.
+        freeze_a: whether A stays what it starts as, LoRA-FA, Zhang et al. 2023, arXiv:2308.03303: a layer then keeps
+            `r` numbers a token for the backward pass, and not its input. Default: None, for no.
     """
 
     peft_type, method_name = "LORA", "lora"
@@ -67,8 +69,10 @@ class LoraConfig(TargetConfig):
     alpha_pattern: dict[str, Union[int, float]] = field(default_factory=dict)
     use_dora: bool = False
     lora_bias: bool = False
+    freeze_a: Optional[bool] = None
 
     required = ("lora_alpha",)
+    not_in_peft = ("freeze_a",)
     told_by_tensors = ("r",)
 
     def scaling(self, path: str) -> float:
@@ -121,6 +125,7 @@ class LoraConfig(TargetConfig):
             "use_dora": self.use_dora,
             "lora_bias": self.lora_bias,
             "init": self.init_lora_weights,
+            "freeze_a": bool(self.freeze_a),
         }
 
     def check_fields(self, check: Checker) -> None:
@@ -131,6 +136,8 @@ class LoraConfig(TargetConfig):
         check.probability((int, float), lora_dropout=self.lora_dropout)
         for name in ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias"):
             check.boolean(**{name: getattr(self, name)})
+        known = self.freeze_a is None or isinstance(self.freeze_a, bool)
+        check.require(known, TypeError, "freeze_a", self.freeze_a, "a bool or None")
         check.choice("bias", self.bias, ("none", "all", "lora_only"))
         init = self.init_lora_weights
         known = isinstance(init, bool) or (isinstance(init, str) and re.fullmatch(INITS, init))
@@ -162,6 +169,7 @@ class LoraDelta(Delta):
         init (Union[bool, str, tuple]): True: A Kaiming uniform and B zero, of an embedding A zero and B normal;
             'gaussian': A normal with deviation 1 / rank; False: neither is zero; 'pissa', 'olora': see `start`; or the
             initialisers of A and B. Default: True.
+        freeze_a (bool): whether A does not train. Default: False.
         dtype (mindspore.dtype): of the parameters. Default: float32.
 
     Parameters:
@@ -188,11 +196,13 @@ class LoraDelta(Delta):
         use_dora=False,
         lora_bias=False,
         init=True,
+        freeze_a=False,
         dtype=ms.float32,
     ):
         weight = self.kind.weight_of(cell)
         self.rank, self.use_rslora, self.use_dora, self.lora_bias = rank, use_rslora, use_dora, lora_bias
         self.starts_from_weight = starts_from_weight(init)
+        self.fixed_names = (A,) if freeze_a else ()
         self.set_scaling(float(self.constants(rank, alpha, use_rslora)[SCALING]))
         shape_a, shape_b = self.shapes(cell, weight.shape)
         init_a, init_b = init if isinstance(init, tuple) else self.initial_values(init)
@@ -459,8 +469,11 @@ class LoraEmbedding(LoraDelta):
     }
 
     @classmethod
-    def problems(cls, cell: nn.Cell, kind: LayerKind, is_sharded: bool, lora_bias: bool, **others: Any) -> list[str]:
+    def problems(
+        cls, cell: nn.Cell, kind: LayerKind, is_sharded: bool, lora_bias: bool, freeze_a: bool, **others: Any
+    ) -> list[str]:
         problems = ["an embedding has no lora_bias"] if lora_bias else []
+        problems += ["no freeze_a with an embedding, whose A starts as zeros"] if freeze_a else []
         return problems + super().problems(cell, kind, is_sharded, **others)
 
     def update(self, x, lora_a, lora_b):

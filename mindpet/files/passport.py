@@ -136,6 +136,28 @@ def _is_passport(passport):
     return "before" not in passport or _is_passport(passport["before"])
 
 
+def base_problems(
+    expected: dict[str, str], base: Mapping[str, Union[Parameter, np.ndarray]], any_precision: bool = False
+) -> list[str]:
+    """In what a base differs from fingerprints, as texts.
+
+    Args:
+        expected: fingerprints by path.
+        base: values by path.
+        any_precision: whether float32 values may stand for what was in half precision. Default: False.
+    """
+    problems, print_of = [], _print_as if any_precision else lambda value, other: fingerprint(value)
+    for name, print_there in expected.items():
+        here = print_of(base[name], print_there) if name in base else None
+        if here is None:
+            problems.append(f"{name}: not in this base")
+        elif here != print_there:
+            same_shape = here.rpartition(" ")[0] == print_there.rpartition(" ")[0]
+            what = "other values" if same_shape else f"{print_there.rpartition(' ')[0]}, here {here.rpartition(' ')[0]}"
+            problems.append(f"{name}: {what}")
+    return problems
+
+
 def check_base(folder: PathLike, passport: dict[str, Any], base: Mapping[str, Union[Parameter, np.ndarray]]) -> None:
     """Refuse an adapter that was trained on another base; one without a passport is taken to fit.
 
@@ -147,16 +169,7 @@ def check_base(folder: PathLike, passport: dict[str, Any], base: Mapping[str, Un
     Raises:
         CheckpointError: the base differs; the parameters are in the message.
     """
-    expected = passport.get("base", {}).get("parameters", {})
-    problems = []
-    for name, print_there in expected.items():
-        here = _print_as(base[name], print_there) if name in base else None
-        if here is None:
-            problems.append(f"{name}: not in this base")
-        elif here != print_there:
-            same_shape = here.rpartition(" ")[0] == print_there.rpartition(" ")[0]
-            what = "other values" if same_shape else f"{print_there.rpartition(' ')[0]}, here {here.rpartition(' ')[0]}"
-            problems.append(f"{name}: {what}")
+    problems = base_problems(passport.get("base", {}).get("parameters", {}), base, any_precision=True)
     if problems:
         raise CheckpointError(
             f"{folder}: trained on another base, whose parameters differ (with force it is used all the same):\n  "

@@ -6,6 +6,8 @@ from mindpet.graph.freeze_utils import freeze_delta, freeze_from_config, freeze_
 from mindpet.graph.guard import DeltaGuard, summary
 from mindpet.graph.load import load_delta
 from mindpet.graph.lora_plus import lora_plus_groups
+from mindpet.graph.reshard import reshard_state
+from mindpet.graph.resume import resume
 from mindpet.network.quantize import QuantizationConfig, quantize
 
 __all__ = [
@@ -19,6 +21,8 @@ __all__ = [
     "load_delta",
     "lora_plus_groups",
     "quantize",
+    "reshard_state",
+    "resume",
     "slice_delta",
     "summary",
 ]

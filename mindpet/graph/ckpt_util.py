@@ -9,38 +9,27 @@ import pathlib
 import re
 import tempfile
 import threading
+import time
 import warnings
 from typing import Any, Callable, Optional, Union
 
 import mindspore as ms
-from mindspore import Parameter, nn
-from mindspore.communication import GlobalComm, get_rank
+from mindspore import nn
 from mindspore.train import CheckpointConfig, ModelCheckpoint, RunContext
 from mindspore.train.callback._checkpoint import CheckpointManager
 from safetensors import SafetensorError
 
-from mindpet.delta.registry import METHODS
 from mindpet.errors import AbsolutePathError, CheckpointError, LinkPathError
 from mindpet.graph.callback import TrainCallback, model_of
-from mindpet.graph.distributed import STRATEGY_FOLDER
-from mindpet.network.parameters import matches, model_parameters, running_statistics, trainable_parameters
+from mindpet.graph.distributed import STRATEGY_FOLDER, this_rank
+from mindpet.graph.state_writer import RESUMED, StateWriter
+from mindpet.graph.training_state import saved_parameters
+from mindpet.network.parameters import trainable_parameters
 from mindpet.utils import files
 from mindpet.utils.sharding import PARALLEL_MODES
 from mindpet.utils.validate import Checker
 
 CANNOT_SAVE = OSError, SafetensorError, LinkPathError
-
-
-def saved_parameters(network: nn.Cell) -> dict[str, Parameter]:
-    """What a checkpoint of what was trained holds: trainable parameters, and what varies with them; see `Method`.
-
-    Running statistics are among it: the network moves them while it trains, so the base's do not fit any more.
-    """
-    patterns = [pattern for method in METHODS.values() for pattern in method.saved]
-    saved = {
-        key: param for key, param in model_parameters(network).items() if param.requires_grad or matches(key, patterns)
-    }
-    return {**saved, **running_statistics(network)}
 
 
 class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
@@ -60,20 +49,27 @@ class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
     the folder `strategy` beside it, unless the parallel context or `AutoParallel` names another; `gather_delta` puts
     them together. Which of these it is, is read when training begins, for `AutoParallel` sets the context only then.
 
+    With `resumable`, every rank also saves all that `resume` needs to go on after that step, in the folder `resume` in
+    `directory`; the files for inference are as without. Give it as the last of the callbacks: what others do after it
+    at the end of a step is not in the state.
+
     Args:
         directory: absolute path of the folder for the files; made if missing. The folder itself, however it is spelled,
             is not a symbolic link; those above it may be.
         prefix: of the file names, or what makes one, as in `ModelCheckpoint`. Default: 'DELTA_CKP'.
         config: when and how to save. Default: None, for `CheckpointConfig()`.
+        resumable: whether `resume` can go on from what is saved; of the complete steps, as many are kept as
+            `keep_checkpoint_max` says. Default: False.
 
     Raises:
-        TypeError: `directory` is not a str, `config` not a CheckpointConfig.
-        ValueError: `prefix` is neither a str without '/' nor callable.
+        TypeError: `directory` is not a str, `config` not a CheckpointConfig, `resumable` not a bool.
+        ValueError: `prefix` is neither a str without '/' nor callable; `resumable` with an `enc_key`, for the state is
+            not encrypted.
         AbsolutePathError: `directory` is not absolute.
         LinkPathError: `directory` is a symbolic link.
         OSError: `directory` cannot be made or written to.
-        CheckpointError: before training starts, if nothing is trainable; while training, if a file cannot be written:
-            complete ones are left.
+        CheckpointError: before training starts, if nothing is trainable, or if the training could not be resumed; while
+            training, if a file cannot be written: complete ones are left.
     """
 
     def __init__(
@@ -81,6 +77,7 @@ class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
         directory: str,
         prefix: Union[str, Callable[..., str]] = "DELTA_CKP",
         config: Optional[CheckpointConfig] = None,
+        resumable: bool = False,
     ):
         check = Checker("TrainableParamsCheckPoint")
         check.require(isinstance(directory, str), TypeError, "directory", directory, "a str")
@@ -93,6 +90,9 @@ class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
             config,
             "a CheckpointConfig or None",
         )
+        check.boolean(resumable=resumable)
+        is_secret = isinstance(config, CheckpointConfig) and config.enc_key is not None
+        check.require(not (resumable and is_secret), ValueError, "resumable", resumable, "False with an 'enc_key'")
         check.done()
         config = copy.copy(config) if config else CheckpointConfig()
         _make_directory(directory)
@@ -104,6 +104,7 @@ class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
         self._make_manager = functools.partial(_AtomicManager, config.format, prefix=prefix)
         self._manager = self._make_manager(directory)
         self._saves = True  # whether this rank does
+        self._states = StateWriter(directory, config) if resumable else None
         self._last = None  # of the last step: train network, model, epoch, step in the epoch, step
         self._root = directory
         self._follow_context()  # if it is set already, for `Model.build` compiles before training begins
@@ -112,7 +113,7 @@ class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
         """Save where the parallel mode of now has it, and as it does."""
         self._parallel_mode = ms.get_auto_parallel_context("parallel_mode")
         is_cut = self._parallel_mode in PARALLEL_MODES
-        self._saves = self._parallel_mode != ms.ParallelMode.DATA_PARALLEL or _rank() == 0
+        self._saves = self._parallel_mode != ms.ParallelMode.DATA_PARALLEL or this_rank() == 0
         self._config._integrated_save = self._integrated and not is_cut
         directory = _rank_directory(self._root) if is_cut else self._root
         if directory != self._manager.directory:
@@ -126,12 +127,27 @@ class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
                 "TrainableParamsCheckPoint: no parameter of the network is trainable, so there would "
                 "be nothing to save; see freeze_delta."
             )
+        params = run_context.original_args()
+        if self._states or RESUMED in params:  # MindSpore's own never begins anew
+            every = self._config.save_checkpoint_steps
+            self._last_triggered_step = params.cur_step_num // every * every if every else params.cur_step_num
+        if self._states:
+            self._states.begin(params)
+            resumed = params.get(RESUMED, {})
+            if resumed.get("directory") == self._states.directory and resumed["prefix"][0] == self._manager.given:
+                done = params.cur_step_num - 1
+                position = done // params.batch_num + 1, done % params.batch_num + 1
+                self._manager.adopt(resumed["prefix"][1], position)
 
     def on_train_step_end(self, run_context: RunContext) -> None:
         """Save if it is time to."""
-        if not self._saves:
-            return
         params = run_context.original_args()
+        self._last_time = min(self._last_time, time.time())  # the clock may have been set back
+        if not self._saves:
+            if self._states and ModelCheckpoint._check_save_ckpt(self, params, False):
+                self._last_triggered_step = params.cur_step_num
+                self._write_state(self._states.step_end, params)
+            return
         step_in_epoch = int((params.cur_step_num - 1) % params.batch_num + 1)
         position = params.cur_epoch_num, step_in_epoch, params.cur_step_num
         self._last = params.train_network, self._network(params), *position
@@ -139,6 +155,14 @@ class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
             if self._config.async_save and not _writers():
                 self._manager.publish()
             self.step_end(run_context)
+        if self._states and self._last_triggered_step == params.cur_step_num:
+            self._write_state(self._states.step_end, params)
+
+    def on_train_epoch_end(self, run_context: RunContext) -> None:
+        """Save the state of the last step of an epoch, with what other callbacks did at its end."""
+        super().on_train_epoch_end(run_context)
+        if self._states:
+            self._write_state(self._states.epoch_end, run_context.original_args())
 
     def on_train_end(self, run_context: RunContext) -> None:
         """Save the last checkpoint."""
@@ -146,8 +170,16 @@ class TrainableParamsCheckPoint(TrainCallback, ModelCheckpoint):
             with self._manager.one_error():
                 self.end(run_context)
                 self._manager.publish()
+        if self._states:
+            self._write_state(self._states.end, run_context.original_args())
+
+    def _write_state(self, write, params):
+        with self._manager.one_error():
+            write(params, [self._manager.given, self._manager.prefix])
 
     def __exit__(self, *err: Any) -> None:
+        if self._states:
+            self._states.close()
         if err and err[0] is not None and self._last is not None:
             try:
                 _wait_for_writing()
@@ -280,7 +312,7 @@ class _AtomicManager(CheckpointManager):
         super().__init__(format)
         self.directory = directory
         self.latest = ""
-        self._given = None if callable(prefix) else prefix
+        self.given = None if callable(prefix) else prefix
         self.prefix = None if callable(prefix) else _free_prefix(directory, prefix)
         self._published = {}  # path -> its identity, in order of time
         self._folder = None  # for staging
@@ -297,13 +329,31 @@ class _AtomicManager(CheckpointManager):
                 f"TrainableParamsCheckPoint: cannot save to {self.directory}: {error}; complete files there are left."
             ) from error
 
+    def adopt(self, prefix, position):
+        """Go on with the files of a run that is resumed, as if they had been published here.
+
+        Args:
+            prefix (str): of its files, or None.
+            position (tuple): epoch and step in it after which it goes on. What was saved later goes first.
+        """
+        if prefix is None:
+            return
+        name = re.compile(rf"{re.escape(prefix)}-(\d+)_(\d+)\.(?:ckpt|safetensors)")
+        there = []
+        for match in map(name.fullmatch, os.listdir(self.directory)):
+            if match:
+                saved = int(match[1]), int(match[2])
+                there.append((saved <= position, saved, os.path.join(self.directory, match[0])))
+        self.prefix = prefix
+        self._published = {path: _identity(path) for _, _, path in sorted(there)}
+
     def update_ckpoint_filelist(self, directory, prefix):
         """List the files that may go. MindSpore calls this before each save."""
         self._doomed = []
         self._published = {path: identity for path, identity in self._published.items() if _identity(path) == identity}
         # MindSpore counts no files of a callable prefix, and no breakpoints.
         self._ckpoint_filelist = [
-            path for path in self._published if self._given is not None and "_breakpoint." not in path
+            path for path in self._published if self.given is not None and "_breakpoint." not in path
         ]
 
     def remove_oldest_ckpoint_file(self):
@@ -351,10 +401,11 @@ class _AtomicManager(CheckpointManager):
             path = self._give_name(staged, prefix)
         finally:
             self.close_staging()
+        self._published.pop(path, None)  # the last one comes last
         self._published[path] = _identity(path)
         self.latest = path
         for old in self._doomed:
-            if _identity(old) == self._published[old]:
+            if old != path and _identity(old) == self._published[old]:
                 try:
                     os.unlink(old)
                 except FileNotFoundError:
@@ -368,12 +419,12 @@ class _AtomicManager(CheckpointManager):
         name = os.path.basename(staged)
         path = os.path.join(self.directory, name)
         while True:
-            is_own = self._given is None or (path in self._published and _identity(path) == self._published[path])
+            is_own = self.given is None or (path in self._published and _identity(path) == self._published[path])
             try:
                 files.publish(staged, path, replace=is_own)
                 return path
             except FileExistsError:
-                self.prefix = _free_prefix(self.directory, self._given)
+                self.prefix = _free_prefix(self.directory, self.given)
                 path = os.path.join(self.directory, self.prefix + name[len(prefix) :])
 
 
@@ -407,13 +458,9 @@ def _wait_for_writing():
         writer.join()
 
 
-def _rank():
-    return get_rank() if GlobalComm.INITED else ms.get_auto_parallel_context("global_rank")
-
-
 def _rank_directory(directory):
     """The folder of this rank; MindSpore is told where to write the strategy file when it compiles."""
-    rank = _rank()
+    rank = this_rank()
     if not ms.get_auto_parallel_context("strategy_ckpt_save_file"):
         file = os.path.join(directory, STRATEGY_FOLDER, f"rank_{rank}.ckpt")
         # Of all parameters: what is saved beside the trainable ones, the start of PiSSA, is cut as well.

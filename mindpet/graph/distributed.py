@@ -1,15 +1,18 @@
 """Checkpoints of a network that is cut over ranks: put together, and cut for other ranks."""
 
+import functools
 import math
 import os
 import pathlib
 import re
 import shutil
 import tempfile
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import mindspore as ms
+import numpy as np
 from mindspore import Parameter, Tensor
+from mindspore.communication import GlobalComm, get_group_size, get_rank
 
 from mindpet.errors import CheckpointError
 from mindpet.files.checkpoints import read_checkpoint
@@ -24,7 +27,20 @@ FILE_NAME = re.compile(  # as MindSpore gives it
 UNKNOWN = (  # of a parameter: where its slices belong
     " (the strategy file lacks it, for it did not train when the network was compiled; see docs/parallel.md)"
 )
+SUM_OF_GRADIENTS = "accu_grads."  # in front of a parameter's name, see `_missing`
 STRATEGY_FOLDER = "strategy"  # beside the folders of the ranks
+
+
+def this_rank() -> int:
+    """The rank of this process."""
+    return get_rank() if GlobalComm.INITED else ms.get_auto_parallel_context("global_rank")
+
+
+def place_among_ranks() -> tuple[int, int]:
+    """The rank of this process and the number of ranks; in stand-alone mode it is one of its own."""
+    if ms.get_auto_parallel_context("parallel_mode") == ms.ParallelMode.STAND_ALONE:
+        return 0, 1
+    return this_rank(), get_group_size() if GlobalComm.INITED else ms.get_auto_parallel_context("device_num")
 
 
 def gather_delta(
@@ -46,14 +62,15 @@ def gather_delta(
         TypeError: an argument is not a path.
         FileNotFoundError: the folder or the strategy does not exist.
         CheckpointError: the folder of a rank, or its file, is missing, surplus, empty or damaged; the names do not tell
-            which file is the last; ranks that hold the same slice have other values for it; all are listed.
+            which file is the last; a rank lacks its slice of a parameter; ranks that hold the same slice have other
+            values for it; all are listed.
     """
     folder, strategy = _paths("gather_delta", folder, strategy)
     with tempfile.TemporaryDirectory(prefix="mindpet-gather-") as work:
         strategy = _one_strategy(strategy, work)
         layouts = _layouts(strategy)
-        files = _rank_files(folder, _count_ranks(layouts), name)
-        _check_replicas(folder, files, layouts)
+        files = _rank_files(folder, count_ranks(layouts), name)
+        _check_slices(folder, files, layouts)
         for rank, file in enumerate(files):
             target = pathlib.Path(work, "slices", f"rank_{rank}", f"delta{file.suffix}")
             target.parent.mkdir(parents=True)
@@ -99,7 +116,7 @@ def slice_delta(
         ms.save_checkpoint([{"name": key, "data": value} for key, value in whole.items()], f"{source}/delta.ckpt")
         _transform(f"{work}/whole", f"{work}/slices", None, strategy, "ckpt", [delta if isinstance(delta, str) else ""])
         files = []
-        for rank in range(_count_ranks(layouts)):
+        for rank in range(count_ranks(layouts)):
             target = folder / f"rank_{rank}" / "delta.ckpt"
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(f"{work}/slices/rank_{rank}/delta{rank}.ckpt", target)
@@ -133,7 +150,10 @@ def _one_strategy(strategy, work):
     if len(contents) == 1:
         return str(files[0])
     merged = f"{work}/strategy{files[0].suffix}"
-    ms.merge_pipeline_strategys(str(strategy), merged)
+    try:
+        ms.merge_pipeline_strategys(str(strategy), merged)
+    except Exception as error:  # MindSpore and protobuf each raise their own for a damaged file
+        raise CheckpointError(f"{strategy} has a file that is not a strategy file: {error}") from error
     return merged
 
 
@@ -148,9 +168,25 @@ def _layouts(strategy):
     return layouts
 
 
-def _count_ranks(layouts):
+def layouts_of(strategy: PathLike) -> dict[str, Any]:
+    """Parameter -> MindSpore's layout, of a strategy file or a folder of those of the pipeline stages."""
+    with tempfile.TemporaryDirectory(prefix="mindpet-strategy-") as work:
+        return _layouts(_one_strategy(pathlib.Path(strategy), work))
+
+
+def count_ranks(layouts: dict[str, Any]) -> int:
+    """The number of ranks that layouts are for."""
     stages = {match.group(1) for match in (re.match(r"(\d+)-", name) for name in layouts) if match}
-    return math.prod(next(iter(layouts.values())).dev_matrix[0].dim) * max(len(stages), 1)
+    return _ranks_of_stage(layouts) * max(len(stages), 1)
+
+
+def _ranks_of_stage(layouts):
+    return math.prod(next(iter(layouts.values())).dev_matrix[0].dim)
+
+
+def without_stage(name: str) -> str:
+    """The name of a parameter without the number of the pipeline stage that MindSpore writes before it."""
+    return re.sub(r"^\d+-", "", name)
 
 
 def _rank_files(folder, ranks, name):
@@ -215,39 +251,82 @@ def _position(match):
     return int(match["run"] or 0), int(match["epoch"]), int(match["step"]), bool(match["breakpoint"])
 
 
-def _check_replicas(folder, files, layouts):
-    """Refuse files in which ranks that hold the same slice of a parameter have other bits for it."""
-    slices = {}  # of each slice: digest -> ranks
+def _check_slices(folder, files, layouts):
+    """Refuse files that lack a slice, and those in which ranks that hold the same slice have other bits for it."""
+    holders = {}  # name -> ranks
+    slices = {}  # name, place -> digest -> ranks
+    stages = _by_name(layouts)
     for rank, file in enumerate(files):
         for name, value in read_checkpoint(file).items():
             content = f"{value.shape} {value.dtype} {digest(value.asnumpy())}"
-            slices.setdefault((name, _place(name, rank, layouts)), {}).setdefault(content, []).append(f"rank_{rank}")
-    problems = [
-        f"{name}: {' / '.join(map(', '.join, ranks.values()))}{'' if place else UNKNOWN}"
+            holders.setdefault(name, []).append(rank)
+            slices.setdefault((name, _place(name, rank, stages.get(name))), {}).setdefault(content, []).append(rank)
+    missing = [f"{name}: {_listed(ranks)}" for name, ranks in _missing(holders, len(files), stages).items()]
+    differing = [
+        f"{name}: {' / '.join(map(_listed, ranks.values()))}{'' if place else UNKNOWN}"
         for (name, place), ranks in slices.items()
         if len(ranks) > 1
     ]
-    if problems:
-        raise CheckpointError(
-            f"{folder}: ranks that hold the same slice have other values for it:\n  " + "\n  ".join(problems)
-        )
+    problems = {
+        "ranks lack their slice of a parameter": missing,
+        "ranks that hold the same slice have other values for it": differing,
+    }
+    messages = [f"{folder}: {what}:\n  " + "\n  ".join(lines) for what, lines in problems.items() if lines]
+    if messages:
+        raise CheckpointError("\n".join(messages))
 
 
-def _place(name, rank, layouts):
-    """Tells which slice of a parameter a rank holds; what is not in the strategy is the same everywhere."""
-    stages = {key: layout for key, layout in layouts.items() if re.sub(r"^\d+-", "", key) == name}
+def _listed(ranks):
+    return ", ".join(f"rank_{rank}" for rank in ranks)
+
+
+def _by_name(layouts):
+    """Name of a parameter -> name with the number of a stage in front, or alone -> layout."""
+    stages = {}
+    for key, layout in layouts.items():
+        stages.setdefault(without_stage(key), {})[key] = layout
+    return stages
+
+
+def _missing(holders, count, stages):
+    """Name -> ranks without their slice of it.
+
+    All ranks of a stage hold the same parameters. Of several stages that use one, MindSpore saves it in some. What
+    trains in a pipeline it clones for the sums of the gradients (2.7 to 2.10), frozen parameters it does not: so it is
+    told what is in no file at all, if the files are those of what trains.
+    """
+    size = _ranks_of_stage(next(iter(stages.values())))
+    members = [range(first, first + size) for first in range(0, count, size)]
+    missing = {}
+    for name, ranks in holders.items():
+        wanted = [rank for stage in members if not set(stage).isdisjoint(ranks) for rank in stage]
+        missing[name] = sorted(set(wanted) - set(ranks))
+    trained = {name for name in stages if SUM_OF_GRADIENTS + name in stages}
+    for name in trained - set(holders) if trained & set(holders) else ():
+        keys = stages[name].keys()
+        missing[name] = [
+            rank for number, stage in enumerate(members) if keys & {name, f"{number}-{name}"} for rank in stage
+        ]
+    return {name: ranks for name, ranks in sorted(missing.items()) if ranks}
+
+
+def _place(name, rank, stages):
+    """Tells which slice of a parameter a rank holds; what is not in the strategy is the same everywhere.
+
+    Stages that cut a parameter in the same way hold the same slices.
+    """
     if not stages:
         return None
-    matrix = next(iter(stages.values())).dev_matrix[0].dim
-    stage, local = divmod(rank, math.prod(matrix))
+    stage, local = divmod(rank, _ranks_of_stage(stages))
     layout = stages.get(f"{stage}-{name}") or next(iter(stages.values()))
+    matrix = layout.dev_matrix[0].dim
     mapped = {len(matrix) - 1 - axis for axes in layout.tensor_map for axis in axes.dim if axis >= 0}
-    places, rest, index = [], [], local
-    for axis in reversed(range(len(matrix))):
-        index, place = divmod(index, matrix[axis])
-        (places if axis in mapped else rest).append(place)
-    # The parallel optimizer cuts a slice again, over what are replicas without it.
-    return stage, tuple(places), tuple(rest) if layout.opt_weight_shard_size else ()
+    places = np.unravel_index(local, matrix)
+    rest = [axis for axis in range(len(matrix)) if axis not in mapped]
+    replica = functools.reduce(lambda index, axis: index * matrix[axis] + places[axis], rest, 0)
+    # The parallel optimizer cuts a slice again, over what are replicas without it: all of them (-1), or so many.
+    shards = {0: 1, -1: math.prod(matrix)}.get(layout.opt_weight_shard_size, layout.opt_weight_shard_size)
+    return layout.SerializeToString(), tuple(int(places[axis]) for axis in sorted(mapped)), int(replica) % shards
 
 
 def _transform(source, target, from_strategy, to_strategy, format, files):
@@ -270,7 +349,7 @@ def _read_whole(delta):
 
 def _check_cuts(whole, layouts, strategy):
     """Whether the layouts of a strategy have every parameter, and cut its shape into equal parts."""
-    layouts = {re.sub(r"^\d+-", "", name): layout for name, layout in layouts.items()}
+    layouts = {without_stage(name): layout for name, layout in layouts.items()}
     problems = [f"{name}: not in the strategy" for name in whole if name not in layouts]
     for name, value in whole.items():
         if name in layouts:

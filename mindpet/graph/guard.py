@@ -3,11 +3,13 @@
 import warnings
 from typing import NamedTuple, Optional
 
+import mindspore as ms
 from mindspore import nn
 from mindspore.train import RunContext
 
 from mindpet.errors import NotLearningError
 from mindpet.graph.callback import TrainCallback, model_of
+from mindpet.graph.ranks import agree, differences
 from mindpet.network.parameters import model_parameters, running_statistics, trainable_parameters
 from mindpet.network.recompute import warn_of_dropout
 from mindpet.network.values import digest
@@ -82,13 +84,18 @@ class DeltaGuard(TrainCallback):
     with what it was given, so what another adapter brings, or what is set to train later, would not train. Dropout in
     Cells that recompute is a warning, see `mindpet.network.recompute.warn_of_dropout`.
 
+    In data parallel, where every rank has a copy of the network, the copies must be the same at the first look: when
+    training begins, or after the first step if only that gives the parameters their values (`parameter_broadcast` of
+    the parallel context). The ranks compare hashes; every one of them must have a DeltaGuard. Parameters that are
+    `layerwise_parallel` are left out. In semi-auto parallel it is `gather_delta` that compares.
+
     Args:
         steps: after how many steps it looks; at the end of training, if that comes first. Default: 10.
         strict: whether a finding is an error; else it is a warning. Default: True.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
-        NotLearningError: while training; the message names the parameters.
+        NotLearningError: while training; the message names the parameters, and the ranks if these differ.
     """
 
     def __init__(self, steps: int = 10, strict: bool = True):
@@ -114,17 +121,22 @@ class DeltaGuard(TrainCallback):
         problems = [f"running statistics that are trainable: {trained} (buffers, not weights)"] if trained else []
         if not any(param.requires_grad for param in params.values()):
             problems.append("nothing is trainable")
-        self._report(problems)
-        warn_of_dropout(network)
         # In a parallel mode, parameters get their values and slices only when the network is compiled.
         self._watched = None
-        if not any(param.has_init for param in params.values()):
-            self._remember(callback_params)
+        are_known = not ms.get_auto_parallel_context("parameter_broadcast") and not any(
+            param.has_init for param in params.values()
+        )
+        if agree(are_known):
+            problems += self._first_look(callback_params)
+        self._report(problems)
+        warn_of_dropout(network)
 
     def on_train_step_end(self, run_context: RunContext) -> None:
         """Compare once `steps` steps are done."""
         callback_params = run_context.original_args()
-        if self._watched is None or self._other_trainable(callback_params):
+        if self._watched is None:
+            self._report(self._first_look(callback_params))
+        elif self._other_trainable(callback_params):
             self._remember(callback_params)
         elif self._watched and callback_params.cur_step_num - self._first_step >= self.steps:
             self._compare(callback_params)
@@ -136,6 +148,13 @@ class DeltaGuard(TrainCallback):
             warnings.warn("DeltaGuard: training was too short to tell whether it learns.", stacklevel=2)
         elif self._watched:
             self._compare(callback_params)
+
+    def _first_look(self, callback_params):
+        """Remember the parameters; returns what differs between ranks, which all come here at the same time."""
+        self._remember(callback_params)
+        shared = {name: entry for name, entry in self._watched.items() if not entry[0].layerwise_parallel}
+        copies = {name: f"{param.shape} {param.dtype} {trains}" for name, (param, trains, _) in shared.items()}
+        return differences(copies, [value for _, _, value in shared.values()])
 
     def _remember(self, callback_params):
         network = model_of(callback_params)

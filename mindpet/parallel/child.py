@@ -24,7 +24,7 @@ from mindpet.utils.hints import PathLike
 from mindpet.utils.layouts import counts_of, get_strategy, is_layout
 from mindpet.utils.quote import quote
 
-_FAILED = re.compile(r"operator (\w+) init failed")
+_FAILED = re.compile(r"operator (\w+) (?:init|extract configured layout) failed")
 _REASON = re.compile(r"^\[(?:ERROR|CRITICAL)\] PARALLEL\(.*?\)?:.*?\] \w+\] (?:\w+Info\d+ ?: )?(.*)$", re.MULTILINE)
 
 

@@ -1,12 +1,13 @@
 """Which adapters a PeftModel has, and how large they are."""
 
-from typing import Optional
+from typing import Any, Optional
 
 from mindspore import nn
 
 from mindpet.delta._config import PeftConfig
 from mindpet.errors import AdapterError
 from mindpet.peft.placement import Adapter
+from mindpet.utils.hints import Arrays
 
 
 class KnowsAdapters:
@@ -66,6 +67,23 @@ class KnowsAdapters:
         print(
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
         )
+
+    # What a training that is resumed asks of a Cell with values outside of Parameters, see `mindpet.graph.resume`.
+
+    def kept_facts(self) -> dict[str, Any]:
+        """Which adapters there are, and which one is active."""
+        return {"active": self.active_adapter, "all": sorted(self.adapters)}
+
+    def kept_values(self) -> Arrays:
+        """The values of the adapters that are not active, by name and path."""
+        others = {name: adapter.values for name, adapter in self.adapters.items() if name != self.active_adapter}
+        return {f"{name}.{path}": value for name, values in others.items() for path, value in values.items()}
+
+    def keep_values(self, values: Arrays) -> None:
+        """Set what `kept_values` gave."""
+        for name, adapter in self.adapters.items():
+            if name != self.active_adapter:
+                adapter.write({path: values[f"{name}.{path}"] for path in adapter.slot.params})
 
     def _get(self, name):
         if not isinstance(name, str) or name not in self.adapters:

@@ -11,6 +11,7 @@ from typing import Any
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn
 
+from mindpet.errors import ConfigError
 from mindpet.network.match import list_layers
 from mindpet.network.parameters import TRAINED, matches, outer_prefix
 from mindpet.network.values import assign, digest, value_of
@@ -32,6 +33,7 @@ class AdapterSlot:
         plan (Plan): what it was made from.
         deltas (dict): path of a target -> its Delta.
         names (dict): path of a target -> name of a parameter in the Delta -> its path in the network.
+        fixed (set): paths of parameters of deltas that do not train, see `Delta.fixed_names`.
         copies (dict): path of a trained base parameter -> path of the Parameter that it is a copy of.
         params (dict): path -> Parameter of the deltas, and trained base parameters.
         holder (Adapter): whose values are in the parameters, or None.
@@ -41,7 +43,7 @@ class AdapterSlot:
     def __init__(self, network: nn.Cell, plan: Plan, suffix: str = ""):
         self.outer = outer_prefix(network)
         self.network, self.plan, self.deltas, self.patches = network, plan, {}, []
-        self.names, self.params, self.copies = {}, {}, {}
+        self.names, self.params, self.copies, self.fixed = {}, {}, {}, set()
         self.holder, self.hidden = None, {}
         copies = self._copy_trained(suffix)  # (id of a Cell, attribute) -> copy
         shared = {cls: _shared(cls, plan) for cls in {target.delta for target in plan.targets}}
@@ -79,7 +81,10 @@ class AdapterSlot:
         delta = target.delta.create(target.cell, target.kind, **target.arguments, **shared)
         for name, (cell, attribute) in delta.base_places(target.cell).items():
             setattr(delta, name, copies.get((id(cell), attribute), getattr(delta, name)))
-        carry_strategy(target.cell, target.kind, delta)
+        try:
+            carry_strategy(target.cell, target.kind, delta)
+        except ConfigError as error:
+            raise ConfigError(f"{target.path or 'the network'}: {error}") from error
         if target.is_slot:
             self.patches.append(AttributePatch(target.cell, target.kind.slot, delta))
         else:
@@ -92,6 +97,7 @@ class AdapterSlot:
         start = f"{path}." if path else ""  # of the network itself
         names = {name: known.get(id(param), f"{start}{name}{suffix}") for name, param in params.items()}
         self.deltas[path], self.names[path] = delta, names
+        self.fixed.update(names[name] for name in delta.fixed_names)
         for name, param in params.items():
             self.params[names[name]], param.name = param, self.outer + names[name]
 
@@ -122,7 +128,8 @@ class AdapterSlot:
     def trained(self) -> list[str]:
         """Paths of the parameters that train."""
         copied = {path for path, base in self.copies.items() if base not in self.plan.buffers}
-        return [path for path in self.params if path in copied or matches(path, self.plan.trainable)]
+        trained = [path for path in self.params if path in copied or matches(path, self.plan.trainable)]
+        return [path for path in trained if path not in self.fixed]
 
     def put(self) -> None:
         """Put the deltas and copies into the network, in the mode, training or not, of their layers."""

@@ -47,9 +47,7 @@ def carry_strategy(cell: nn.Cell, kind: Any, delta: Delta) -> None:
             delta.shard(*(cuts if has_table else _counts(cuts)))
         else:
             shard_axes(delta, cuts)
-    except ConfigError:
-        raise
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(str(error)) from error
 
 

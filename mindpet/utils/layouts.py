@@ -38,9 +38,6 @@ class DeviceCut:
     names: tuple[str, ...]
     over: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
-        return f"cut over {' and '.join(self.over)}" if self.over else "whole"
-
 
 Cut = Union[int, DeviceCut]
 Cuts = tuple[tuple[Cut, ...], ...]
@@ -116,7 +113,8 @@ def get_strategy(primitive: Primitive) -> Optional[Strategy]:
     layouts = getattr(primitive, "in_layout", None)
     if layouts is None:
         return getattr(primitive, "in_strategy", None)
-    return strategy_of(tuple(_layout_cuts(**layout) for layout in layouts))
+    flat = [one for layout in layouts for one in (layout if isinstance(layout, tuple) else (layout,))]
+    return strategy_of(tuple(_layout_cuts(**layout) for layout in flat))
 
 
 def set_strategy(primitive: Primitive, strategy: Strategy) -> None:

@@ -110,8 +110,8 @@ TINY = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_laye
 SIZES = dict(data_parallel=2, model_parallel=4)
 
 
-def tiny(**overrides):
-    return functools.partial(plan_llama.build, batch=4, seq_length=8, **{**TINY, **SIZES, **overrides})
+def tiny(make=plan_llama.build, **overrides):
+    return functools.partial(make, batch=4, seq_length=8, **{**TINY, **SIZES, **overrides})
 
 
 def test_tensor_parallel_communication_is_what_the_mathematics_needs():
@@ -149,10 +149,7 @@ def test_lora_communicates_no_gradient_of_the_base():
 
 
 def test_pipeline_stages():
-    first, last = (
-        dry_run(tiny(pipeline_stages=2, model_parallel=2, micro_batches=2), 8, rank=rank, pipeline_stages=2)
-        for rank in (0, 4)
-    )
+    first, last = (dry_run(tiny(pipeline_stages=2, model_parallel=2, micro_batches=2), 8, rank=rank) for rank in (0, 4))
     layers = [
         {int(p.name.split(".")[2]) for p in r.parameters if p.name.startswith("model.layers")} for r in (first, last)
     ]
@@ -164,7 +161,7 @@ def test_pipeline_stages():
 
 def test_the_parallel_optimizer_cuts_the_base_too():
     settings = {"enable_parallel_optimizer": True, "parallel_optimizer_config": {"parallel_optimizer_threshold": 0}}
-    plain, cut = dry_run(tiny(), 8), dry_run(tiny(), 8, **settings)
+    plain, cut = dry_run(tiny(), 8), dry_run(tiny(plan_llama.make), 8, **settings)
     assert cut.weight_bytes < 0.6 * plain.weight_bytes and cut.optimizer_bytes < 0.6 * plain.optimizer_bytes
     gathered = {plan.cause for plan in cut.collectives if plan.kind == "AllGather"}
     assert "parts of model.layers.0.mlp.up_proj.weight (parallel optimizer)" in gathered

@@ -135,14 +135,14 @@ def test_generation_wants_padding_on_the_left(mask, match):
 
 
 def build_padded(**overrides):
-    network, (ids, labels) = plan_llama.build(2, 4, batch=4, seq_length=8, **overrides)
+    network, (ids, labels) = plan_llama.make(2, 4, batch=4, seq_length=8, **overrides)
     return network, (ids, labels, ids)
 
 
 def test_a_mask_is_cut_as_the_batch_is():
     """On 8 ranks a padded batch communicates what any batch does."""
     sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=8)
-    plain = functools.partial(plan_llama.build, 2, 4, batch=4, seq_length=8, **sizes)
+    plain = functools.partial(plan_llama.make, 2, 4, batch=4, seq_length=8, **sizes)
     without, padded = dry_run_many([plain, functools.partial(build_padded, **sizes)], 8)
     assert padded.communication_bytes == without.communication_bytes > 0
     one, other = (

@@ -1,6 +1,7 @@
 """One of several data-parallel processes that train a Toy: data_parallel_child.py FOLDER [STEP TO DIE AT].
 
-Started by msrun, or alone with the joint batch. The last rank kills itself at the given step.
+Started by msrun, or alone with the joint batch. The last rank kills itself at the given step. Training goes on from
+what is in the folder.
 """
 
 import os
@@ -14,7 +15,7 @@ from mindspore.communication import get_group_size, get_rank, init
 from mindspore.train import Callback, CheckpointConfig, Model
 from toy import batch, lora
 
-from mindpet.graph import TrainableParamsCheckPoint
+from mindpet.graph import TrainableParamsCheckPoint, resume
 
 STEPS, ROWS = 12, 8
 
@@ -45,16 +46,17 @@ mine = slice(rank * ROWS // size, (rank + 1) * ROWS // size)
 
 
 def steps():
-    """The same rows at every step."""
-    for _ in range(STEPS):
-        yield x[mine], labels[mine]
+    """The same rows at every step, each time larger."""
+    for step in range(STEPS):
+        yield x[mine] * np.float32(1 + step / STEPS), labels[mine]
 
 
 data = ms.dataset.GeneratorDataset(steps, ["x", "labels"], shuffle=False)
-callbacks = [TrainableParamsCheckPoint(folder, config=CheckpointConfig(save_checkpoint_steps=3))]
+callbacks = [TrainableParamsCheckPoint(folder, config=CheckpointConfig(save_checkpoint_steps=3), resumable=True)]
 if die_at and rank == size - 1:
     callbacks.append(Die(int(die_at[0])))
 optimizer = nn.SGD(network.trainable_params(), 0.1, momentum=0.9)
-Model(network, nn.CrossEntropyLoss(), optimizer).train(1, data, callbacks=callbacks, dataset_sink_mode=False)
+model = Model(network, nn.CrossEntropyLoss(), optimizer)
+done = resume(model, folder, 1, data, callbacks, missing_ok=True, dataset_sink_mode=False)
 ms.save_checkpoint(network, os.path.join(folder, f"end_{size}_{rank}.ckpt"))
-print(f"rank {rank} of {size} is done")
+print(f"rank {rank} of {size} is done; it began after step {done}")

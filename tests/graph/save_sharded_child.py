@@ -14,7 +14,7 @@ from mindspore.parallel.auto_parallel import AutoParallel
 from mindspore.train import CheckpointConfig, Model
 from sharded_delta import LAYOUT, build
 
-from mindpet.graph import TrainableParamsCheckPoint
+from mindpet.graph import DeltaGuard, TrainableParamsCheckPoint
 
 folder, format, way = sys.argv[1:]
 ms.set_context(mode=ms.GRAPH_MODE)
@@ -33,4 +33,4 @@ if way == "auto":
     network = AutoParallel(network)
     network.dataset_strategy("full_batch")
 data = ms.dataset.NumpySlicesDataset({"x": x.asnumpy()}, shuffle=False).batch(len(x))
-Model(network, optimizer=optimizer).train(1, data, callbacks=[checkpoint], dataset_sink_mode=False)
+Model(network, optimizer=optimizer).train(1, data, callbacks=[DeltaGuard(), checkpoint], dataset_sink_mode=False)

@@ -12,13 +12,26 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, nn
+from mindspore.parallel.auto_parallel import AutoParallel
 from mindspore.train import CheckpointConfig, RunContext
 from parallel import plan_llama
+from sharded import Network
 from sharded_delta import DELTA, LAYOUT, case, make
 
 from mindpet.errors import CheckpointError
-from mindpet.graph import TrainableParamsCheckPoint, freeze_delta, gather_delta, load_delta, slice_delta
-from mindpet.parallel import dry_run, launcher
+from mindpet.graph import (
+    TrainableParamsCheckPoint,
+    freeze_delta,
+    gather_delta,
+    load_delta,
+    reshard,
+    reshard_state,
+    slice_delta,
+)
+from mindpet.graph.state_files import RunFolder, choose
+from mindpet.graph.state_files import read as read_state
+from mindpet.parallel import dry_run, dry_run_many, launcher
+from mindpet.peft import LoraConfig, get_peft_model
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAYOUTS = {
@@ -104,6 +117,45 @@ def test_a_whole_file_can_be_cut(plans, tmp_path):
     strategy = plans["four ranks"][2]
     slice_delta(tmp_path / "whole.ckpt", strategy, tmp_path / "slices")
     assert bits(gather_delta(tmp_path / "slices", strategy)) == bits(delta())
+
+
+@pytest.mark.parametrize("way", [("data and column", "four ranks"), ("four ranks", "data and column")], ids=str)
+def test_a_state_goes_from_one_cluster_size_to_another(way, plans, tmp_path, monkeypatch):
+    (ranks, _, old), (new_ranks, report, new) = (plans[name] for name in way)
+    values = {
+        f"{of}{name}": value * k
+        for k, of in ((1, ""), (2, "moment1."), (3, "moment2."))
+        for name, value in DELTA.items()
+    }
+    slice_delta({name: Tensor(value) for name, value in values.items()}, old, tmp_path / "slices")
+    names = {("training." if "moment" in name else "") + name: name for name in values}
+    for rank in range(ranks):
+        tensors = {
+            key: read(tmp_path / f"slices/rank_{rank}/delta.ckpt")[name].asnumpy() for key, name in names.items()
+        }
+        tensors.update({"training.global_step": np.array([5]), "random.numpy": np.array([rank])})
+        folder = RunFolder(tmp_path / "old", rank, ranks, 1)
+        folder.run = 0
+        folder.write(5, tensors, {"names": names})
+    assert reshard_state(tmp_path / "old", old, new, tmp_path / "new") == 5
+    step = choose(tmp_path / "new")
+    assert step.ranks() == new_ranks
+    for rank in range(new_ranks):
+        tensors, record = read_state(step, rank, new_ranks)
+        for key, name in names.items():
+            np.testing.assert_array_equal(tensors[key], cut(values[name], report.parameter(name), rank))
+        assert tensors["training.global_step"] == 5 and tensors["random.numpy"] == rank % ranks
+    with pytest.raises(FileExistsError, match="has states already"):
+        reshard_state(tmp_path / "old", old, new, tmp_path / "new")
+    with pytest.raises(CheckpointError, match=f"has a step of {ranks} that is complete, for {new_ranks} ranks"):
+        reshard_state(tmp_path / "old", new, old, tmp_path / "other")
+    monkeypatch.setattr(reshard, "layouts_of", lambda strategy: {f"0-{name}": None for name in names})
+    with pytest.raises(CheckpointError, match="is of pipeline stages"):
+        reshard_state(tmp_path / "old", old, new, tmp_path / "other")
+    monkeypatch.undo()
+    (tmp_path / f"old/resume/run_0/step_5/rank_1_of_{ranks}.json").unlink()
+    with pytest.raises(CheckpointError, match="has no step"), pytest.warns(UserWarning, match="lacks rank_1_of"):
+        reshard_state(tmp_path / "old", old, new, tmp_path / "other")
 
 
 @pytest.fixture
@@ -332,9 +384,38 @@ def test_eight_ranks_save_by_the_callback(format, way, tmp_path):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         for done in pool.map(run, range(8)):
             assert done.returncode == 0, done.stderr[-3000:]
+            assert "DeltaGuard: trainable parameters 384 of 928" in done.stdout
     name = "cell.mindpet_delta_lora_b"
     assert read(tmp_path / f"run/rank_5/DELTA_CKP-1_1.{format}")[name].shape == (8, 8)  # a quarter of 32 rows
     assert bits(gather_delta(tmp_path / "run")) == bits(delta())
+
+
+def pissa(file, everything):
+    """A layer whose inputs are cut, with a delta of which the start is saved, too, though it does not train."""
+    network = Network(nn.Dense(16, 32), n=2)
+    network.cell.matmul.shard(((2, 4), (1, 4)))
+    get_peft_model(network, LoraConfig(r=8, target_modules=["cell"], init_lora_weights="pissa"))
+    parallel = AutoParallel(network)
+    parallel.save_param_strategy_file(str(file))
+    if everything:
+        parallel.disable_strategy_file_only_for_trainable_params()
+    return parallel, Tensor(np.ones((16, 16), np.float32)), nn.Adam(network.trainable_params())
+
+
+def test_a_delta_with_a_start_that_does_not_train(tmp_path, rng):
+    names = {everything: tmp_path / f"{everything}.ckpt" for everything in (True, False)}
+    dry_run_many([functools.partial(pissa, file, everything) for everything, file in names.items()], 8)
+    shapes = {"delta_lora_a": (8, 16), "delta_lora_b": (32, 8), "lora_start_a": (8, 16), "lora_start_b": (32, 8)}
+    whole = {
+        f"cell.mindpet_{name}": Tensor(rng.normal(size=shape).astype(np.float32)) for name, shape in shapes.items()
+    }
+    files = slice_delta(whole, names[True], tmp_path / "slices")
+    assert read(files[5])["cell.mindpet_lora_start_a"].shape == (8, 4)
+    assert bits(gather_delta(tmp_path / "slices", names[True])) == bits(whole)
+    with pytest.raises(
+        CheckpointError, match=r"start_a: rank_0, rank_4 / .* \(the strategy file lacks it, for it did not"
+    ):
+        gather_delta(tmp_path / "slices", names[False])
 
 
 def test_a_callback_follows_the_parallel_context(tmp_path):
@@ -353,6 +434,7 @@ def test_a_callback_follows_the_parallel_context(tmp_path):
         folder, file, own = begin()
         assert (folder, file) == ("rank_5", "strategy/rank_5.ckpt") and not own.integrated_save
         assert (tmp_path / "rank_5").is_dir()
+        assert ms.get_auto_parallel_context("strategy_ckpt_config")["only_trainable_params"] is False
         ms.set_auto_parallel_context(strategy_ckpt_config={"save_file": str(tmp_path / "mine.ckpt")})
         assert begin()[:2] == ("rank_5", "mine.ckpt")
     finally:
@@ -364,7 +446,7 @@ def test_a_callback_follows_the_parallel_context(tmp_path):
 def test_pipeline_stages(tmp_path, rng):
     sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "lora_rank": 2}
     cuts = {"num_attention_heads": 2, "data_parallel": 2, "model_parallel": 2, "pipeline_stages": 2}
-    build = functools.partial(plan_llama.build, seq_length=4, micro_batches=2, **sizes, **cuts)
+    build = functools.partial(plan_llama.make, seq_length=4, micro_batches=2, **sizes, **cuts)
     shapes = {}
     for rank in (0, 4):
         strategy = {"save_file": str(tmp_path / f"strategy/rank_{rank}.ckpt")}

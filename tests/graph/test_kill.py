@@ -1,8 +1,11 @@
 """A process that is killed while it saves leaves its last complete checkpoint."""
 
 import os
+import pathlib
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -53,3 +56,11 @@ def test_sigkill_at_random_moments(config, tmp_path):
         found = [number(file) for file in folder.glob("[!.]*.[cs]*")]
         # The newest file is of the last finished save, of the one under way, or (asynchronous) of the one before.
         assert last - (2 if "async_save" in config else 0) <= max(found) <= last + 1
+
+
+def test_a_training_that_is_killed_and_resumed_ends_with_the_same_bits(request, tmp_path):
+    kills = request.config.getoption("--kills")
+    child = pathlib.Path(__file__).with_name("kill_resume_child.py")
+    done = subprocess.run([sys.executable, child, tmp_path, str(kills), "7"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith(f"{kills} kills"), done.stdout

@@ -30,15 +30,23 @@ from mindpet.peft import (
     register_layer,
 )
 from mindpet.peft.strategies import carry_strategy
+from mindpet.utils.layouts import get_strategy
+from mindpet.utils.quote import quote
 
 SHAPE = dict(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=8)
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def make(peft_config, data_parallel=2, model_parallel=4, **fields):
-    """A LLaMA cut in slices, with its loss, its inputs and an optimizer; without configuration with LoRA by hand."""
+def make(peft_config, data_parallel=2, model_parallel=4, context=None, **fields):
+    """A LLaMA cut in slices, with its loss, its inputs and an optimizer; without configuration with LoRA by hand.
+
+    `context` is what its attentions say of how they are cut.
+    """
     shape = {**SHAPE, **fields}
     loss = CausalLoss(LlamaConfig(**shape, data_parallel=data_parallel, model_parallel=model_parallel))
+    for _, cell in loss.cells_and_names():
+        if context and hasattr(cell, "context_source"):
+            cell.context_strategy = context
     if peft_config is None:
         freeze_delta(loss, "lora")
     else:
@@ -132,6 +140,11 @@ def test_prefixes_and_deltas_of_embeddings_communicate_their_gradients_only(rank
         check_delta(report)
 
 
+def strategies_inside(report):
+    """(Cell, slot, strategy) of what a delta of attentions computes."""
+    return [(plan.cell, plan.slot, plan.strategy) for plan in report.operators if "context_source" in plan.cell]
+
+
 OURS = ("mindpet_", "prefix_source", "context_source")
 
 
@@ -176,9 +189,15 @@ BESIDE = AdapterConfig(target_modules=["mlp"], bottleneck_size=8, form="parallel
 @pytest.mark.parametrize("ranks, data_parallel", [(8, 2), (64, 16)])
 def test_factors_and_vectors_communicate_what_they_need(ranks, data_parallel):
     configs = (FACTORS, VECTORS, BESIDE, HEADS)
-    ia3, vera, beside, heads = dry_run_many(
-        [functools.partial(make, config, data_parallel) for config in configs], ranks
-    )
+    builds = [functools.partial(make, config, data_parallel) for config in configs]
+    layout = Layout((data_parallel, 4), ("dp", "mp"))("dp", "mp")
+    builds += [functools.partial(make, config, data_parallel, context=layout) for config in (HEADS, GATED)]
+    ia3, vera, beside, heads, *by_layout = dry_run_many(builds, ranks)
+    assert strategies_inside(by_layout[0]) == strategies_inside(heads)
+    assert collective_bytes(by_layout[0]) == collective_bytes(heads)
+    assert collective_bytes(by_layout[1]) == BASE_BYTES + 4 * 2 * (4 * 64 + 1)
+    for report in by_layout:
+        check_delta(report)
     # Of a block the rows alone are cut: nothing but the gradients of what is whole on every rank.
     assert collective_bytes(beside) == BASE_BYTES + 4 * 2 * (8 * (64 + 1) + 64 * (8 + 1) + 1)
     # Everything of a head is where the head is.
@@ -398,6 +417,25 @@ def test_an_attention_can_say_how_it_is_cut(projection):
     assert network.attention.prefix_source.concat.in_strategy == ((2, 4, 1, 1),) * 2
 
 
+@pytest.mark.parametrize("of_operator", [False, True])
+def test_an_attention_can_be_cut_by_layouts(of_operator):
+    network = Layers()
+    if of_operator:
+        network.attention.scores.shard((LAYOUT("dp", "mp", "None", "None"),) * 2)
+    else:
+        network.attention.prefix_strategy = LAYOUT("dp", "mp")
+    get_peft_model(network, PrefixTuningConfig(num_virtual_tokens=2))
+    assert network.attention.prefix_source.concat.in_strategy == ((2, 4, 1, 1),) * 2  # it takes no Layout
+
+
+def test_the_layout_of_a_turned_weight():
+    network = Layers()
+    network.turned.product.shard((LAYOUT("mp", "None"), LAYOUT("None", "dp")))
+    get_peft_model(network, LoraConfig(r=2, target_modules=["turned"]))
+    delta = network.turned.mindpet_delta
+    assert quote(get_strategy(delta.lora_b_matmul)) == quote((LAYOUT("mp", "None"), LAYOUT("dp", "None")))
+
+
 def test_without_strategies_nothing_is_set():
     network = Layers()
     get_peft_model(network, PrefixTuningConfig(num_virtual_tokens=2))
@@ -486,6 +524,11 @@ REFUSED = {
         lambda net: setattr(net.attention, "prefix_strategy", (2, 0)),
         PREFIX(),
         "attention: its 'prefix_strategy' must be two positive ints.* is .2, 0.",
+    ),
+    "layout of one axis": (
+        lambda net: setattr(net.attention, "prefix_strategy", LAYOUT("dp")),
+        PREFIX(),
+        r"attention: its 'prefix_strategy' must be two positive ints.* is Layout\(\(2, 4\), \('dp', 'mp'\)\)\('dp'\)",
     ),
 }
 

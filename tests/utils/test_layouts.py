@@ -1,7 +1,8 @@
 """Layouts and the tuples that they mean."""
 
+import numpy as np
 import pytest
-from mindspore import Layout, nn, ops
+from mindspore import Layout, Tensor, nn, ops
 
 from mindpet.delta import LoRADense
 from mindpet.parallel import shard_like
@@ -98,6 +99,12 @@ def test_the_cuts_of_a_base_go_to_the_axes_of_the_delta():
     assert get_strategy(cell.lora_dropout.dropout) == ((2, 1),)  # it takes no Layout
     rows = (INTERLEAVED(("dp", "interleaved_parallel"), "mp"), INTERLEAVED("None", "mp"))
     assert written(get_strategy(shard_like(lora(), rows).lora_a_matmul)) == written(rows)
+
+
+def test_layouts_change_no_number_outside_of_a_parallel_mode(mode, rng):
+    cell, x = lora(activation="gelu"), Tensor(rng.normal(size=(4, 8)).astype(np.float32))
+    before = cell(x).asnumpy()
+    np.testing.assert_array_equal(shard_like(cell, MATMUL)(x).asnumpy(), before)
 
 
 @pytest.mark.parametrize(
