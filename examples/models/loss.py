@@ -30,14 +30,15 @@ class SomeWords(nn.Cell):
         self.weight_matmul, self.zeros_like = ops.MatMul(transpose_a=True), ops.ZerosLike()
 
     def construct(self, hidden, words, labels):
+        labels = ops.depend(labels, hidden)  # a graph takes these words after those before them
         logits = self.logits(hidden, words)
         chosen = (logits * self.asked(labels)).sum(1, keepdims=True)
         terms = ops.concat((ops.logsumexp(logits, 1, True), chosen), 1)
         return ops.depend(hidden, terms), terms
 
     def bprop(self, hidden, words, labels, out, dout):
-        # Else a compiled graph would keep what the forward pass had of these.
-        hidden, labels = ops.depend(hidden, dout[1]), ops.depend(labels, dout[1])
+        # A graph computes this after the words behind these, and keeps nothing for it.
+        hidden, labels = ops.depend(hidden, dout), ops.depend(labels, dout)
         shares = ops.exp(self.logits(hidden, words) - out[1][:, :1])
         change = shares * dout[1][:, :1] + self.asked(labels) * dout[1][:, 1:]
         change = ops.cast(change, hidden.dtype)
