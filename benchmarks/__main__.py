@@ -4,7 +4,7 @@ import argparse
 import importlib
 import sys
 
-NAMES = ("step_time", "compile_time", "files", "against_torch")
+NAMES = ("step_time", "compile_time", "memory", "frozen_bits", "files", "against_torch")
 
 
 def main(arguments=None):

@@ -1,11 +1,9 @@
-#!/usr/bin/env python3
 """What frozen weights in fewer bits save, and what they cost: a training step of LoRA on a feed-forward block.
 
 Times are those of the processor, so that other programs on the machine count little; the median of rounds in which all
 variants take turns.
 """
 
-import argparse
 import statistics
 import time
 
@@ -13,6 +11,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
+from benchmarks.measure import report
 from mindpet.graph import QuantizationConfig, quantize, summary
 from mindpet.peft import LoraConfig, get_peft_model
 
@@ -52,27 +51,28 @@ def make(width, frozen_dtype=None, **quantization):
     return nn.TrainOneStepCell(model, optimizer).set_train(), size, error
 
 
-def main(argv=None):
-    """Run the script."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--width", type=int, default=768, help="features (default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=1024, help="of a batch (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=15, help="default: %(default)s")
-    arguments = parser.parse_args(argv)
+def run(short: bool = False, turns: int = 15) -> None:
+    """Print the table."""
+    width, rows, turns = (64, 8, 1) if short else (768, 1024, turns)
     ms.set_context(mode=ms.GRAPH_MODE)
-    x = Tensor(np.random.default_rng(0).normal(size=(arguments.rows, arguments.width)).astype(np.float32))
-    made = {name: make(arguments.width, **options) for name, options in VARIANTS.items()}
+    x = Tensor(np.random.default_rng(0).normal(size=(rows, width)).astype(np.float32))
+    made = {name: make(width, **options) for name, options in VARIANTS.items()}
     times = {name: [] for name in made}
-    for number in range(arguments.rounds + 1):
+    for turn in range(turns + 1):
         for name, (step, _, _) in made.items():
             begin = time.process_time()
             step(x).asnumpy()
-            if number:  # the first one compiles
+            if turn:  # the first one compiles
                 times[name].append(1000 * (time.process_time() - begin))
-    print("| frozen weights | MB | error of the weights, % | processor ms a step |\n|---|---:|---:|---:|")
-    for name, (_, size, error) in made.items():
-        print(f"| {name} | {size / 1e6:.1f} | {100 * error:.1f} | {statistics.median(times[name]):.0f} |")
-
-
-if __name__ == "__main__":
-    main()
+    report(
+        "frozen_bits",
+        [
+            {
+                "frozen weights": name,
+                "MB": size / 1e6,
+                "error of the weights, %": 100 * error,
+                "processor ms a step": statistics.median(times[name]),
+            }
+            for name, (_, size, error) in made.items()
+        ],
+    )

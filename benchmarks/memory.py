@@ -1,15 +1,9 @@
-#!/usr/bin/env python3
-"""How much memory a training step takes, by recipe: `python examples/memory.py`.
+"""How much memory a training step takes, by recipe.
 
-Every line is a process of its own, which makes three steps with Adam on a small BERT, or LLaMA, with random weights and
-LoRA on all linear layers. The number is the largest memory of the process, less what it had when the network was
-made: activations, gradients, what Adam has, and what MindSpore takes to compile.
+Every number is of a process of its own, which makes three steps with Adam on a small BERT, or LLaMA, with random
+weights and LoRA on all linear layers: its largest memory, less what it had when the network was made. That is
+activations, gradients, what Adam has, and what MindSpore takes to compile.
 """
-
-import argparse
-import os
-import subprocess
-import sys
 
 import mindspore as ms
 import numpy as np
@@ -19,6 +13,7 @@ from models.llama import CrossEntropy, LlamaConfig, LlamaForCausalLM
 from models.loss import ChunkedLoss
 from models.step import AccumulatedStep
 
+from benchmarks.measure import in_child, report
 from mindpet.peft import LoraConfig, get_peft_model
 
 BATCH, LENGTH, WIDTH, LAYERS, PARTS = 16, 128, 256, 4, 4
@@ -96,26 +91,11 @@ def measure(name, recipe, mode):
     return memory("VmHWM") - before
 
 
-def main():
+def run(short: bool = False) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--one", nargs=3, metavar=("MODEL", "RECIPE", "MODE"), help="measure one of them")
-    one = parser.parse_args().one
-    if one:
-        print(f"{measure(one[0], one[1], int(one[2])):.0f}")
-        return
-    print("| model | recipe | PyNative MB | graph MB |\n|---|---|---:|---:|")
-    for name in ("bert", "llama"):
-        for recipe in (recipe for recipe, models in RECIPES.items() if name in models):
-            sizes = [run(name, recipe, mode) for mode in (ms.PYNATIVE_MODE, ms.GRAPH_MODE)]
-            print(f"| {name} | {recipe} | {' | '.join(sizes)} |", flush=True)
-
-
-def run(name, recipe, mode):
-    """What `measure` gives in a process of its own."""
-    command = [sys.executable, __file__, "--one", name, recipe, str(mode)]
-    return subprocess.run(command, env=os.environ, capture_output=True, text=True, check=True).stdout.split()[-1]
-
-
-if __name__ == "__main__":
-    main()
+    rows = []
+    for name in ("bert",) if short else ("bert", "llama"):
+        for recipe in ("as it is",) if short else [recipe for recipe, models in RECIPES.items() if name in models]:
+            sizes = [round(in_child(measure, name, recipe, mode)) for mode in (ms.PYNATIVE_MODE, ms.GRAPH_MODE)]
+            rows.append({"model": name, "recipe": recipe, "PyNative MB": sizes[0], "graph MB": sizes[1]})
+    report("memory", rows)
