@@ -43,7 +43,6 @@ ORDER = [
     "network.match",
     "network.recompute",
     "network.parameters",
-    "network.recompute",
     "network.precision",
     "network.quantize",
     "network",
