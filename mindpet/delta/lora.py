@@ -202,6 +202,9 @@ class LoraDelta(Delta):
         weight = self.kind.weight_of(cell)
         self.rank, self.use_rslora, self.use_dora, self.lora_bias = rank, use_rslora, use_dora, lora_bias
         self.starts_from_weight = starts_from_weight(init)
+        # The scaled bias alone would be cut otherwise than the outputs (MindSpore), and model libraries give `mul` of
+        # LoRADense a strategy for these.
+        self.scales_outputs = lora_bias or not self.is_patched_in
         self.fixed_names = (A,) if freeze_a else ()
         self.set_scaling(float(self.constants(rank, alpha, use_rslora)[SCALING]))
         shape_a, shape_b = self.shapes(cell, weight.shape)
@@ -215,7 +218,6 @@ class LoraDelta(Delta):
             self.base_bias = self.kind.bias_of(cell) if self.kind.adds_bias else None
         if lora_bias:
             self.mindpet_delta_lora_bias = delta_parameter("zeros", shape_b[:1], dtype, BIAS)
-            self.lora_bias_mul = ops.Mul()
             self.lora_bias_add = ops.BiasAdd("NCDHW" if self.kind.name == "conv3d" else "NCHW")
         if self.starts_from_weight:
             self.mindpet_lora_start_a = Parameter(initializer("zeros", shape_a, ms.float32), requires_grad=False)
@@ -244,26 +246,30 @@ class LoraDelta(Delta):
         if self.starts_from_weight:
             delta = self.sub(delta, self.start_update(x))
         if self.lora_bias:
-            bias, scaling = self.to_compute(self.mindpet_delta_lora_bias), self.to_compute(self.mindpet_lora_scaling)
-            delta = self.lora_bias_add(delta, self.lora_bias_mul(bias, scaling))
+            delta = self.lora_bias_add(delta, self.to_compute(self.mindpet_delta_lora_bias))
+        if self.scales_outputs:
+            delta = self.scale(delta)
         delta = cast(delta, out.dtype)
         return from_rows(self.stretch(rows, delta) if self.use_dora else self.add(rows, delta), out)
 
-    def scale(self, inner):
-        """`s A x`: these are the fewest numbers that the update passes through."""
-        return self.mul(inner, self.to_compute(self.mindpet_lora_scaling))
+    def scale(self, value):
+        """`s value`."""
+        return self.mul(value, self.to_compute(self.mindpet_lora_scaling))
+
+    def scale_inner(self, inner):
+        """`s A x`, the fewest numbers that the update passes through; A x if the outputs are scaled."""
+        return inner if self.scales_outputs else self.scale(inner)
 
     def update(self, x, lora_a, lora_b):
-        """`s B A dropout(x)` in the compute type."""
+        """`s B A dropout(x)`, or without s, in the compute type."""
         inner = self.lora_a_matmul(self.lora_dropout(self.to_compute(to_rows(x))), lora_a)
-        return self.lora_b_matmul(self.scale(inner), lora_b)
+        return self.lora_b_matmul(self.scale_inner(inner), lora_b)
 
     def start_update(self, x):
-        """`s B_0 A_0 x` in the compute type, of a linear layer."""
+        """`s B_0 A_0 x`, or without s, in the compute type, of a linear layer."""
         lora_a, lora_b = self.to_compute(self.mindpet_lora_start_a), self.to_compute(self.mindpet_lora_start_b)
-        return self.lora_start_b_matmul(
-            self.scale(self.lora_start_a_matmul(self.to_compute(to_rows(x)), lora_a)), lora_b
-        )
+        inner = self.lora_start_a_matmul(self.to_compute(to_rows(x)), lora_a)
+        return self.lora_start_b_matmul(self.scale_inner(inner), lora_b)
 
     def reset(self) -> None:
         """Make the delta the identity, whatever its values were: all is zero, and DoRA's magnitude the norm of W."""
@@ -438,7 +444,7 @@ class LoraDelta(Delta):
             "strategy_lora_dropout": (self.lora_dropout.dropout, "ni"),
             "strategy_lora_a_matmul": (self.lora_a_matmul, "ni,ri"),
             "strategy_lora_b_matmul": (self.lora_b_matmul, "nr,or"),
-            "strategy_lora_mul": (self.mul, "nr,"),
+            "strategy_lora_mul": (self.mul, "no," if self.scales_outputs else "nr,"),
             "strategy_lora_add": (self.add, "no,no"),
         }
         if self.starts_from_weight:
@@ -446,7 +452,6 @@ class LoraDelta(Delta):
             table["strategy_lora_start_b_matmul"] = (self.lora_start_b_matmul, "nr,or")
             table["strategy_lora_sub"] = (self.sub, "no,no")
         if self.lora_bias:
-            table["strategy_lora_bias_mul"] = (self.lora_bias_mul, "o,")
             table["strategy_lora_bias_add"] = (self.lora_bias_add, "no,o")
         return table
 
@@ -500,7 +505,8 @@ class LoraConvolution(LoraDelta):
     """The LoRA delta of a convolution: one with `rank` channels, then one with a kernel of one tap."""
 
     def update(self, x, lora_a, lora_b):
-        return self.lora_b_matmul(self.scale(self.lora_a_matmul(self.lora_dropout(self.to_compute(x)), lora_a)), lora_b)
+        inner = self.lora_a_matmul(self.lora_dropout(self.to_compute(x)), lora_a)
+        return self.lora_b_matmul(self.scale_inner(inner), lora_b)
 
     def rows(self, out):
         return out
@@ -535,9 +541,8 @@ class LoraConvolution(LoraDelta):
             "strategy_lora_dropout": (self.lora_dropout.dropout, "nihw"),
             "strategy_lora_a_matmul": (self.lora_a_matmul, "nihw,rikl"),
             "strategy_lora_b_matmul": (self.lora_b_matmul, "nrhw,orkl"),
-            "strategy_lora_mul": (self.mul, "nrhw,"),
+            "strategy_lora_mul": (self.mul, "nohw," if self.scales_outputs else "nrhw,"),
             "strategy_lora_add": (self.add, "nohw,nohw"),
-            **({"strategy_lora_bias_mul": (self.lora_bias_mul, "o,")} if self.lora_bias else {}),
             **({"strategy_lora_bias_add": (self.lora_bias_add, "nohw,o")} if self.lora_bias else {}),
         }
 
@@ -665,14 +670,8 @@ class LoRADense(DeltaDense, LoraDelta):
     def set_scaling(self, scaling: float) -> None:
         """Do nothing: checkpoints of this layer have never had a Parameter for it."""
 
-    def update(self, x, lora_a, lora_b):
-        # Model libraries give `mul` a strategy for the outputs, so it stays behind B here.
-        inner = self.lora_a_matmul(self.lora_dropout(x), lora_a)
-        return self.mul(self.lora_b_matmul(inner, lora_b), self.lora_alpha / self.lora_rank)
-
-    @property
-    def operators(self) -> Operators:
-        return {**super().operators, "strategy_lora_mul": (self.mul, "no,")}
+    def scale(self, value):
+        return self.mul(value, self.lora_alpha / self.lora_rank)
 
     def shard(
         self,

@@ -37,7 +37,7 @@ STEPS = {
     "rslora": (LoraConfig(r=2, use_rslora=True), LORA),
     "no_dropout": (LoraConfig(r=2, lora_dropout=0.0), LORA),
     "dropout": (LoraConfig(r=2, lora_dropout=0.1), {**LORA, "Dropout": 1, "DropoutGrad": 1}),
-    "lora_bias": (LoraConfig(r=2, lora_bias=True), {**LORA, "Mul": 4, "BiasAdd": 1, "BiasAddGrad": 1}),
+    "lora_bias": (LoraConfig(r=2, lora_bias=True), {**LORA, "BiasAdd": 1, "BiasAddGrad": 1}),
     "pissa": (LoraConfig(r=2, init_lora_weights="pissa"), {**LORA, "MatMul": 10, "Mul": 4, "Sub": 1, "Neg": 1}),
     "dora": (
         LoraConfig(r=2, use_dora=True),
