@@ -10,8 +10,8 @@ import pytest
 from mindspore import Tensor, nn, ops
 
 from mindpet.errors import AdapterError
+from mindpet.network.construct import construct_like
 from mindpet.peft import LoraConfig, get_peft_model
-from mindpet.peft.patch import construct_like
 from mindpet.peft.turns import Turns
 from tests.peft.small import Tiny, ids, numbers, same
 
@@ -81,7 +81,7 @@ def test_a_model_takes_what_its_network_takes(mode, rng):
 def test_parameters_are_passed_on_as_they_are(given):
     source = {}
     exec(f"def method(self, {given}): return locals()", source)
-    passed = construct_like(source["method"].__get__(object()), "self.method({arguments})")
+    passed = construct_like(source["method"].__get__(object()), "self.method({arguments})", __name__)
     holder = type("Holder", (), source)()
     for values, names in [((1,), {}), ((1, 2, 3), {"z": 4, "w": 5}), ((), {"x": 6}), ((), {})]:
         try:
